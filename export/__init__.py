@@ -1,0 +1,1 @@
+"""From the best checkpoint to a deployable file. `export.predict` stands alone and is shipped with every model."""

@@ -1,0 +1,70 @@
+"""`resnet-dist VERB ...`: find the verb, read its options, run it; an error is one line and an exit code."""
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from resnet_dist import __version__, launcher
+from resnet_dist.errors import ResnetDistError, UsageError
+from resnet_dist.options import parse, suggestion
+from resnet_dist.recipes import layers
+
+VERBS = {
+    "train": "fine-tune a ResNet on a folder of images",
+    "eval": "evaluate a run or a checkpoint, exactly, with one line per image",
+    "split": "split a folder into train, val and test, as a manifest, links or copies",
+    "summary": "layers, shapes, parameters and FLOPs of a model",
+    "recipes": "list the named techniques, or print one",
+    "demo": "train on handwritten digits, offline, in two minutes",
+}
+WITH_RECIPES = ("train", "summary")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code (see `resnet_dist.errors`)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"resnet-dist {__version__}")
+        return 0
+    verb = arguments[0]
+    try:
+        return run(verb, arguments[1:])
+    except ResnetDistError as error:
+        if debug:
+            traceback.print_exc()
+        _print_error(verb, error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"resnet-dist {verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Run one verb. Raises ResnetDistError."""
+    if verb not in VERBS:
+        raise UsageError(f"there is no verb '{verb}'{suggestion(verb, list(VERBS))}")
+    module = importlib.import_module(f"resnet_dist.verbs.{verb}")
+    config = parse(module.Config, arguments, f"resnet-dist {verb}", layers if verb in WITH_RECIPES else None)
+    code: int = module.main(config)
+    return code
+
+
+def _overview() -> str:
+    lines = [f"resnet-dist {__version__}: fine-tune a ResNet on a folder of images and ship it", ""]
+    lines += [f"  resnet-dist {verb:<10} {text}" for verb, text in VERBS.items()]
+    lines += ["", "resnet-dist VERB --help shows the options of a verb."]
+    return "\n".join(lines)
+
+
+def _print_error(verb: str, error: ResnetDistError) -> None:
+    """One line per problem; of a mistake that every process sees, the main one speaks."""
+    if isinstance(error, UsageError) and launcher.rank() > 0:
+        return
+    for line in str(error).splitlines():
+        print(f"resnet-dist {verb}: error: {line}", file=sys.stderr)

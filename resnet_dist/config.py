@@ -1,0 +1,402 @@
+"""Every setting, as frozen dataclasses. The string under a field is its help text; `problems()` lists what is wrong.
+
+A setting's way is one way: recipe < TOML file < command line -> these classes -> one reader in the code. A value of
+None means automatic: it is decided later, from what is known then, and printed with its reason.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BEST_METRICS = {"top1": "max", "top5": "max", "macro_f1": "max", "loss": "min"}
+STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
+
+
+def option(default: Any, *aliases: str, positional: bool = False) -> Any:
+    """A dataclass field with the other spellings that fingers know (`--optimizer` for `--opt`, `-b`)."""
+    return field(default=default, metadata={"aliases": aliases, "positional": positional})
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: `7` or `7epochs`, `0.5` epochs, `200steps` (optimizer steps)."""
+
+    value: float
+    unit: Literal["epochs", "steps"] = "epochs"
+
+    @classmethod
+    def parse(cls, text: str | float) -> "Duration":
+        """Read a duration. Raises ValueError on anything else, on a negative and on part of a step."""
+        match = re.fullmatch(r"\s*([0-9.eE+]+)\s*(epochs?|ep|steps?)?\s*", str(text))
+        if not match:
+            raise ValueError(f"'{text}' is not a duration such as 7, 0.5epochs or 200steps")
+        unit: Literal["epochs", "steps"] = "steps" if (match[2] or "").startswith("step") else "epochs"
+        value = float(match[1])
+        if not math.isfinite(value) or (unit == "steps" and value != int(value)):
+            raise ValueError(f"'{text}' is not a duration such as 7, 0.5epochs or 200steps")
+        return cls(value, unit)
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """The same length in optimizer steps, rounded to the nearest."""
+        return round(self.value * (steps_per_epoch if self.unit == "epochs" else 1))
+
+    def __str__(self) -> str:
+        return f"{self.value:g}" + ("steps" if self.unit == "steps" else "")
+
+
+def out_of_range(cfg: Any, low: float, high: float, *names: str, open_low: bool = False) -> Iterator[str]:
+    """One line for each named field that is set and not within [low, high] (or (low, high] if open_low)."""
+    for name in names:
+        value = getattr(cfg, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if item is None or (low < item <= high) or (item == low and not open_low):
+                continue
+            wanted = f"above {low:g}" if open_low else f"at least {low:g}"
+            wanted += "" if high == math.inf else f" and at most {high:g}"
+            yield f"--{name.replace('_', '-')} {item:g}: must be {wanted}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to learn from: images, split and batches."""
+
+    data: str | None = option(None, "--train-dir", positional=True)
+    """A folder with train/ and val/, or one folder of class folders, or a CSV manifest (path,label[,split])."""
+    val_dir: str | None = option(None, "--validation-dir")
+    """A separate folder of class folders for validation."""
+    val_split: float = option(0.2, "--train-val-split")
+    """Share of every class held out for validation where DATA is not split already."""
+    split_seed: int = 0
+    """Seed of that split."""
+    group_by: str | None = None
+    """Regular expression on the relative path; images whose matches are equal stay on one side of the split."""
+    batch_size: int = option(32, "-b", "--per-device-train-batch-size")
+    """Images in a batch, per process."""
+    eval_batch_size: int | None = option(None, "--per-device-eval-batch-size", "--val-batch-size")
+    """Images in an evaluation batch, per process (default: --batch-size)."""
+    drop_last: bool = False
+    """Leave the last, incomplete global batch of an epoch out; otherwise it is filled up from the epoch's start."""
+    workers: int | None = option(None, "-j", "--num-workers", "--dataloader-num-workers")
+    """Loader processes per training process (default: from cores and processes)."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        if self.data is None:
+            yield "DATA is missing: a folder of images with one sub-folder per class, or a CSV manifest"
+        if not 0 < self.val_split < 1:
+            yield f"--val-split {self.val_split:g}: must be between 0 and 1"
+        yield from out_of_range(self, 1, math.inf, "batch_size", "eval_batch_size")
+        yield from out_of_range(self, 0, 1024, "workers")
+        if self.group_by is not None:
+            try:
+                re.compile(self.group_by)
+            except re.error as error:
+                yield f"--group-by '{self.group_by}' is not a regular expression: {error}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """From a decoded image to the network's input, in training, evaluation and prediction alike."""
+
+    img_size: int | None = option(None, "--imgsz", "--image-size")
+    """Side of the square input in pixels (default: what the weights were trained for, 224)."""
+    resize: int | None = option(None, "--eval-resize", "--val-resize-size")
+    """Short side before the central crop, for --resize-mode crop (default: from the weights)."""
+    resize_mode: Literal["crop", "squash", "pad"] = "crop"
+    """crop: resize the short side and cut the centre; squash: ignore the aspect ratio; pad: fit the long side."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Filter of the (antialiased) resize."""
+    mean: tuple[float, ...] | None = None
+    """Mean of the three channels, 0..1 (default: from the weights, ImageNet's)."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of the three channels, 0..1 (default: from the weights, ImageNet's)."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        yield from out_of_range(self, 8, 4096, "img_size", "resize")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != 3:
+                yield f"--{name} has {len(values)} values: three are needed, one per channel"
+        yield from out_of_range(self, 0, 1, "mean")
+        yield from out_of_range(self, 0, 1, "std", open_low=True)
+        if self.resize is not None and self.resize_mode != "crop":
+            yield f"--resize applies to --resize-mode crop only, not to {self.resize_mode}"
+        if self.resize is not None and self.img_size is not None and self.resize < self.img_size:
+            yield f"--resize {self.resize} is below --img-size {self.img_size}: the crop would not fit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes to the training images; a pure function of seed, epoch and image."""
+
+    aug: Literal["none", "basic", "trivial", "randaug"] = option("basic", "--augment", "--aa")
+    """none: the evaluation geometry; basic: crop, flip and what is set below; trivial, randaug: that policy too."""
+    crop: Literal["random-resized", "random-pad"] = "random-resized"
+    """random-resized: a random area and aspect ratio; random-pad: resize, pad by --crop-padding, cut at random."""
+    crop_scale: tuple[float, ...] = (0.08, 1.0)
+    """Smallest and largest share of the area for random-resized."""
+    crop_padding: int = 4
+    """Pixels of black added on every side for random-pad."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    rotation: float = 0.0
+    """Largest rotation to either side, in degrees."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter, 0..1."""
+    erasing: float = option(0.0, "--random-erase", "--reprob")
+    """Probability of erasing a random rectangle (filled with the mean colour)."""
+    mixup: float = option(0.0, "--mixup-alpha")
+    """MixUp: parameter of Beta(a, a); 0 is off."""
+    cutmix: float = option(0.0, "--cutmix-alpha")
+    """CutMix: parameter of Beta(a, a); 0 is off. With MixUp also on, each pair takes one of the two."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        yield from out_of_range(self, 0, 1, "hflip", "erasing", "color_jitter")
+        yield from out_of_range(self, 0, 180, "rotation")
+        yield from out_of_range(self, 0, 100, "mixup", "cutmix")
+        yield from out_of_range(self, 0, 512, "crop_padding")
+        scale = self.crop_scale
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+            yield "--crop-scale needs two shares of the area such as 0.08,1.0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network."""
+
+    model: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = option("resnet50", "--arch")
+    """Which torchvision ResNet."""
+    weights: str = "DEFAULT"
+    """Pretrained weights: DEFAULT, IMAGENET1K_V1, IMAGENET1K_V2, none, or a .safetensors or .pth file."""
+    head: Literal["linear", "mlp", "concat-pool"] = "linear"
+    """linear; mlp (hidden layers with ReLU and dropout); concat-pool (average and max pooling, the deeper head)."""
+    head_hidden: tuple[int, ...] = (512,)
+    """Widths of the hidden layers of the heads mlp and concat-pool."""
+    dropout: float = option(0.0, "--drop")
+    """Dropout before the last layer (and in the hidden blocks of the deeper heads)."""
+    stem: Literal["standard", "small"] = "standard"
+    """standard: 7x7 stride 2 and max pooling; small: 3x3 stride 1, for images of about 32 pixels."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        if not 0 <= self.dropout < 1:
+            yield f"--dropout {self.dropout:g}: must be at least 0 and below 1"
+        yield from out_of_range(self, 1, 65536, "head_hidden")
+        if not self.head_hidden and self.head != "linear":
+            yield f"--head-hidden is empty: --head {self.head} needs at least one width, or take --head linear"
+        if self.stem == "small" and self.weights in ("DEFAULT", "IMAGENET1K_V1", "IMAGENET1K_V2"):
+            yield f"--stem small has no pretrained weights {self.weights}: add --weights none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and the learning rate of every parameter group."""
+
+    opt: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"] = option("sgd", "--optimizer")
+    """Optimizer."""
+    lr: float | None = option(None, "--learning-rate")
+    """Base learning rate, that of the head (default: by optimizer and by what learns)."""
+    lr_backbone: float | None = None
+    """Learning rate of everything but the head."""
+    lr_decay_per_stage: float | None = option(None, "--layer-decay")
+    """Factor from one stage to the next, from the head down to the stem."""
+    lr_groups: dict[str, float] | None = None
+    """Learning rates by stage, such as "stem=1e-5 layer4=1e-4 head=1e-3"; a stage left out has --lr."""
+    momentum: float | None = None
+    """Momentum of sgd and rmsprop (default: 0.9 for sgd, 0 for rmsprop)."""
+    nesterov: bool = False
+    """Nesterov momentum, for sgd."""
+    weight_decay: float | None = option(None, "--wd")
+    """Weight decay (default: 0.01 for adamw, 1e-4 for sgd, 0 for the others)."""
+    decay_norm_and_bias: bool = False
+    """Apply the weight decay to BatchNorm and biases too."""
+    clip_grad: float | None = option(None, "--clip-grad-norm", "--max-grad-norm")
+    """Clip the norm of the gradient to this."""
+    grad_accum: int = option(1, "--gradient-accumulation-steps", "--accumulate")
+    """Batches whose gradients are added up before an optimizer step."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        yield from out_of_range(self, 0, math.inf, "lr", "lr_backbone", "weight_decay")
+        yield from out_of_range(self, 0, math.inf, "clip_grad", open_low=True)
+        yield from out_of_range(self, 0, 1, "lr_decay_per_stage", open_low=True)
+        yield from out_of_range(self, 1, math.inf, "grad_accum")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            yield f"--momentum {self.momentum:g}: must be at least 0 and below 1"
+        if self.nesterov and (self.opt != "sgd" or self.momentum == 0):
+            yield "--nesterov needs --opt sgd with a --momentum above 0"
+        ways = {"lr_backbone", "lr_decay_per_stage", "lr_groups"}
+        given = sorted(f"--{w.replace('_', '-')}" for w in ways if getattr(self, w) is not None)
+        if len(given) > 1:
+            yield f"{' and '.join(given)} say the same thing in different ways: give one of them"
+        for stage, lr in (self.lr_groups or {}).items():
+            if stage not in STAGES:
+                yield f"--lr-groups: no stage '{stage}'; there are {', '.join(STAGES)}"
+            if not lr >= 0:
+                yield f"--lr-groups: {stage}={lr:g} must be at least 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rates change; counted in epochs or optimizer steps, within each phase."""
+
+    sched: Literal["step", "multistep", "cosine", "onecycle", "plateau", "constant"] = option("step", "--lr-scheduler")
+    """Schedule."""
+    lr_step_size: Duration = option(Duration(7), "--step-size", "--decay-epochs")
+    """step: length of a stair (7, or 200steps)."""
+    lr_gamma: float = option(0.1, "--gamma", "--decay-rate")
+    """step, multistep, plateau: factor at each stair."""
+    lr_milestones: tuple[Duration, ...] = option((Duration(30), Duration(60), Duration(90)), "--decay-milestones")
+    """multistep: when the stairs come."""
+    plateau_patience: int = option(2, "--patience-epochs")
+    """plateau: epochs without a lower validation loss before the rate falls."""
+    warmup: Duration = option(Duration(0), "--warmup-epochs", "--lr-warmup-epochs")
+    """Linear warm-up at the start of each phase, before the schedule (0.5, or 100steps)."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        yield from out_of_range(self, 0, 1, "lr_gamma", open_low=True)
+        yield from out_of_range(self, 0, math.inf, "plateau_patience")
+        if self.lr_step_size.value <= 0:
+            yield f"--lr-step-size {self.lr_step_size}: must be above 0"
+        if self.sched == "multistep" and not self.lr_milestones:
+            yield "--sched multistep needs --lr-milestones such as 5,8"
+        if self.sched == "onecycle" and self.warmup.value > 0:
+            yield "--sched onecycle warms up by itself: leave --warmup out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The loss."""
+
+    loss: Literal["ce", "focal"] = "ce"
+    """ce: cross-entropy; focal: focal loss, which turns from easy samples to hard ones."""
+    focal_gamma: float = 2.0
+    """Focusing parameter of the focal loss."""
+    label_smoothing: float = option(0.0, "--smoothing")
+    """Label smoothing of the cross-entropy, 0..1."""
+    class_weights: str = "none"
+    """none; balanced (inverse class frequency); or a TOML file with a weight for every class name."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        yield from out_of_range(self, 0, 1, "label_smoothing")
+        yield from out_of_range(self, 0, 100, "focal_gamma")
+        if self.loss == "focal" and self.label_smoothing:
+            yield "--label-smoothing belongs to --loss ce, not to focal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The length of the run, its seed and what it keeps."""
+
+    epochs: int = option(10, "--num-train-epochs")
+    """Epochs in all; the last phase takes what the phases before it leave."""
+    seed: int = 0
+    """Seed of initialisation, order, augmentation and dropout."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms (slower on GPUs)."""
+    threads: int | None = None
+    """CPU threads per process (default: cores divided by the processes of this machine)."""
+    best_metric: Literal["top1", "top5", "loss", "macro_f1"] = "top1"
+    """What decides which checkpoint is the best."""
+    ema: bool = option(False, "--model-ema")
+    """Keep an exponential moving average of the weights and evaluate it too."""
+    ema_decay: float = option(0.999, "--model-ema-decay")
+    """Decay of that average per optimizer step, warmed up as min(decay, (1 + step) / (10 + step))."""
+    patience: int = option(0, "--early-stopping-patience")
+    """End the phase after so many epochs without a better score; 0 is off."""
+    time_limit: float | None = None
+    """Stop after so many minutes, with everything written."""
+    log_every: int = option(10, "--log-interval", "--logging-steps", "--print-freq")
+    """Optimizer steps between two lines of metrics.jsonl."""
+    output_dir: str | None = option(None, "-o", "--output")
+    """The run folder (default: runs/<model>-<recipe>-<time>)."""
+    overwrite: bool = option(False, "--overwrite-output-dir")
+    """Replace the run that --output-dir holds."""
+    dry_run: bool = False
+    """Print the plan (what learns, learning rates, steps, batches) and stop."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        yield from out_of_range(self, 1, math.inf, "epochs", "threads", "log_every")
+        yield from out_of_range(self, 0, math.inf, "patience")
+        yield from out_of_range(self, 0, math.inf, "time_limit", open_low=True)
+        if not 0 <= self.ema_decay < 1:
+            yield f"--ema-decay {self.ema_decay:g}: must be at least 0 and below 1"
+        if not 0 <= self.seed < 2**63:
+            yield f"--seed {self.seed}: must be at least 0 and below 2^63"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One stretch of training in which the same parameters learn."""
+
+    epochs: int | None = None
+    """Length; the last phase takes the rest of --epochs."""
+    trainable: str = "all"
+    """What learns: all, head, stem, layer1..layer4, batchnorm, or patterns of parameter names; -NAME takes away."""
+    batch_norm_stats: Literal["update", "frozen"] | None = None
+    """BatchNorm statistics of the backbone (default: they update in the stages that learn)."""
+    lr_scale: float = 1.0
+    """Factor on every learning rate of this phase."""
+    backbone_lr_scale: float | None = None
+    """Learning rate of everything but the head, as a share of the head's."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        yield from out_of_range(self, 1, math.inf, "epochs")
+        yield from out_of_range(self, 0, math.inf, "lr_scale", "backbone_lr_scale")
+        if not self.trainable.split():
+            yield "--trainable is empty: name at least one stage, such as head"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Fine-tune a ResNet on a folder of images."""
+
+    recipe: str | None = None
+    data: DataConfig = DataConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    run: RunConfig = RunConfig()
+    phase: tuple[Phase, ...] = (Phase(),)
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is wrong, one line each."""
+        for section in dataclasses.fields(self):
+            if section.name not in ("recipe", "phase"):
+                yield from getattr(self, section.name).problems()
+        for number, phase in enumerate(self.phase, 1):
+            for problem in phase.problems():
+                yield problem if len(self.phase) == 1 else f"phase {number}: {problem}"
+        yield from self._across_sections()
+
+    def _across_sections(self) -> Iterator[str]:
+        if not self.phase:
+            yield "no [[phase]]: at least one is needed"
+        *earlier, _ = self.phase or (Phase(),)
+        for number, phase in enumerate(earlier, 1):
+            if phase.epochs is None:
+                yield f"phase {number}: only the last phase may leave its epochs out"
+        before = sum(phase.epochs or 0 for phase in earlier)
+        if before >= self.run.epochs:
+            yield f"--epochs {self.run.epochs}: the phases before the last take {before}, so at least {before + 1}"
+        if (self.augment.mixup or self.augment.cutmix) and self.data.batch_size % 2:
+            yield f"--batch-size {self.data.batch_size}: MixUp and CutMix pair images, so it must be even"
+
+    def with_phase_epochs(self) -> "TrainConfig":
+        """The same with the length of every phase written out."""
+        *earlier, last = self.phase
+        rest = self.run.epochs - sum(phase.epochs or 0 for phase in earlier)
+        return dataclasses.replace(self, phase=(*earlier, dataclasses.replace(last, epochs=rest)))

@@ -1,0 +1,334 @@
+"""Which images there are, of which class, in which split: from folders or from a CSV manifest."""
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from resnet_dist.config import DataConfig
+from resnet_dist.data.split import assign
+from resnet_dist.errors import DataError
+
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+NOT_DATA = {"__macosx", "thumbs.db", "desktop.ini"}
+
+
+class PathTable:
+    """Relative paths in two arrays instead of a list of str.
+
+    A million Python strings are copied into every loader process as their reference counts are touched; these
+    arrays are shared.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """The images of one split: paths relative to `root`, and targets int64 (n,), each an index into the classes."""
+
+    root: Path
+    paths: PathTable
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """All images of a data set. `classes` is in index order: sorted by name, taken from the training part."""
+
+    root: Path
+    classes: tuple[str, ...]
+    train: ImageTable
+    val: ImageTable
+    test: ImageTable
+    notes: tuple[str, ...] = ()
+
+    def part(self, split: str) -> ImageTable:
+        """The images of "train", "val" or "test"."""
+        return {"train": self.train, "val": self.val, "test": self.test}[split]
+
+
+@dataclass
+class _Found:
+    """Rows as they are found: (path relative to the root, label, split or None)."""
+
+    rows: list[tuple[str, str, str | None]] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_index(cfg: DataConfig) -> ImageIndex:
+    """Find the images that `cfg` names, split them where they are not split, and check the classes.
+
+    Raises DataError, in one line that names the folder, file or class, for whatever could not be trained on.
+    """
+    data = Path(cfg.data or "")
+    if not data.exists():
+        raise DataError(f"{data}: there is no such folder or manifest")
+    root, found = (data.parent, _read_manifest(data)) if data.is_file() else (data, _read_folder(data))
+    if cfg.val_dir is not None:
+        root, found = _with_val_dir(root, found, Path(cfg.val_dir))
+    if not found.rows:
+        raise DataError(f"{data}: no images found{_ignored_text(found)}; one sub-folder per class is expected")
+    return _index(root, found, cfg)
+
+
+def _index(root: Path, found: _Found, cfg: DataConfig) -> ImageIndex:
+    notes = list(found.notes)
+    if found.ignored:
+        notes.append(f"ignored{_ignored_text(found)}")
+    rows = sorted(found.rows)
+    splits = {split for _, _, split in rows}
+    if "val" not in splits and "test" in splits and "train" in splits:
+        notes.append("WARNING: there is no val split, so the test split is used for validation: its score is not a test score")
+        rows = [(path, label, "val" if split == "test" else split) for path, label, split in rows]
+    elif "val" not in splits:
+        rows, note = _split_here(rows, cfg)
+        notes.append(note)
+    classes = tuple(sorted({label for _, label, split in rows if split == "train"}))
+    _check_classes(rows, classes)
+    absent = [c for c in classes if c not in {label for _, label, split in rows if split == "val"}]
+    if absent:
+        notes.append(f"WARNING: no validation images for {_listed(absent)}; the class keeps its index")
+    parts = [_table(root, rows, classes, split) for split in ("train", "val", "test")]
+    return ImageIndex(root, classes, *parts, tuple(notes))
+
+
+def _split_here(rows: list[tuple[str, str, str | None]], cfg: DataConfig) -> tuple[list[tuple[str, str, str | None]], str]:
+    """Take the validation part out of the training rows; rows that are marked as test stay so."""
+    ours = [(path, label) for path, label, split in rows if split != "test"]
+    shares = {"val": cfg.val_split}
+    parts = assign([p for p, _ in ours], [label for _, label in ours], shares, cfg.split_seed, cfg.group_by)
+    split_rows: list[tuple[str, str, str | None]] = [(*row, part) for row, part in zip(ours, parts, strict=True)]
+    split_rows += [row for row in rows if row[2] == "test"]
+    held_out = sum(part == "val" for part in parts)
+    return sorted(split_rows), f"{held_out} of {len(ours)} images held out for validation (seed {cfg.split_seed})"
+
+
+def _check_classes(rows: list[tuple[str, str, str | None]], classes: tuple[str, ...]) -> None:
+    if len(classes) < 2:
+        names = f"only one, '{classes[0]}'" if classes else "none"
+        raise DataError(f"at least two classes with training images are needed, there is {names}")
+    for split in ("val", "test"):
+        unknown = {label for _, label, part in rows if part == split} - set(classes)
+        if unknown:
+            raise DataError(f"{split} has {_listed(sorted(unknown))}, unknown to train: add training images or take it out")
+
+
+def _table(root: Path, rows: Sequence[tuple[str, str, str | None]], classes: tuple[str, ...], split: str) -> ImageTable:
+    number = {name: index for index, name in enumerate(classes)}
+    ours = [(path, number[label]) for path, label, part in rows if part == split]
+    targets = np.array([target for _, target in ours], dtype=np.int64)
+    return ImageTable(root, PathTable([path for path, _ in ours]), targets)
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:most])
+    return f"class {shown}" + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _ignored_text(found: _Found) -> str:
+    kinds = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in sorted(found.ignored.items()))
+    return f" (files that are not read as images: {kinds})" if kinds else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def _read_folder(root: Path) -> _Found:
+    """train/ val/ test/ of class folders, or class folders themselves."""
+    found = _Found()
+    split_folders = _split_folders(root)
+    if "train" not in split_folders:
+        _read_classes(root, root, None, found)
+        return found
+    for split, folder in split_folders.items():
+        _read_classes(root, folder, split, found)
+    if "val" not in split_folders and "test" not in split_folders:
+        found.rows = [(path, label, None) for path, label, _ in found.rows]
+    return found
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders that are splits by their names, if they hold folders: a class may be called "train" too."""
+    folders = {}
+    for entry in _entries(root):
+        split = next((split for split, names in SPLIT_NAMES.items() if entry.name.lower() in names), None)
+        if split is None or not entry.is_dir() or not any(inner.is_dir() for inner in _entries(Path(entry.path))):
+            continue
+        if split in folders:
+            raise DataError(f"{root}: both '{folders[split].name}' and '{entry.name}' could be the {split} split: remove one")
+        folders[split] = Path(entry.path)
+    return folders
+
+
+def _read_classes(root: Path, folder: Path, split: str | None, found: _Found) -> None:
+    """Each sub-folder is a class, with the images anywhere below it."""
+    for entry in _entries(folder):
+        if not entry.is_dir():
+            found.ignored[Path(entry.name).suffix.lower()] += 1
+            continue
+        before = len(found.rows)
+        for path in _images_below(Path(entry.path), found):
+            found.rows.append((os.path.relpath(path, root), entry.name, split))
+        if len(found.rows) == before and split in ("train", None):
+            raise DataError(f"{entry.path}: a class folder without images{_ignored_text(found)}; fill it or remove it")
+
+
+def _images_below(folder: Path, found: _Found, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    """Image files below a folder, links followed but never around a loop."""
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        found.notes.append(f"WARNING: {folder} is a link to a folder above it: not followed")
+        return
+    for entry in _entries(folder):
+        if entry.is_dir():
+            yield from _images_below(Path(entry.path), found, above | {here})
+        elif Path(entry.name).suffix.lower() in EXTENSIONS:
+            yield entry.path
+        else:
+            found.ignored[Path(entry.name).suffix.lower()] += 1
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, sorted, without hidden files and the droppings of file managers."""
+    try:
+        with os.scandir(folder) as entries:
+            kept = [e for e in entries if not e.name.startswith(".") and e.name.lower() not in NOT_DATA]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
+    return sorted(kept, key=lambda entry: entry.name)
+
+
+def _with_val_dir(root: Path, found: _Found, val_dir: Path) -> tuple[Path, _Found]:
+    """The training part of what was found and, as validation, the class folders of `val_dir`."""
+    if not val_dir.is_dir():
+        raise DataError(f"{val_dir}: there is no such folder (--val-dir)")
+    common = Path(os.path.commonpath([root.absolute(), val_dir.absolute()]))
+    joined = _Found(ignored=found.ignored, notes=found.notes)
+    for path, label, split in found.rows:
+        if split in ("train", None):
+            joined.rows.append((os.path.relpath(root.absolute() / path, common), label, "train"))
+    _read_classes(common, val_dir.absolute(), "val", joined)
+    return common, joined
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Manifests
+
+
+def _read_manifest(file: Path) -> _Found:
+    """Rows of a CSV with a header of path, label and maybe split. Paths are relative to the file's folder."""
+    found = _Found()
+    try:
+        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+            reader = csv.DictReader(stream)
+            columns = reader.fieldnames or []
+            if not {"path", "label"} <= set(columns):
+                raise DataError(f"{file}: a manifest is a CSV with the columns path,label[,split]; this one has {','.join(columns)}")
+            for number, row in enumerate(reader, 2):
+                found.rows.append(_manifest_row(file, number, row))
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    except csv.Error as error:
+        raise DataError(f"{file}: not a CSV file ({error})") from None
+    duplicates = [path for path, count in Counter(path for path, _, _ in found.rows).items() if count > 1]
+    if duplicates:
+        raise DataError(f"{file}: '{duplicates[0]}' is listed more than once")
+    unsplit = sum(split is None for _, _, split in found.rows)
+    if 0 < unsplit < len(found.rows):
+        raise DataError(f"{file}: {unsplit} of {len(found.rows)} rows have no split: give all of them one, or none")
+    return found
+
+
+def _manifest_row(file: Path, number: int, row: dict[str, str]) -> tuple[str, str, str | None]:
+    path, label, split = row["path"], row["label"], (row.get("split") or "").strip().lower()
+    if not path or not label:
+        raise DataError(f"{file}, line {number}: path and label must not be empty")
+    known = next((name for name, spellings in SPLIT_NAMES.items() if split in spellings), None)
+    if split and known is None:
+        raise DataError(f"{file}, line {number}: split '{split}' is not one of {', '.join(SPLIT_NAMES)}")
+    return path, label, known
+
+
+def write_manifest(file: Path, index: ImageIndex) -> None:
+    """The split that is used, as a manifest: path (relative to the root of the index), label, split."""
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(("path", "label", "split"))
+        for split in ("train", "val", "test"):
+            part = index.part(split)
+            for path, target in zip(part.paths, part.targets.tolist(), strict=True):
+                writer.writerow((path, index.classes[target], split))
+
+
+def read_part(data: Path, split: str, classes: Sequence[str], root: Path | None = None) -> ImageTable:
+    """One split of a folder or manifest, with the class indices of a trained model.
+
+    A folder without splits, or a manifest without a split column, is taken whole. `root` is where a manifest's
+    relative paths start (default: its own folder). Raises DataError for a class that the model does not know.
+    """
+    if not data.exists():
+        raise DataError(f"{data}: there is no such folder or manifest")
+    found = _read_manifest(data) if data.is_file() else _read_folder(data)
+    rows = sorted((row for row in found.rows if row[2] in (split, None)), key=lambda row: row[0])
+    if not rows:
+        raise DataError(f"{data}: no images in the {split} split{_ignored_text(found)}")
+    unknown = {label for _, label, _ in rows} - set(classes)
+    if unknown:
+        raise DataError(f"{data}: {_listed(sorted(unknown))}, unknown to the model, which has {_listed(list(classes))}")
+    marked: list[tuple[str, str, str | None]] = [(path, label, split) for path, label, _ in rows]
+    return _table(root or (data.parent if data.is_file() else data), marked, tuple(classes), split)
+
+
+def class_rows(folder: Path) -> list[tuple[str, str]]:
+    """(path, label) of the images of a folder of class folders. Raises DataError."""
+    found = _Found()
+    _read_classes(folder, folder, None, found)
+    if not found.rows:
+        raise DataError(f"{folder}: no images found{_ignored_text(found)}; one sub-folder per class is expected")
+    return sorted((path, label) for path, label, _ in found.rows)
+
+
+def flat_rows(folder: Path, pattern: str) -> list[tuple[str, str]]:
+    """(path, label) of the images below a flat folder, the label being the first group of `pattern` in the file name.
+
+    Raises DataError naming the first file that the pattern does not fit.
+    """
+    found, rows = _Found(), []
+    for path in _images_below(folder, found):
+        match = re.search(pattern, Path(path).name)
+        if match is None or not match[1]:
+            raise DataError(f"{path}: --label-by '{pattern}' finds no label in this name")
+        rows.append((os.path.relpath(path, folder), match[1]))
+    if not rows:
+        raise DataError(f"{folder}: no images found{_ignored_text(found)}")
+    return sorted(rows)

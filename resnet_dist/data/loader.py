@@ -1,0 +1,203 @@
+"""Batches for one process: which samples, in which order, loaded by how many helpers."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from export.predict import Preprocessing, fit
+from resnet_dist.config import AugmentConfig
+from resnet_dist.data.decode import load_image
+from resnet_dist.data.index import ImageTable
+from resnet_dist.data.transforms import Batch, augment, mix_of_pair, sample_key, training_pixels
+from resnet_dist.errors import DataError, UsageError
+
+Key = tuple[int, int]  # (epoch, position in the table): what the sampler sends to the loader processes
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process takes of every global batch.
+
+    A global batch is one optimizer step: `world * accumulate` batches of `batch_size`, and the samples of micro-step
+    `m` on process `rank` are the block number `m * world + rank` of it. So the samples of a step depend on the global
+    batch size alone, not on how processes and accumulation make it up.
+    """
+
+    batch_size: int
+    accumulate: int = 1
+    world: int = 1
+    rank: int = 0
+
+    @property
+    def global_batch(self) -> int:
+        """Samples in an optimizer step, all processes and micro-steps together."""
+        return self.batch_size * self.accumulate * self.world
+
+
+def epoch_order(samples: int, seed: int, epoch: int, global_batch: int, drop_last: bool) -> np.ndarray:
+    """The samples of an epoch in order, int64, a whole number of global batches: a function of its arguments alone.
+
+    Each sample comes once; then the last batch is filled up from the start of the order, or, with `drop_last`, left out.
+    """
+    generator = torch.Generator().manual_seed(sample_key(seed, epoch, -1))
+    order = torch.randperm(samples, generator=generator).numpy()
+    steps = samples // global_batch if drop_last else -(-samples // global_batch)
+    return np.resize(order, steps * global_batch)
+
+
+class TrainBatches(Sampler[list[Key]]):
+    """The batches of one process in one epoch, from any optimizer step on."""
+
+    def __init__(self, samples: int, seed: int, share: Share, drop_last: bool) -> None:
+        self.samples, self.seed, self.share, self.drop_last = samples, seed, share, drop_last
+        self.epoch = self.first_step = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        size = self.share.global_batch
+        return self.samples // size if self.drop_last else -(-self.samples // size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        share = self.share
+        order = epoch_order(self.samples, self.seed, self.epoch, share.global_batch, self.drop_last)
+        blocks = order.reshape(-1, share.accumulate, share.world, share.batch_size)[self.first_step :, :, share.rank]
+        return ([(self.epoch, index) for index in block.tolist()] for block in blocks.reshape(-1, share.batch_size))
+
+    def __len__(self) -> int:
+        return (self.steps_per_epoch - self.first_step) * self.share.accumulate
+
+
+class TrainImages(Dataset[Batch]):
+    """Training samples by (epoch, position), a whole batch at a time."""
+
+    def __init__(self, table: ImageTable, spec: Preprocessing, cfg: AugmentConfig, seed: int) -> None:
+        self.table, self.spec, self.cfg, self.seed = table, spec, cfg, seed
+        self.transform = augment(cfg, spec)
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch | DataError:
+        """The batch, or the error instead of it: raised in a loader process it would arrive wrapped in a traceback."""
+        try:
+            return self._batch(keys)
+        except DataError as error:
+            return error
+
+    def _batch(self, keys: Sequence[Key]) -> Batch:
+        size = self.spec.img_size
+        images = np.empty((len(keys), size, size, 3), np.uint8)
+        flips = []
+        sample_keys = [sample_key(self.seed, epoch, index) for epoch, index in keys]
+        for row, (_, index) in enumerate(keys):
+            image = load_image(self.table, index)
+            images[row], flip = training_pixels(image, sample_keys[row], self.transform, self.cfg, self.spec)
+            flips.append(flip)
+        batch = _batch_of(self.table, images, [index for _, index in keys], sample_keys)
+        batch.flip = torch.tensor(flips) if any(flips) else None
+        if self.cfg.mixup or self.cfg.cutmix:
+            rows = [mix_of_pair(sample_keys[row - row % 2], self.cfg, size) for row in range(len(keys))]
+            batch.mix = torch.tensor(rows, dtype=torch.float32)
+        return batch
+
+
+class EvalImages(Dataset[Batch]):
+    """Samples by position in the evaluation geometry, a whole batch at a time."""
+
+    def __init__(self, table: ImageTable, spec: Preprocessing) -> None:
+        self.table, self.spec = table, spec
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
+        """The batch, or the error instead of it (see TrainImages)."""
+        try:
+            images = np.stack([fit(load_image(self.table, index), self.spec) for index in positions])
+        except DataError as error:
+            return error
+        return _batch_of(self.table, images, positions, [0] * len(positions))
+
+
+def _batch_of(table: ImageTable, images: np.ndarray, positions: Sequence[int], keys: Sequence[int]) -> Batch:
+    index = torch.tensor(positions, dtype=torch.int64)
+    targets = torch.from_numpy(table.targets)[index]
+    return Batch(torch.from_numpy(images), targets, index, torch.tensor(keys, dtype=torch.int64))
+
+
+class TrainLoader:
+    """The training batches of this process, an optimizer step at a time."""
+
+    def __init__(self, images: TrainImages, batches: TrainBatches, workers: int, pin_memory: bool) -> None:
+        if batches.steps_per_epoch == 0:
+            raise UsageError(
+                f"--drop-last leaves nothing: {batches.samples} training images do not fill one global batch "
+                f"of {batches.share.global_batch}"
+            )
+        self.images, self.batches = images, batches
+        self._loader = _loader(images, workers, pin_memory, batch_sampler=batches)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return self.batches.steps_per_epoch
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimizer step of an epoch, from `first_step` on. Raises DataError."""
+        self.batches.epoch, self.batches.first_step = epoch, first_step
+        arriving = _checked(self._loader)
+        while step := list(islice(arriving, self.batches.share.accumulate)):
+            yield step
+
+
+class EvalLoader:
+    """The evaluation batches of this process: a contiguous part of the table, maybe none, every sample once."""
+
+    def __init__(
+        self, images: EvalImages, batch_size: int, workers: int, pin_memory: bool, world: int = 1, rank: int = 0
+    ) -> None:
+        self.samples = len(images.table)
+        self.per_process = -(-self.samples // world)
+        positions = range(self.samples)[rank * self.per_process : (rank + 1) * self.per_process]
+        batches = [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
+        self._loader = _loader(images, min(workers, len(batches)), pin_memory, batch_sampler=batches)
+        self.batches = len(batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _checked(self._loader)
+
+
+def _loader(images: Dataset[Batch], workers: int, pin_memory: bool, batch_sampler: Any) -> DataLoader[Batch]:
+    return DataLoader(
+        images,
+        batch_sampler=batch_sampler,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _checked(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def default_workers(device: torch.device, processes_here: int) -> int:
+    """Loader processes per training process where none are asked for.
+
+    On GPUs, the cores divided by the processes of this machine, at most 16. On a CPU the network needs the cores
+    itself (decoding is a few percent of its time): none below 8 cores per process, then 2.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // processes_here)
+    if device.type == "cpu":
+        return 0 if share < 8 else 2
+    return min(share, 16)

@@ -1,0 +1,73 @@
+"""Train, validation and test parts that do not depend on the order of files and hardly on later additions."""
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from resnet_dist.errors import DataError
+
+
+def assign(
+    paths: Sequence[str],
+    labels: Sequence[str],
+    shares: Mapping[str, float],
+    seed: int,
+    group_by: str | None = None,
+) -> list[str]:
+    """The part of every image: a key of `shares` (such as "val") or "train".
+
+    Stratified: of each class, `round(share * images)`, at least one, goes to each part with a share above 0. Within a
+    class the images stand in the order of a hash of seed and path, so that neither the order of listing nor the
+    operating system matters, and images added later move few of the old ones. With `group_by`, a regular expression
+    on the path, images with equal matches stay together, and the shares hold as nearly as the groups allow.
+
+    Raises DataError where a class (or, with groups, the data) is too small for the parts asked for.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, path in enumerate(paths):
+        groups[_group(path, group_by)].append(index)
+    ordered = sorted(groups.values(), key=lambda members: _rank(seed, _group(paths[members[0]], group_by)))
+    parts = ["train"] * len(paths)
+    sizes = Counter(labels)
+    wanted = {part: _wanted(sizes, share, part) for part, share in shares.items() if share > 0}
+    _check_sizes(sizes, wanted)
+    for part, missing in wanted.items():
+        for members in ordered:
+            counts = Counter(labels[index] for index in members)
+            useful = sum(min(count, missing[label]) for label, count in counts.items())
+            if parts[members[0]] == "train" and 2 * useful > len(members):
+                for index in members:
+                    parts[index] = part
+                missing.subtract(counts)
+    if group_by is not None:
+        _check_groups(labels, parts, ["train", *wanted])
+    return parts
+
+
+def _group(path: str, pattern: str | None) -> str:
+    match = re.search(pattern, path) if pattern is not None else None
+    return path if match is None else "\0".join(match.groups(default="") or (match[0],))
+
+
+def _rank(seed: int, group: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{group}".encode(errors="surrogateescape")).digest()
+
+
+def _wanted(sizes: Mapping[str, int], share: float, part: str) -> Counter[str]:
+    return Counter({label: max(1, round(share * size)) for label, size in sizes.items()})
+
+
+def _check_sizes(sizes: Mapping[str, int], wanted: Mapping[str, Counter[str]]) -> None:
+    for label, size in sizes.items():
+        if size <= sum(missing[label] for missing in wanted.values()):
+            parts = " and ".join(["train", *wanted])
+            raise DataError(f"class '{label}' has {size} image{'s' if size > 1 else ''}: too few for {parts} in these shares")
+
+
+def _check_groups(labels: Sequence[str], parts: Sequence[str], names: Sequence[str]) -> None:
+    there = set(zip(labels, parts, strict=True))
+    for label in sorted(set(labels)):
+        absent = [part for part in names if (label, part) not in there]
+        if absent:
+            raise DataError(f"class '{label}' has too few groups: none is left for {' and '.join(absent)}")

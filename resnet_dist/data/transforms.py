@@ -1,0 +1,162 @@
+"""From a decoded image to the network's input: random geometry on uint8 on the host, the rest on the device.
+
+Everything random about a sample is a pure function of (seed, epoch, sample): neither loader processes nor the number
+of training processes nor an interruption can change it.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from export.predict import Preprocessing, fit
+from resnet_dist.config import AugmentConfig
+
+_MASK = (1 << 64) - 1
+IMAGENET = Preprocessing()
+
+
+def sample_key(seed: int, epoch: int, index: int) -> int:
+    """A 63-bit key of a sample in an epoch (splitmix64's finaliser over the three numbers; Steele et al. 2014)."""
+    key = 0
+    for part in (seed, epoch, index):
+        key = (key ^ part) + 0x9E3779B97F4A7C15 & _MASK
+        key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        key = (key ^ key >> 27) * 0x94D049BB133111EB & _MASK
+        key ^= key >> 31
+    return key >> 1
+
+
+def augment(cfg: AugmentConfig, spec: Preprocessing) -> v2.Transform | None:
+    """The random geometry and colour of one training image, uint8 (3, H, W) to uint8 (3, img_size, img_size).
+
+    None where the evaluation geometry is used instead (`--aug none`).
+    """
+    if cfg.aug == "none":
+        return None
+    filter_ = v2.InterpolationMode(spec.interpolation)
+    steps: list[v2.Transform] = []
+    if cfg.crop == "random-resized":
+        steps.append(v2.RandomResizedCrop(spec.img_size, scale=cfg.crop_scale, interpolation=filter_, antialias=True))
+    else:
+        steps.append(v2.RandomCrop(spec.img_size, padding=cfg.crop_padding))
+    if cfg.aug == "trivial":
+        steps.append(v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR, fill=list(spec.fill)))
+    if cfg.aug == "randaug":
+        steps.append(v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR, fill=list(spec.fill)))
+    if cfg.color_jitter:
+        steps.append(v2.ColorJitter(*[cfg.color_jitter] * 3))
+    if cfg.rotation:
+        steps.append(v2.RandomRotation(cfg.rotation, interpolation=v2.InterpolationMode.BILINEAR, fill=list(spec.fill)))
+    if cfg.erasing:
+        steps.append(v2.RandomErasing(cfg.erasing, value=list(spec.fill)))
+    return v2.Compose(steps)
+
+
+def training_pixels(
+    image: Image.Image, key: int, transform: v2.Transform | None, cfg: AugmentConfig, spec: Preprocessing
+) -> tuple[np.ndarray, bool]:
+    """The pixels of one training sample, uint8 (img_size, img_size, 3), and whether the device is to flip them."""
+    if transform is None:
+        return fit(image, spec), False
+    torch.default_generator.manual_seed(key)
+    flip = bool(torch.rand(()) < cfg.hflip)
+    pixels = np.array(fit(image, spec) if cfg.crop == "random-pad" else image)
+    changed = transform(torch.from_numpy(pixels).permute(2, 0, 1))
+    return changed.permute(1, 2, 0).numpy(), flip
+
+
+def mix_of_pair(key: int, cfg: AugmentConfig, size: int) -> tuple[float, int, int, int, int]:
+    """How a pair of samples is mixed: the share of the own image, and the box (left, top, right, bottom) of CutMix.
+
+    MixUp (Zhang et al. 2018) has an empty box; CutMix (Yun et al. 2019) takes the box from the partner, its share being
+    the area left. The share is at least a half, so that a sample's own label is also its main one.
+    """
+    draw = random.Random(key)
+    use_cutmix = cfg.cutmix > 0 and (cfg.mixup == 0 or draw.random() < 0.5)
+    alpha = cfg.cutmix if use_cutmix else cfg.mixup
+    share = draw.betavariate(alpha, alpha)
+    share = max(share, 1 - share)
+    if not use_cutmix:
+        return share, 0, 0, 0, 0
+    side = size * math.sqrt(1 - share)
+    x, y = draw.random() * size, draw.random() * size
+    left, right = (min(max(round(x + half), 0), size) for half in (-side / 2, side / 2))
+    top, bottom = (min(max(round(y + half), 0), size) for half in (-side / 2, side / 2))
+    return 1 - (right - left) * (bottom - top) / size**2, left, top, right, bottom
+
+
+@dataclass
+class Batch:
+    """Samples on their way to the network.
+
+    Attributes:
+        images: uint8 (B, img_size, img_size, 3).
+        targets: int64 (B,), class indices.
+        index: int64 (B,), positions in the table of images.
+        keys: int64 (B,), `sample_key` of each in training, 0 in evaluation.
+        flip: bool (B,), to be mirrored on the device.
+        mix: float32 (B, 5), rows of `mix_of_pair` (equal within a pair of neighbours), or None.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    index: torch.Tensor
+    keys: torch.Tensor
+    flip: torch.Tensor | None = None
+    mix: torch.Tensor | None = None
+
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory (the loader calls this)."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device, copied without waiting."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return Batch(**{name: None if tensor is None else change(tensor) for name, tensor in vars(self).items()})
+
+    @property
+    def partners(self) -> torch.Tensor:
+        """int64 (B,), the targets of the sample that each is mixed with."""
+        return swap_pairs(self.targets)
+
+
+def swap_pairs(values: torch.Tensor) -> torch.Tensor:
+    """Rows 2k and 2k + 1 exchanged; the number of rows is even."""
+    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+class ToInput:
+    """On the device: uint8 batches to the float input of the network, flipped, normalised and mixed."""
+
+    def __init__(self, spec: Preprocessing, device: torch.device) -> None:
+        self.mean = torch.tensor(spec.mean, dtype=torch.float32, device=device)
+        self.std = torch.tensor(spec.std, dtype=torch.float32, device=device)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """float32 (B, 3, img_size, img_size) in channels_last order; bit-equal to `export.predict.normalise`."""
+        images = batch.images
+        if batch.flip is not None:
+            images = torch.where(batch.flip[:, None, None, None], images.flip(2), images)
+        values = images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        if batch.mix is not None:
+            values = _mix(values, batch.mix)
+        return values.permute(0, 3, 1, 2)
+
+
+def _mix(values: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+    """MixUp or CutMix of neighbouring pairs; float32 (B, S, S, 3) and (B, 5)."""
+    share, left, top, right, bottom = (column[:, None, None, None] for column in mix.unbind(1))
+    place = torch.arange(values.shape[1], device=values.device)
+    y, x = place[None, :, None, None], place[None, None, :, None]
+    inside = (x >= left) & (x < right) & (y >= top) & (y < bottom)
+    is_cutmix = right > left
+    own = torch.where(is_cutmix, (~inside).to(values.dtype), share)
+    return own * values + (1 - own) * swap_pairs(values)

@@ -1,0 +1,51 @@
+"""The errors a user can meet. Each is one line on the terminal and one documented exit code.
+
+ResnetDistError            1   (not raised itself; an exception outside this tree is a bug, also 1)
+├── UsageError             2   a flag, a config file or a combination of them is wrong
+├── DataError              3   the images, labels or manifest are wrong
+├── MachineError           4   disk, permission, network, device or launcher
+├── NonFiniteError         5   the loss or a gradient became NaN or infinite
+└── ArtifactError          6   a checkpoint, weights file or exported model is not what it should be
+"""
+
+from collections.abc import Sequence
+
+
+class ResnetDistError(Exception):
+    """Root of the tree. `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+
+class UsageError(ResnetDistError):
+    """A flag, a config file, or a combination of them is wrong. Carries every problem found, not the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(ResnetDistError):
+    """The images, their labels or the manifest are wrong."""
+
+    exit_code = 3
+
+
+class MachineError(ResnetDistError):
+    """Disk, permission, network, device or launcher: the machine, not the data."""
+
+    exit_code = 4
+
+
+class NonFiniteError(ResnetDistError):
+    """The loss or a gradient became NaN or infinite."""
+
+    exit_code = 5
+
+
+class ArtifactError(ResnetDistError):
+    """A checkpoint, weights file or exported model is not what it should be."""
+
+    exit_code = 6

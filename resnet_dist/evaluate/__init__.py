@@ -1,0 +1,1 @@
+"""What a model makes of images: one record per sample first, every metric from those."""

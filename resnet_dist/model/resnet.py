@@ -1,0 +1,94 @@
+"""Build a torchvision ResNet with one of our heads and stems, and say which stage a parameter belongs to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from resnet_dist.config import ARCHITECTURES, ModelConfig
+from resnet_dist.model.head import ConcatPool, LinearHead, deep_head, mlp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a network is made of: enough to build it again. Stored in every checkpoint."""
+
+    name: str
+    stem: str
+    head: str
+    head_hidden: tuple[int, ...]
+    dropout: float
+    num_classes: int
+
+    @classmethod
+    def of(cls, cfg: ModelConfig, num_classes: int) -> "Architecture":
+        """The architecture that the settings ask for."""
+        hidden = () if cfg.head == "linear" else cfg.head_hidden
+        return cls(
+            name=cfg.model, stem=cfg.stem, head=cfg.head, head_hidden=hidden, dropout=cfg.dropout, num_classes=num_classes
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: `architecture`, `stem` and `head`, as a checkpoint stores them."""
+        head = {"name": self.head, "hidden": list(self.head_hidden), "dropout": self.dropout}
+        return {"architecture": self.name, "stem": self.stem, "head": head}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], num_classes: int) -> "Architecture":
+        """From the stored form. Raises ValueError where it is not one that can be built."""
+        head = values.get("head")
+        if values.get("architecture") not in ARCHITECTURES or values.get("stem") not in ("standard", "small"):
+            raise ValueError(f"unknown architecture {values.get('architecture')!r} or stem {values.get('stem')!r}")
+        if not isinstance(head, dict) or head.get("name") not in ("linear", "mlp", "concat-pool"):
+            raise ValueError(f"unknown head {head!r}")
+        hidden, dropout = head.get("hidden"), head.get("dropout")
+        if not isinstance(hidden, list) or not all(type(n) is int and 0 < n <= 65536 for n in hidden) or len(hidden) > 16:
+            raise ValueError(f"hidden widths of the head {hidden!r} are not a short list of whole numbers")
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout {dropout!r} is not in 0..1")
+        return cls(
+            name=values["architecture"],
+            stem=values["stem"],
+            head=head["name"],
+            head_hidden=tuple(hidden),
+            dropout=float(dropout),
+            num_classes=num_classes,
+        )
+
+
+def build(architecture: Architecture) -> nn.Module:
+    """A torchvision ResNet (He et al. 2015; the v1.5 bottleneck) with random weights.
+
+    Input float32 (B, 3, H, W); output logits (B, num_classes). With the linear head and the standard stem, names and
+    shapes of all parameters are torchvision's own.
+    """
+    model: nn.Module = getattr(torchvision.models, architecture.name)(weights=None)
+    if architecture.stem == "small":
+        model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    features = int(model.fc.in_features)  # type: ignore[union-attr, arg-type]
+    classes, hidden, dropout = architecture.num_classes, architecture.head_hidden, architecture.dropout
+    if architecture.head == "linear":
+        model.fc = LinearHead(features, classes, dropout)
+    elif architecture.head == "mlp":
+        model.fc = mlp(features, hidden, classes, dropout)
+    else:
+        model.avgpool = ConcatPool()
+        model.fc = deep_head(2 * features, hidden, classes, dropout)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def empty(architecture: Architecture) -> nn.Module:
+    """The same network without memory for its weights: for names, shapes and counting."""
+    with torch.device("meta"):
+        return build(architecture)
+
+
+def stage_of(name: str) -> str:
+    """The stage that a parameter or module belongs to: stem, layer1..layer4 or head."""
+    first = name.split(".")[0]
+    return {"conv1": "stem", "bn1": "stem", "fc": "head"}.get(first, first)

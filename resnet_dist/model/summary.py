@@ -1,0 +1,67 @@
+"""What a network consists of: layers, output shapes, parameters, and FLOPs as torch's own counter counts them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer that does something.
+
+    `shape` is its output without the batch, `flops` those of a forward of one image (2 per multiply-add).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    trainable: int
+    flops: int
+
+
+def summarise(model: nn.Module, img_size: int) -> list[Layer]:
+    """The layers of a network in the order in which they run, for one image of (3, img_size, img_size).
+
+    Nothing is computed if the model is on the meta device; its mode is left as it was.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    names = {module: name for name, module in _leaves(model)}
+
+    def note_shape(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        shapes[names[module]] = tuple(output.shape[1:])
+
+    hooks = [module.register_forward_hook(note_shape) for module in names]
+    was_training = model.training
+    device = next(model.parameters()).device
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.eval()(torch.empty(1, 3, img_size, img_size, device=device))
+    model.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    flops = _flops_by_layer(counter)
+    modules = {name: module for module, name in names.items()}
+    return [_layer(name, modules[name], shape, flops.get(name, 0)) for name, shape in shapes.items()]
+
+
+def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with parameters of their own or without children."""
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None or not any(module.children()):
+            yield name, module
+
+
+def _flops_by_layer(counter: FlopCounterMode) -> dict[str, int]:
+    counts: dict[str, dict[Any, int]] = counter.get_flop_counts()
+    return {name.partition(".")[2]: sum(by_operation.values()) for name, by_operation in counts.items()}
+
+
+def _layer(name: str, module: nn.Module, shape: tuple[int, ...], flops: int) -> Layer:
+    own = list(module.parameters(recurse=False))
+    trainable = sum(p.numel() for p in own if p.requires_grad)
+    return Layer(name, type(module).__name__, shape, sum(p.numel() for p in own), trainable, flops)

@@ -1,0 +1,171 @@
+"""Where weights come from: torchvision's, by name, checked by hash; or the user's file, never unpickled unsafely."""
+
+import hashlib
+import json
+import pickle  # noqa: TID251 - the name of the error that torch.load raises
+import re
+import socket
+import urllib.error
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from export.predict import Preprocessing
+from resnet_dist.config import ARCHITECTURES, ModelConfig
+from resnet_dist.errors import ArtifactError, MachineError, UsageError
+from resnet_dist.model.resnet import Architecture, empty, stage_of
+
+DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
+NAMES = ("DEFAULT", "IMAGENET1K_V1", "IMAGENET1K_V2")
+Tensors = Mapping[str, torch.Tensor]
+
+
+def named_weights(cfg: ModelConfig) -> torchvision.models.WeightsEnum | None:
+    """torchvision's entry for the weights that are asked for; None for `none` and for a file.
+
+    Raises UsageError where this architecture has no such weights.
+    """
+    if cfg.weights not in NAMES:
+        return None
+    known = torchvision.models.get_model_weights(cfg.model)
+    if cfg.weights not in known.__members__:
+        raise UsageError(f"--weights {cfg.weights}: {cfg.model} has {', '.join(known.__members__)}")
+    return known[cfg.weights]
+
+
+def preprocessing_of(weights: torchvision.models.WeightsEnum | None) -> Preprocessing:
+    """The preprocessing that the weights were trained for; ImageNet's usual one where that is not known."""
+    if weights is None:
+        return Preprocessing()
+    made = weights.transforms()
+    return Preprocessing(
+        img_size=made.crop_size[0],
+        resize=made.resize_size[0],
+        interpolation=made.interpolation.value,
+        mean=tuple(made.mean),
+        std=tuple(made.std),
+    )
+
+
+def preprocessing_in(file: Path) -> Preprocessing:
+    """The preprocessing that a checkpoint of resnet-dist names in its metadata; ImageNet's for any other file."""
+    if file.suffix != ".safetensors":
+        return Preprocessing()
+    try:
+        with safe_open(file, framework="pt") as opened:
+            stored = (opened.metadata() or {}).get("resnet_dist")
+        return Preprocessing.from_dict(json.loads(stored)["preprocessing"]) if stored else Preprocessing()
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{file}: its description cannot be read ({error})") from None
+
+
+def cached_file(url: str) -> Path:
+    """Where torch keeps the download of `url` (TORCH_HOME is honoured)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+
+
+def download(url: str) -> Path:
+    """The file behind `url`, from torch's cache or downloaded into it; its hash is checked either way.
+
+    torchvision puts the first 8 hex digits of the sha256 into the name. Raises MachineError in one line that names the
+    way out where the network or the disk does not let it, and ArtifactError where the cached file is not that file.
+    """
+    file = cached_file(url)
+    match = re.search(r"-([0-9a-f]{8,})\.", file.name)
+    prefix = match[1] if match else None
+    if file.exists():
+        if prefix and not sha256_of(file).startswith(prefix):
+            raise ArtifactError(f"{file}: its sha256 does not begin with {prefix}; remove it to download it again")
+        return file
+    old_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=prefix, progress=False)
+    except RuntimeError as error:  # torch's word for a hash that does not fit
+        raise ArtifactError(f"{url}: {error}") from None
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise MachineError(
+            f"cannot download {url} ({reason}); put the file there by hand as {file}, "
+            f"or give --weights FILE, or --weights none"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(old_timeout)
+    return file
+
+
+def sha256_of(file: Path) -> str:
+    """Hex sha256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors or .pth file.
+
+    A .pth is read with `weights_only=True` and may hold them under "state_dict" or "model", and with the `module.` that
+    DDP puts before names. Raises ArtifactError.
+    """
+    if not file.is_file():
+        raise ArtifactError(f"{file}: there is no such weights file")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)  # noqa: S614 - weights_only
+    except SafetensorError as error:
+        raise ArtifactError(f"{file}: not a safetensors file ({error})") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ArtifactError(f"{file}: not a weights file that can be read safely ({reason})") from None
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise ArtifactError(f"{file}: holds no state dict (a mapping of names to tensors)")
+    return {name.removeprefix("module."): value for name, value in loaded.items()}
+
+
+def load_backbone(model: nn.Module, tensors: Tensors, architecture: Architecture, source: str) -> None:
+    """Copy everything but the head from `tensors` into the model. Raises ArtifactError that says what does not fit."""
+    wanted = {name: value for name, value in model.state_dict().items() if stage_of(name) != "head"}
+    given = {name: value for name, value in tensors.items() if stage_of(name) != "head"}
+    problems = _misfits(wanted, given)
+    if problems:
+        raise ArtifactError(f"{source}: does not fit {architecture.name}: {problems[0]}{_more(problems)}{_fitting(given)}")
+    model.load_state_dict(given, strict=False)
+
+
+def _misfits(wanted: Tensors, given: Tensors) -> list[str]:
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}  # older files lack them
+    problems = [f"{name} is missing" for name in wanted if name not in given and name not in counters]
+    problems += [f"{name} is unknown" for name in given if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(given[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in given and given[name].shape != value.shape
+    ]
+    return problems
+
+
+def _more(problems: list[str]) -> str:
+    return f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+
+
+def _fitting(given: Tensors) -> str:
+    """`; it fits resnet34` where one of the architectures has just these names and shapes."""
+    for name in ARCHITECTURES:
+        for stem in ("standard", "small"):
+            other = empty(
+                Architecture(name=name, stem=stem, head="linear", head_hidden=(), dropout=0.0, num_classes=2)
+            ).state_dict()
+            if not _misfits({key: value for key, value in other.items() if stage_of(key) != "head"}, given):
+                return f"; it fits --model {name}" + ("" if stem == "standard" else " --stem small")
+    return ""
+
+

@@ -1,0 +1,81 @@
+"""What stands in the run folder once training has ended: the best checkpoint evaluated, and pictures."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast
+
+from export.predict import Preprocessing
+from resnet_dist.data.loader import TrainImages, epoch_order
+from resnet_dist.data.transforms import ToInput
+from resnet_dist.distributed import on_main
+from resnet_dist.errors import DataError, NonFiniteError
+from resnet_dist.evaluate.records import Records, evaluate
+from resnet_dist.model.resnet import build
+from resnet_dist.report import plots
+from resnet_dist.report.evaluation import write_evaluation
+from resnet_dist.run_folder import RunFolder
+from resnet_dist.train.checkpoint import load_checkpoint
+from resnet_dist.train.job import Best, Job, State
+
+GRID = 16
+
+
+def finish(job: Job, state: State) -> dict[str, float]:
+    """Evaluate the best checkpoint in float32 and write everything that belongs to a finished run.
+
+    Every process must call this. Returns the headline metrics. Raises NonFiniteError if no epoch had a finite score.
+    """
+    best = state.best
+    if best is None:
+        raise NonFiniteError("no epoch had a finite validation score, so there is no best checkpoint; lower --lr")
+    model = build(job.architecture)
+    on_main(job.accelerator, lambda: model.load_state_dict(load_checkpoint(job.run.best)[0].state_dict()) and None)
+    model.to(job.accelerator.device)
+    if job.accelerator.num_processes > 1:
+        broadcast(dict(model.state_dict()))
+    classes = job.index.classes
+    records = evaluate(job.accelerator, model, job.val_loader, job.to_input, len(classes), full_precision=True)
+    return on_main(job.accelerator, lambda: write_results(job.run, job, best, records))
+
+
+def write_results(run: RunFolder, job: Job, best: Best, records: Records) -> dict[str, float]:
+    """The evaluation and the plots of a finished run. On the main process."""
+    evaluation = run.path / "eval" / "val"
+    metrics = write_evaluation(evaluation, run.plots, job.index.val, records, job.index.classes, job.spec)
+    plot_run(run.path)
+    run.update(
+        status="done", exit_code=0, reason="", best={"epoch": best.epoch, "weights": best.weights_kind, **metrics}
+    )
+    return metrics
+
+
+def plot_run(run: Path) -> None:
+    """curves.png and lr.png of a run folder, from metrics.csv and metrics.jsonl."""
+    with (run / "metrics.csv").open(newline="") as stream:
+        epochs = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    plots.curves(run / "plots" / "curves.png", epochs)
+    plots.learning_rates(run / "plots" / "lr.png", steps)
+
+
+def plot_samples(file: Path, images: TrainImages, classes: Sequence[str], spec: Preprocessing) -> None:
+    """The first training samples as the network sees them: augmented, normalised, mixed, and made visible again.
+
+    Raises DataError if one cannot be read.
+    """
+    order = epoch_order(len(images.table), images.seed, 0, 2, drop_last=False)[:GRID]
+    batch = images.__getitems__([(0, int(index)) for index in order])
+    if isinstance(batch, DataError):
+        raise batch
+    inputs = ToInput(spec, torch.device("cpu"))(batch).permute(0, 2, 3, 1)
+    visible = (inputs * torch.tensor(spec.std) + torch.tensor(spec.mean)).clamp(0, 1).mul(255).round().to(torch.uint8)
+    titles = [plots.shortened(classes[target], 22) for target in batch.targets.tolist()]
+    if batch.mix is not None:
+        others = [plots.shortened(classes[target], 12) for target in batch.partners.tolist()]
+        shares = batch.mix[:, 0].tolist()
+        titles = [f"{t} {s:.2f}\n{o}" for t, s, o in zip(titles, shares, others, strict=True)]
+    plots.image_grid(file, list(visible.numpy()), titles)

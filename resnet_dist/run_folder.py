@@ -1,0 +1,152 @@
+"""What is on disk for a run, and how it gets there: whole or not at all."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from resnet_dist.errors import MachineError, UsageError
+
+FORMAT_VERSION = 1
+
+
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Put a file in place in one step, durably: temporary file, fsync, rename, fsync of the folder.
+
+    Raises MachineError in one line; whatever stood there before is then still there.
+    """
+    data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
+    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+        sync_folder(file.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise MachineError(f"{file}: cannot be written ({error.strerror})") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any) -> str:
+    """JSON for people to read."""
+    return json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+class RunFolder:
+    """The folder of one run. On all processes but the main one it is not active: nothing is written."""
+
+    def __init__(self, path: Path, active: bool = True) -> None:
+        self.path = path
+        self.active = active
+        self.plots = path / "plots"
+        self.best = path / "checkpoints" / "best.safetensors"
+        self._warned = False
+
+    @staticmethod
+    def check(path: Path, overwrite: bool) -> None:
+        """See, before any work is done, that the folder can be made. Raises UsageError or MachineError as `create` would."""
+        try:
+            if _is_used(path):
+                _check_replaceable(path, overwrite)
+            above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        except OSError as error:
+            raise MachineError(f"{path}: cannot be made into a run folder ({error.strerror})") from None
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise MachineError(f"{path}: cannot be made into a run folder ({above} is not a folder that can be written)")
+
+    @classmethod
+    def create(cls, path: Path, overwrite: bool, needed_bytes: int) -> "RunFolder":
+        """A new run folder, with the space that the run will need.
+
+        Raises UsageError if the folder is in use (with `overwrite`: by anything but a run), MachineError if it cannot
+        be made or the disk is too small.
+        """
+        try:
+            if _is_used(path):
+                _check_replaceable(path, overwrite)
+                shutil.rmtree(path)
+            for name in ("checkpoints", "plots", "data"):
+                (path / name).mkdir(parents=True)
+            free = shutil.disk_usage(path).free
+        except OSError as error:
+            raise MachineError(f"{path}: cannot be made into a run folder ({error.strerror})") from None
+        if free < needed_bytes:
+            raise MachineError(f"{path}: needs {needed_bytes >> 20} MiB for checkpoints, the disk has {free >> 20} MiB free")
+        return cls(path)
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a file of the run folder, whole or not at all."""
+        if self.active:
+            write_atomically(self.path / name, content)
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of run.json: the status of the run, and where its facts are."""
+        if self.active:
+            known = read_facts(self.path) if (self.path / "run.json").exists() else {}
+            self.write("run.json", to_json(known | fields))
+
+    def append_step(self, row: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        self._append("metrics.jsonl", json.dumps(row, allow_nan=False) + "\n")
+
+    def append_epoch(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics.csv, after its header where the file is new."""
+        stream = io.StringIO(newline="")
+        writer = csv.DictWriter(stream, row.keys(), lineterminator="\n")
+        if self.active and not (self.path / "metrics.csv").exists():
+            writer.writeheader()
+        writer.writerow(row)
+        self._append("metrics.csv", stream.getvalue())
+
+    def _append(self, name: str, text: str) -> None:
+        """Add to a log. One that cannot be written is worth a warning, not the run."""
+        if not self.active:
+            return
+        try:
+            with (self.path / name).open("a", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+                stream.write(text)
+        except OSError as error:
+            if not self._warned:
+                print(f"WARNING: {self.path / name}: cannot be written ({error.strerror})", file=sys.stderr)
+            self._warned = True
+
+
+def _is_used(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def _check_replaceable(path: Path, overwrite: bool) -> None:
+    if not (path.is_dir() and (path / "run.json").exists()):
+        raise UsageError(f"--output-dir {path}: it exists and is not a run; choose another folder")
+    if not overwrite:
+        raise UsageError(f"--output-dir {path}: it holds a run already; choose another folder, or --overwrite to replace it")
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """run.json of a run folder. Raises UsageError where there is none that can be read."""
+    file = path / "run.json"
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: not a run folder (run.json: {error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"{file}: damaged, not JSON") from None
+    if not isinstance(facts, dict):
+        raise UsageError(f"{file}: damaged, not a JSON object")
+    return facts

@@ -1,0 +1,1 @@
+"""Learning: phases, optimizer, schedule, losses, checkpoints and the one loop."""

@@ -1,0 +1,131 @@
+"""Checkpoints that carry their recipe: plain torchvision names, and one metadata key that holds everything else."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from export.predict import Preprocessing, canonical_json
+from resnet_dist import __version__
+from resnet_dist.errors import ArtifactError
+from resnet_dist.model.resnet import Architecture, build, empty
+from resnet_dist.run_folder import FORMAT_VERSION, write_atomically
+
+METADATA_KEY = "resnet_dist"
+MAX_METADATA = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a checkpoint says of itself, apart from its tensors.
+
+    `config` is the resolved config without its output folder, `score` the validation metrics that made it the best,
+    `weights_kind` "raw" or "ema".
+    """
+
+    architecture: Architecture
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    config: Mapping[str, Any]
+    epoch: int
+    score: Mapping[str, float]
+    weights_kind: str
+
+    def to_json(self) -> str:
+        """Canonical JSON, without time, host or path: equal states are equal bytes."""
+        return canonical_json(
+            {
+                "format_version": FORMAT_VERSION,
+                **self.architecture.to_dict(),
+                "classes": list(self.classes),
+                "preprocessing": self.preprocessing.to_dict(),
+                "config": self.config,
+                "epoch": self.epoch,
+                "score": dict(self.score),
+                "weights_kind": self.weights_kind,
+                "versions": {"resnet_dist": __version__, "torch": torch.__version__},
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Description":
+        """From the stored form. Raises ValueError or KeyError that says what is wrong."""
+        values = json.loads(text)
+        if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
+            raise ValueError("its format_version is not one that this version of resnet-dist reads")
+        classes = values["classes"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
+            raise ValueError("its classes are not a list of names")
+        if len(set(classes)) != len(classes):
+            raise ValueError("a class is named twice")
+        return cls(
+            architecture=Architecture.from_dict(values, len(classes)),
+            classes=tuple(classes),
+            preprocessing=Preprocessing.from_dict(values["preprocessing"]),
+            config=values["config"],
+            epoch=values["epoch"],
+            score=values["score"],
+            weights_kind=values["weights_kind"],
+        )
+
+
+def save_checkpoint(file: Path, tensors: Mapping[str, torch.Tensor], description: Description) -> None:
+    """Write weights and their description. Equal states give equal bytes. Raises MachineError."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(file, save(plain, metadata={METADATA_KEY: description.to_json()}))
+
+
+def load_checkpoint(file: Path) -> tuple[nn.Module, Description]:
+    """The model of a checkpoint, in evaluation mode on the CPU, and its description.
+
+    Nothing is unpickled, and names, shapes, types and finiteness are checked against what the description says.
+    Raises ArtifactError in one line.
+    """
+    if not file.is_file():
+        raise ArtifactError(f"{file}: there is no such checkpoint")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = (opened.metadata() or {}).get(METADATA_KEY)
+            if metadata is None:
+                raise ArtifactError(f"{file}: not written by resnet-dist (no '{METADATA_KEY}' in its metadata)")
+            if len(metadata) > MAX_METADATA:
+                raise ArtifactError(f"{file}: its metadata is implausibly long")
+            description = _described(file, metadata)
+            _check(file, opened, empty(description.architecture))
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{file}: not a safetensors file ({error})") from None
+    damaged = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if damaged:
+        raise ArtifactError(f"{file}: {damaged[0]} holds values that are not finite")
+    model = build(description.architecture)
+    model.load_state_dict(tensors)
+    return model.eval(), description
+
+
+def _described(file: Path, metadata: str) -> Description:
+    try:
+        return Description.from_json(metadata)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ArtifactError(f"{file}: its description is damaged: {reason}") from None
+
+
+def _check(file: Path, opened: Any, model: nn.Module) -> None:
+    """Exactly the tensors of the architecture, in its shapes and types."""
+    wanted = model.state_dict()
+    names = set(opened.keys())
+    if names != set(wanted):
+        odd: Sequence[str] = sorted(names ^ set(wanted))
+        raise ArtifactError(f"{file}: its tensors are not those of the network that it describes, such as {odd[0]!r}")
+    dtypes = {torch.float32: "F32", torch.int64: "I64"}
+    for name, tensor in wanted.items():
+        stored = opened.get_slice(name)
+        if tuple(stored.get_shape()) != tuple(tensor.shape) or stored.get_dtype() != dtypes[tensor.dtype]:
+            raise ArtifactError(f"{file}: {name} has another shape or type than the network that it describes")

@@ -1,0 +1,176 @@
+"""What a run works with, built from its config: data, model, loaders, run folder."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
+
+from export.predict import Preprocessing
+from resnet_dist import launcher
+from resnet_dist.config import ModelConfig, PreprocessConfig, TrainConfig
+from resnet_dist.data.index import ImageIndex, read_index
+from resnet_dist.data.loader import (
+    EvalImages,
+    EvalLoader,
+    Share,
+    TrainBatches,
+    TrainImages,
+    TrainLoader,
+    default_workers,
+)
+from resnet_dist.data.transforms import ToInput
+from resnet_dist.distributed import on_main
+from resnet_dist.model import weights
+from resnet_dist.model.resnet import Architecture, build, empty
+from resnet_dist.run_folder import RunFolder
+from resnet_dist.train.ema import Ema
+from resnet_dist.train.losses import Loss, class_weights
+from resnet_dist.train.phases import plan, plan_lines, resolve
+from resnet_dist.train.progress import Display
+
+
+@dataclass
+class Job:
+    """What a run works with; none of it changes but the weights of `model` and `ema`."""
+
+    accelerator: Accelerator
+    cfg: TrainConfig
+    index: ImageIndex
+    spec: Preprocessing
+    architecture: Architecture
+    model: nn.Module
+    ema: Ema | None
+    loss: Loss
+    train_loader: TrainLoader
+    val_loader: EvalLoader
+    to_input: ToInput
+    run: RunFolder
+    display: Display
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best epoch so far: its headline metrics, its number (from 1), and whether raw or averaged weights made it."""
+
+    score: Mapping[str, float]
+    epoch: int
+    weights_kind: str
+
+
+@dataclass
+class State:
+    """Where a run stands: enough, with the weights and the optimizer, to go on from here."""
+
+    phase: int = 0
+    epoch_in_phase: int = 0
+    epochs_done: int = 0
+    steps_done: int = 0
+    best: Best | None = None
+    epochs_since_best: int = 0
+    stopped_by: str | None = None
+    started: float = field(default_factory=time.monotonic)
+
+
+def preprocessing(cfg: PreprocessConfig, base: Preprocessing) -> Preprocessing:
+    """The preprocessing of the weights, with what the config changes."""
+    img_size = cfg.img_size or base.img_size
+    resize = cfg.resize or round(base.resize * img_size / base.img_size)
+    mean, std = (cfg.mean or base.mean), (cfg.std or base.std)
+    return Preprocessing(
+        img_size=img_size,
+        resize_mode=cfg.resize_mode,
+        resize=resize if cfg.resize_mode == "crop" else img_size,
+        interpolation=cfg.interpolation,
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        fill=(round(255 * mean[0]), round(255 * mean[1]), round(255 * mean[2])),
+    )
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Everything that is decided before memory is taken: what `--dry-run` prints and what a Job is built from."""
+
+    cfg: TrainConfig  # nothing automatic left that shapes the result
+    index: ImageIndex
+    architecture: Architecture
+    spec: Preprocessing
+    batches: TrainBatches
+    reasons: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """The plan in words: data, phases, learning rates."""
+        index, share = self.index, self.batches.share
+        data = f"{len(index.classes)} classes, {len(index.train)} training and {len(index.val)} validation images"
+        plans = plan(self.cfg, empty(self.architecture), self.batches.steps_per_epoch)
+        return [data, *index.notes, *self.reasons, *plan_lines(plans, self.cfg, share.global_batch)]
+
+
+def draw(accelerator: Accelerator, cfg: TrainConfig) -> Blueprint:
+    """Find the images, decide what is automatic, and check that it fits together. Raises UsageError, DataError."""
+    index = on_main(accelerator, lambda: read_index(cfg.data))
+    architecture = Architecture.of(cfg.model, len(index.classes))
+    cfg, reasons = resolve(cfg, empty(architecture))
+    share = Share(cfg.data.batch_size, cfg.optim.grad_accum, accelerator.num_processes, accelerator.process_index)
+    batches = TrainBatches(len(index.train), cfg.run.seed, share, cfg.data.drop_last)
+    spec = on_main(accelerator, lambda: preprocessing(cfg.preprocess, _weights_preprocessing(cfg.model)))
+    return Blueprint(cfg, index, architecture, spec, batches, tuple(reasons))
+
+
+def _weights_preprocessing(cfg: ModelConfig) -> Preprocessing:
+    if cfg.weights == "none" or cfg.weights in weights.NAMES:
+        return weights.preprocessing_of(weights.named_weights(cfg))
+    return weights.preprocessing_in(Path(cfg.weights))
+
+
+def build_job(accelerator: Accelerator, blueprint: Blueprint, run: RunFolder, display: Display) -> Job:
+    """Build the network, load its weights and open the data. Raises what reading weights can raise."""
+    cfg, index, spec = blueprint.cfg, blueprint.index, blueprint.spec
+    device = accelerator.device
+    torch.manual_seed(cfg.run.seed)
+    model = build(blueprint.architecture)
+    on_main(accelerator, lambda: _load_weights(model, cfg.model, blueprint.architecture))
+    model.to(device)
+    if accelerator.num_processes > 1:  # only the main process read the weights
+        broadcast(dict(model.state_dict()))
+    workers = cfg.data.workers
+    if workers is None:
+        workers = default_workers(device, launcher.local_world_size())
+    on_gpu = device.type == "cuda"
+    balance = class_weights(cfg.loss, index.classes, index.train.targets)
+    return Job(
+        accelerator=accelerator,
+        cfg=cfg,
+        index=index,
+        spec=spec,
+        architecture=blueprint.architecture,
+        model=model,
+        ema=Ema(model, cfg.run.ema_decay) if cfg.run.ema else None,
+        loss=Loss(cfg.loss, None if balance is None else balance.to(device)),
+        train_loader=TrainLoader(
+            TrainImages(index.train, spec, cfg.augment, cfg.run.seed), blueprint.batches, workers, pin_memory=on_gpu
+        ),
+        val_loader=EvalLoader(
+            EvalImages(index.val, spec),
+            cfg.data.eval_batch_size or cfg.data.batch_size,
+            workers,
+            pin_memory=on_gpu,
+            world=accelerator.num_processes,
+            rank=accelerator.process_index,
+        ),
+        to_input=ToInput(spec, device),
+        run=run,
+        display=display,
+    )
+
+
+def _load_weights(model: nn.Module, cfg: ModelConfig, architecture: Architecture) -> None:
+    named = weights.named_weights(cfg)
+    if cfg.weights != "none":
+        file = weights.download(named.url) if named is not None else Path(cfg.weights)
+        weights.load_backbone(model, weights.read_tensors(file), architecture, str(file))

@@ -1,0 +1,88 @@
+"""Parameter groups with a learning rate per stage, the optimizers, and what lr is taken where none is given."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_dist.config import STAGES, OptimConfig, Phase
+from resnet_dist.model.resnet import stage_of
+
+# By optimizer: (only a head and BatchNorm learn, pretrained weights are fine-tuned, from scratch). SGD's are those of
+# the tutorials (1e-3 for fine-tuning, 0.1 from scratch), Adam's of its paper; fine-tuning takes a tenth of the latter.
+DEFAULT_LR = {
+    "sgd": (1e-2, 1e-3, 0.1),
+    "adam": (1e-3, 1e-4, 1e-3),
+    "adamw": (1e-3, 1e-4, 1e-3),
+    "rmsprop": (1e-3, 1e-4, 1e-3),
+    "adagrad": (1e-2, 1e-3, 1e-2),
+}
+DEFAULT_WEIGHT_DECAY = {"sgd": 1e-4, "adamw": 1e-2}
+DEFAULT_MOMENTUM = {"sgd": 0.9}
+
+
+def default_lr(opt: str, only_head: bool, pretrained: bool) -> tuple[float, str]:
+    """The base learning rate for an optimizer and what learns first, and the reason in words."""
+    head, fine_tune, scratch = DEFAULT_LR[opt]
+    if not pretrained:
+        return scratch, f"{opt} from random weights"
+    return (head, f"{opt}, only the head or BatchNorm learns") if only_head else (fine_tune, f"{opt}, fine-tuning")
+
+
+def stage_rates(cfg: OptimConfig, phase: Phase) -> dict[str, float]:
+    """The learning rate of every stage in a phase. `cfg.lr` is set; it is the head's, times the phase's `lr_scale`.
+
+    Typed rates (--lr-groups, --lr-backbone, --lr-decay-per-stage) win over the phase's `backbone_lr_scale`.
+    """
+    base = cfg.lr or 0.0
+    rates = dict.fromkeys(STAGES, base)
+    if cfg.lr_groups is not None:
+        rates |= cfg.lr_groups
+    elif cfg.lr_backbone is not None:
+        rates |= {stage: cfg.lr_backbone for stage in STAGES if stage != "head"}
+    elif cfg.lr_decay_per_stage is not None:
+        rates = {stage: base * cfg.lr_decay_per_stage**depth for depth, stage in enumerate(reversed(STAGES))}
+    elif phase.backbone_lr_scale is not None:
+        rates |= {stage: base * phase.backbone_lr_scale for stage in STAGES if stage != "head"}
+    return {stage: rate * phase.lr_scale for stage, rate in rates.items()}
+
+
+def param_groups(model: nn.Module, cfg: OptimConfig, phase: Phase) -> list[dict[str, Any]]:
+    """The parameters that learn, grouped by stage and by whether weight decay applies.
+
+    Each group has a `name`, its `params`, `lr`, `base_lr` (what the schedule multiplies) and `weight_decay`. BatchNorm
+    and biases (parameters of one dimension) have no weight decay unless the config says so.
+    """
+    rates = stage_rates(cfg, phase)
+    groups = []
+    for stage in STAGES:
+        learning = [p for name, p in model.named_parameters() if p.requires_grad and stage_of(name) == stage]
+        for name, parameters, decay in _by_decay(stage, learning, cfg):
+            rate = rates[stage]
+            groups.append({"name": name, "params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay})
+    return groups
+
+
+def _by_decay(
+    stage: str, parameters: list[nn.Parameter], cfg: OptimConfig
+) -> Iterator[tuple[str, list[nn.Parameter], float]]:
+    decay = cfg.weight_decay or 0.0
+    if decay == 0 or cfg.decay_norm_and_bias:
+        parts = [(stage, parameters, decay)]
+    else:
+        parts = [
+            (stage, [p for p in parameters if p.ndim > 1], decay),
+            (f"{stage}/no-decay", [p for p in parameters if p.ndim <= 1], 0.0),
+        ]
+    return ((name, members, rate) for name, members, rate in parts if members)
+
+
+def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+    """torch's optimizer of that name over the groups."""
+    momentum = cfg.momentum or 0.0
+    if cfg.opt == "sgd":
+        return torch.optim.SGD(groups, momentum=momentum, nesterov=cfg.nesterov)
+    if cfg.opt == "rmsprop":
+        return torch.optim.RMSprop(groups, momentum=momentum)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}[cfg.opt](groups)

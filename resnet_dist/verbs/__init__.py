@@ -1,0 +1,1 @@
+"""One module per verb: its options (`Config`) and what it does (`main`). torch is imported only once `main` runs."""

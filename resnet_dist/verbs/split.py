@@ -1,0 +1,110 @@
+"""`resnet-dist split`: train, val and test parts of a folder, as a manifest, links or copies."""
+
+import csv
+import io
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from resnet_dist.config import option, out_of_range
+from resnet_dist.errors import MachineError, UsageError
+
+Row = tuple[str, str, str]  # path relative to the source, label, part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Split a folder of images into train, val and test: stratified and seeded; nothing is moved or deleted."""
+
+    source: str | None = option(None, positional=True)
+    """A folder of class folders (or a flat folder, with --label-by)."""
+    out: str | None = option(None, positional=True)
+    """The manifest to write (.csv), or the folder to make for --how link and copy."""
+    val: float = 0.2
+    """Share of every class for validation."""
+    test: float = 0.0
+    """Share of every class for the test."""
+    seed: int = 0
+    """Seed."""
+    group_by: str | None = None
+    """Regular expression on the relative path; images whose matches are equal stay in one part."""
+    label_by: str | None = None
+    """Regular expression on the file name, its first group being the label: "^(cat|dog)" for cat.0.jpg."""
+    how: Literal["manifest", "link", "copy"] = "manifest"
+    """manifest: a CSV of path,label,split; link: folders of symbolic links; copy: folders of copies."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        if self.source is None or self.out is None:
+            yield "SOURCE and OUT are needed, such as: resnet-dist split photos photos.csv"
+        elif self.how == "manifest" and not self.out.endswith(".csv"):
+            yield f"OUT {self.out}: a manifest ends in .csv (for folders add --how link or --how copy)"
+        yield from out_of_range(self, 0, 1, "val", "test")
+        if not 0 < self.val + self.test < 1:
+            yield f"--val {self.val:g} and --test {self.test:g}: their sum must be between 0 and 1"
+        for name in ("group_by", "label_by"):
+            try:
+                groups = re.compile(getattr(self, name) or "()").groups
+            except re.error as error:
+                yield f"--{name.replace('_', '-')} '{getattr(self, name)}' is not a regular expression: {error}"
+                continue
+            if name == "label_by" and groups == 0:
+                yield f"--label-by '{self.label_by}' has no group: put the label in brackets, such as ^(cat|dog)"
+
+
+def main(cfg: Config) -> int:
+    """Split and write. Returns the exit code."""
+    from resnet_dist.data.index import class_rows, flat_rows
+    from resnet_dist.data.split import assign
+
+    source, out = Path(cfg.source or ""), Path(cfg.out or "")
+    if out.exists():
+        raise UsageError(f"{out}: it exists already; nothing is overwritten, choose another name")
+    found = class_rows(source) if cfg.label_by is None else flat_rows(source, cfg.label_by)
+    shares = {"val": cfg.val, "test": cfg.test}
+    parts = assign([path for path, _ in found], [label for _, label in found], shares, cfg.seed, cfg.group_by)
+    rows = [(path, label, part) for (path, label), part in zip(found, parts, strict=True)]
+    if cfg.how == "manifest":
+        _write_manifest(source, out, rows)
+    else:
+        _write_folders(source, out, rows, cfg.how)
+    counts = Counter(parts)
+    described = ", ".join(f"{counts[part]} {part}" for part in ("train", "val", "test") if counts[part])
+    print(f"{out}: {len(rows)} images of {len({label for _, label, _ in rows})} classes: {described}")
+    return 0
+
+
+def _write_manifest(source: Path, out: Path, rows: Sequence[Row]) -> None:
+    """Paths relative to the manifest where the images lie below its folder, absolute elsewhere."""
+    from resnet_dist.run_folder import write_atomically
+
+    base, root = out.absolute().parent, source.absolute()
+    prefix = root.relative_to(base) if root.is_relative_to(base) else root
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(("path", "label", "split"))
+    writer.writerows((os.fspath(prefix / path), label, part) for path, label, part in rows)
+    write_atomically(out, stream.getvalue())
+
+
+def _write_folders(source: Path, out: Path, rows: Sequence[Row], how: str) -> None:
+    """OUT/<part>/<label>/<name>; two files of one name in sub-folders of a class get their folders into the name."""
+    taken: set[Path] = set()
+    try:
+        for path, label, part in rows:
+            target = out / part / label / Path(path).name
+            if target in taken:
+                target = target.with_name("_".join(Path(path).parts))
+            taken.add(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if how == "link":
+                target.symlink_to((source / path).absolute())
+            else:
+                shutil.copy2(source / path, target)
+    except OSError as error:
+        raise MachineError(f"{out}: cannot be written ({error.strerror})") from None
