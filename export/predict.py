@@ -11,10 +11,10 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # What may be decoded, decided by content and not by name. Leaving EPS, PDF and their like out is a security rule:
 # Pillow hands those to external programs.
@@ -56,7 +56,7 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     fill: tuple[int, int, int] = (124, 116, 104)
 
-    RULES = {
+    RULES: ClassVar[Mapping[str, str]] = {
         "color": "RGB",
         "exif": "transpose",
         "alpha": "composite on white",
@@ -76,15 +76,21 @@ class Preprocessing:
     def from_dict(cls, values: Mapping[str, Any]) -> "Preprocessing":
         """The spec from its stored form.
 
-        Raises ValueError where a key is missing or unknown, a rule is not the one this code follows, or a value is out of range.
+        Raises ValueError where a key is missing or unknown, a rule is not the one that this code follows, or a value
+        is out of range.
         """
-        wrong = [f"{name}: {values.get(name)!r} is not {rule!r}" for name, rule in cls.RULES.items() if values.get(name) != rule]
+        wrong = [
+            f"{name}: {values.get(name)!r} is not {rule!r}"
+            for name, rule in cls.RULES.items()
+            if values.get(name) != rule
+        ]
         names = {field.name for field in dataclasses.fields(cls)}
         wrong += [f"{name} is missing" for name in names - set(values)]
         wrong += [f"unknown {name}" for name in set(values) - names - set(cls.RULES)]
         if wrong:
             raise ValueError("preprocessing: " + "; ".join(sorted(wrong)))
-        spec = cls(**{name: tuple(v) if isinstance(v := values[name], list) else v for name in names})
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v := values[name], list) else v for name in names}
+        spec = cls(**fields)
         spec._check()
         return spec
 
@@ -117,13 +123,23 @@ def decode(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
             return to_rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(f"more pixels than the limit of {max_pixels}") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageError(f"not an image of a format that is read here ({', '.join(FORMATS)})") from None
     except ImageError:
         raise
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        IndexError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         # What Pillow's decoders raise on damaged files; the first argument is a reason in words.
         raise ImageError(f"damaged or truncated ({error})") from None
 
@@ -168,7 +184,7 @@ def fit(image: Image.Image, spec: Preprocessing, max_pixels: int = MAX_PIXELS) -
         if longer * spec.resize > max_pixels:
             raise ImageError(f"{width}x{height} pixels: so narrow that resizing it would exceed the pixel limit")
         image = image.resize((spec.resize, longer) if width <= height else (longer, spec.resize), filter_)
-    left, top = (int(round((side - size) / 2.0)) for side in image.size)
+    left, top = (round((side - size) / 2) for side in image.size)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from resnet_dist import __version__, launcher
 from resnet_dist.errors import ResnetDistError, UsageError
-from resnet_dist.options import parse, suggestion
+from resnet_dist.options import parse
 from resnet_dist.recipes import layers
+from resnet_dist.wording import printable, suggestion
 
 VERBS = {
     "train": "fine-tune a ResNet on a folder of images",
@@ -67,4 +68,4 @@ def _print_error(verb: str, error: ResnetDistError) -> None:
     if isinstance(error, UsageError) and launcher.rank() > 0:
         return
     for line in str(error).splitlines():
-        print(f"resnet-dist {verb}: error: {line}", file=sys.stderr)
+        print(printable(f"resnet-dist {verb}: error: {line}"), file=sys.stderr)

@@ -64,7 +64,7 @@ def out_of_range(cfg: Any, low: float, high: float, *names: str, open_low: bool 
 class DataConfig:
     """What to learn from: images, split and batches."""
 
-    data: str | None = option(None, "--train-dir", positional=True)
+    data: str | None = option(None, "--data", "--train-dir", positional=True)
     """A folder with train/ and val/, or one folder of class folders, or a CSV manifest (path,label[,split])."""
     val_dir: str | None = option(None, "--validation-dir")
     """A separate folder of class folders for validation."""
@@ -314,10 +314,16 @@ class RunConfig:
     """End the phase after so many epochs without a better score; 0 is off."""
     time_limit: float | None = None
     """Stop after so many minutes, with everything written."""
+    save_every: Duration = option(Duration(1), "--checkpoint-every", "--save-steps")
+    """How often a checkpoint to resume from is written (1epochs, or 200steps)."""
+    keep_last: int = option(2, "--save-total-limit", "--checkpoint-hist")
+    """How many of those checkpoints are kept; the best one is apart from them."""
     log_every: int = option(10, "--log-interval", "--logging-steps", "--print-freq")
     """Optimizer steps between two lines of metrics.jsonl."""
     output_dir: str | None = option(None, "-o", "--output")
     """The run folder (default: runs/<model>-<recipe>-<time>)."""
+    resume: str | None = option(None, "--resume-from-checkpoint")
+    """Go on with an interrupted run: its folder, or auto (the run that --output-dir holds, or a new one)."""
     overwrite: bool = option(False, "--overwrite-output-dir")
     """Replace the run that --output-dir holds."""
     dry_run: bool = False
@@ -328,6 +334,13 @@ class RunConfig:
         yield from out_of_range(self, 1, math.inf, "epochs", "threads", "log_every")
         yield from out_of_range(self, 0, math.inf, "patience")
         yield from out_of_range(self, 0, math.inf, "time_limit", open_low=True)
+        if self.save_every.value <= 0 or (self.save_every.unit == "epochs" and self.save_every.value % 1):
+            yield f"--save-every {self.save_every}: must be whole epochs or steps, at least 1"
+        yield from out_of_range(self, 1, math.inf, "keep_last")
+        if self.resume == "auto" and self.output_dir is None:
+            yield "--resume auto needs --output-dir, to know which run"
+        if self.resume is not None and self.overwrite:
+            yield "--resume and --overwrite contradict each other"
         if not 0 <= self.ema_decay < 1:
             yield f"--ema-decay {self.ema_decay:g}: must be at least 0 and below 1"
         if not 0 <= self.seed < 2**63:

@@ -1,4 +1,4 @@
-"""Between text and the config classes: command line and TOML in, TOML out. Every problem is collected, none raised first.
+"""Between text and the config classes: command line and TOML in, TOML out. All problems are collected, then raised.
 
 Options are flat (`--lr`, not `--optim.lr`): the name of a field is the name of its option, with hyphens or underscores,
 and its key in the section of the TOML file that bears its dataclass's name.
@@ -7,13 +7,13 @@ and its key in the section of the TOML file that bears its dataclass's name.
 import argparse
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -21,15 +21,10 @@ import tomli_w
 
 from resnet_dist.config import Duration, Phase, TrainConfig
 from resnet_dist.errors import UsageError
+from resnet_dist.wording import suggestion
 
 MAX_TOML_BYTES = 1 << 20
 Layer = dict[str, Any]
-
-
-def suggestion(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` where a known name is near, else nothing."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 @functools.cache
@@ -37,7 +32,7 @@ def field_help(cls: type) -> dict[str, str]:
     """The strings that stand under the fields of a dataclass: its attribute docstrings."""
     body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
     texts = {}
-    for node, below in zip(body, body[1:], strict=False):
+    for node, below in pairwise(body):
         if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             texts[typing.cast(ast.Name, node.target).id] = inspect.cleandoc(str(below.value.value))
     return texts
@@ -128,7 +123,9 @@ def _pairs(value: Any) -> Mapping[str, Any]:
 def _convert_scalar(kind: Any, value: Any) -> Any:
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Duration: "a duration"}
     if isinstance(value, bool) is not (kind is bool):
-        raise ValueError(f"must be {wanted[kind]}, not {str(value).lower() if isinstance(value, bool) else repr(value)}")
+        raise ValueError(
+            f"must be {wanted[kind]}, not {str(value).lower() if isinstance(value, bool) else repr(value)}"
+        )
     if kind is Duration and isinstance(value, str | int | float):
         return Duration.parse(value)
     try:
@@ -169,8 +166,19 @@ def to_toml(config: TrainConfig) -> str:
 def kept(config: TrainConfig) -> Layer:
     """The config as it is stored: without where it went, which is no part of what was trained."""
     values: Layer = plain(config)
-    run = {name: value for name, value in values["run"].items() if name not in ("output_dir", "overwrite", "dry_run")}
-    return {**values, "run": run}
+    passing = ("output_dir", "overwrite", "resume", "dry_run")
+    run = {name: value for name, value in values["run"].items() if name not in passing}
+    *earlier, last = values["phase"]  # the last takes the rest of the epochs, whatever --epochs becomes
+    return {**values, "run": run, "phase": [*earlier, {k: v for k, v in last.items() if k != "epochs"}]}
+
+
+def portable(config: TrainConfig) -> Layer:
+    """The stored form without paths: what a checkpoint may carry to other machines and people."""
+    values = kept(config)
+    values["data"] = {name: value for name, value in values["data"].items() if name not in ("data", "val_dir")}
+    values["model"] = {**values["model"], "weights": Path(config.model.weights).name}
+    values["loss"] = {**values["loss"], "class_weights": Path(config.loss.class_weights).name}
+    return values
 
 
 def plain(value: Any) -> Any:
@@ -327,14 +335,16 @@ def parse(
     problems = [_unknown_argument(parser, text) for text in unknown]
     layer: Layer = {}
     if recipes is not None:
-        layer, wrong = _layers_below(cls, typed.pop("recipe"), typed.pop("config"), recipes())
+        layer, wrong = _layers_below(cls, typed, recipes())
         problems += wrong
     phase_settings = typed.pop("phase", None) or []
     layer = merge(layer, _typed_layer(cls, typed))
     problems += _set_phases(cls, layer, typed, phase_settings)
     config, wrong = build(cls, layer)
     problems += wrong
-    problems += [problem for problem in config.problems() if problem.split(":")[0] not in {p.split(":")[0] for p in wrong}]
+    problems += [
+        problem for problem in config.problems() if problem.split(":")[0] not in {p.split(":")[0] for p in wrong}
+    ]
     if problems:
         raise UsageError(problems)
     return config
@@ -353,19 +363,37 @@ def _unknown_argument(parser: argparse.ArgumentParser, text: str) -> str:
     return f"unknown option '{name}'{suggestion(name, flags)}"
 
 
-def _layers_below(
-    cls: type, recipe: str | None, file: str | None, recipes: Mapping[str, Layer]
-) -> tuple[Layer, list[str]]:
-    """The recipe with the file upon it, and what is wrong with them; sections that only `train` has are left out."""
-    layer, problems = (read_toml(file) if file else {}), []
-    name = recipe or layer.get("recipe")
-    if name in recipes:
+def _layers_below(cls: type, typed: dict[str, Any], recipes: Mapping[str, Layer]) -> tuple[Layer, list[str]]:
+    """The recipe with the file upon it (or the config of the run that is resumed), and what is wrong with them.
+
+    Sections that only `train` has are left out for other verbs.
+    """
+    recipe, file, problems = typed.pop("recipe"), typed.pop("config"), []
+    stored = _stored_config(typed)
+    layer = merge(stored, read_toml(file) if file else {})
+    if stored and recipe is not None and recipe != stored.get("recipe"):
+        problems.append(f"--recipe {recipe}: a resumed run keeps its recipe ({stored.get('recipe', 'none')})")
+    name = layer.get("recipe") if stored else recipe or layer.get("recipe")
+    if name is not None and name in recipes:
         layer = {**merge(recipes[name], layer), "recipe": name}
     elif name is not None:
         near = suggestion(str(name), list(recipes)) or "; `resnet-dist recipes` lists them"
         problems.append(f"--recipe: there is no recipe '{name}'{near}")
-    others = {field.name for field in dataclasses.fields(TrainConfig)} - {field.name for field in dataclasses.fields(cls)}
+    others = {field.name for field in dataclasses.fields(TrainConfig)} - {
+        field.name for field in dataclasses.fields(cls)
+    }
     return {key: value for key, value in layer.items() if key not in others}, problems
+
+
+def _stored_config(typed: Mapping[str, Any]) -> Layer:
+    """The config of the run that `--resume` names; nothing where `auto` finds no run yet."""
+    folder = typed.get("output_dir") if typed.get("resume") == "auto" else typed.get("resume")
+    if folder is None:
+        return {}
+    file = Path(folder) / "config.toml"
+    if typed.get("resume") == "auto" and not file.exists():
+        return {}
+    return read_toml(file)
 
 
 def _typed_layer(cls: type, typed: Mapping[str, Any]) -> Layer:
@@ -398,7 +426,7 @@ def _set_phases(cls: type, layer: Layer, typed: Mapping[str, Any], settings: Seq
         name = name.replace("-", "_")
         if not number.isdigit() or not value or not 1 <= int(number) <= len(phases) or name not in names:
             problems.append(
-                f"--phase {text}: must be N.FIELD=VALUE with N from 1 to {len(phases)} and FIELD one of {', '.join(names)}"
+                f"--phase {text}: must be N.FIELD=VALUE, N from 1 to {len(phases)} and FIELD one of {', '.join(names)}"
             )
         else:
             phases[int(number) - 1][name], changed = value, True

@@ -60,7 +60,7 @@ class RunFolder:
 
     @staticmethod
     def check(path: Path, overwrite: bool) -> None:
-        """See, before any work is done, that the folder can be made. Raises UsageError or MachineError as `create` would."""
+        """See, before any work is done, that the folder can be made. Raises what `create` would."""
         try:
             if _is_used(path):
                 _check_replaceable(path, overwrite)
@@ -68,7 +68,9 @@ class RunFolder:
         except OSError as error:
             raise MachineError(f"{path}: cannot be made into a run folder ({error.strerror})") from None
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise MachineError(f"{path}: cannot be made into a run folder ({above} is not a folder that can be written)")
+            raise MachineError(
+                f"{path}: cannot be made into a run folder ({above} is not a folder that can be written)"
+            )
 
     @classmethod
     def create(cls, path: Path, overwrite: bool, needed_bytes: int) -> "RunFolder":
@@ -87,7 +89,9 @@ class RunFolder:
         except OSError as error:
             raise MachineError(f"{path}: cannot be made into a run folder ({error.strerror})") from None
         if free < needed_bytes:
-            raise MachineError(f"{path}: needs {needed_bytes >> 20} MiB for checkpoints, the disk has {free >> 20} MiB free")
+            raise MachineError(
+                f"{path}: needs {needed_bytes >> 20} MiB for checkpoints, the disk has {free >> 20} MiB free"
+            )
         return cls(path)
 
     def write(self, name: str, content: str | bytes) -> None:
@@ -114,6 +118,19 @@ class RunFolder:
         writer.writerow(row)
         self._append("metrics.csv", stream.getvalue())
 
+    def cut_back(self, steps: int) -> None:
+        """Take out of the metrics files what came after optimizer step `steps`: it will be done again."""
+        file = self.path / "metrics.jsonl"
+        if file.exists():
+            lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= steps]
+            self.write("metrics.jsonl", "".join(f"{line}\n" for line in lines))
+        file = self.path / "metrics.csv"
+        if file.exists():
+            header, *rows = file.read_text().splitlines()
+            column = header.split(",").index("step")
+            kept = [row for row in rows if int(row.split(",")[column]) <= steps]
+            self.write("metrics.csv", "".join(f"{line}\n" for line in (header, *kept)))
+
     def _append(self, name: str, text: str) -> None:
         """Add to a log. One that cannot be written is worth a warning, not the run."""
         if not self.active:
@@ -135,7 +152,9 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
     if not (path.is_dir() and (path / "run.json").exists()):
         raise UsageError(f"--output-dir {path}: it exists and is not a run; choose another folder")
     if not overwrite:
-        raise UsageError(f"--output-dir {path}: it holds a run already; choose another folder, or --overwrite to replace it")
+        raise UsageError(
+            f"--output-dir {path}: it holds a run already; choose another folder, or --overwrite to replace it"
+        )
 
 
 def read_facts(path: Path) -> dict[str, Any]:

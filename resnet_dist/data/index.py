@@ -1,20 +1,37 @@
 """Which images there are, of which class, in which split: from folders or from a CSV manifest."""
 
 import csv
+import hashlib
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.split import assign
 from resnet_dist.errors import DataError
+from resnet_dist.wording import listed
 
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
+EXTENSIONS = {
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+}
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -69,6 +86,16 @@ class ImageIndex:
     test: ImageTable
     notes: tuple[str, ...] = ()
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What the data is, for comparing: classes, number of images, and a hash of every path, class and split."""
+        digest = hashlib.sha256()
+        for split in ("train", "val", "test"):
+            part = self.part(split)
+            for path, target in zip(part.paths, part.targets.tolist(), strict=True):
+                digest.update(os.fsencode(f"{split}\0{target}\0{path}\0"))
+        images = len(self.train) + len(self.val) + len(self.test)
+        return {"classes": list(self.classes), "images": images, "sha256": digest.hexdigest()}
+
     def part(self, split: str) -> ImageTable:
         """The images of "train", "val" or "test"."""
         return {"train": self.train, "val": self.val, "test": self.test}[split]
@@ -106,7 +133,9 @@ def _index(root: Path, found: _Found, cfg: DataConfig) -> ImageIndex:
     rows = sorted(found.rows)
     splits = {split for _, _, split in rows}
     if "val" not in splits and "test" in splits and "train" in splits:
-        notes.append("WARNING: there is no val split, so the test split is used for validation: its score is not a test score")
+        notes.append(
+            "WARNING: there is no val split, so the test split is used for validation: its score is not a test score"
+        )
         rows = [(path, label, "val" if split == "test" else split) for path, label, split in rows]
     elif "val" not in splits:
         rows, note = _split_here(rows, cfg)
@@ -115,12 +144,14 @@ def _index(root: Path, found: _Found, cfg: DataConfig) -> ImageIndex:
     _check_classes(rows, classes)
     absent = [c for c in classes if c not in {label for _, label, split in rows if split == "val"}]
     if absent:
-        notes.append(f"WARNING: no validation images for {_listed(absent)}; the class keeps its index")
-    parts = [_table(root, rows, classes, split) for split in ("train", "val", "test")]
-    return ImageIndex(root, classes, *parts, tuple(notes))
+        notes.append(f"WARNING: no validation images for class {listed(absent)}; the class keeps its index")
+    train, val, test = (_table(root, rows, classes, split) for split in ("train", "val", "test"))
+    return ImageIndex(root, classes, train, val, test, tuple(notes))
 
 
-def _split_here(rows: list[tuple[str, str, str | None]], cfg: DataConfig) -> tuple[list[tuple[str, str, str | None]], str]:
+def _split_here(
+    rows: list[tuple[str, str, str | None]], cfg: DataConfig
+) -> tuple[list[tuple[str, str, str | None]], str]:
     """Take the validation part out of the training rows; rows that are marked as test stay so."""
     ours = [(path, label) for path, label, split in rows if split != "test"]
     shares = {"val": cfg.val_split}
@@ -138,7 +169,9 @@ def _check_classes(rows: list[tuple[str, str, str | None]], classes: tuple[str, 
     for split in ("val", "test"):
         unknown = {label for _, label, part in rows if part == split} - set(classes)
         if unknown:
-            raise DataError(f"{split} has {_listed(sorted(unknown))}, unknown to train: add training images or take it out")
+            raise DataError(
+                f"{split} has class {listed(sorted(unknown))}, unknown to train: add training images or take it out"
+            )
 
 
 def _table(root: Path, rows: Sequence[tuple[str, str, str | None]], classes: tuple[str, ...], split: str) -> ImageTable:
@@ -148,13 +181,10 @@ def _table(root: Path, rows: Sequence[tuple[str, str, str | None]], classes: tup
     return ImageTable(root, PathTable([path for path, _ in ours]), targets)
 
 
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:most])
-    return f"class {shown}" + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _ignored_text(found: _Found) -> str:
-    kinds = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in sorted(found.ignored.items()))
+    kinds = ", ".join(
+        f"{count} {extension or 'without extension'}" for extension, count in sorted(found.ignored.items())
+    )
     return f" (files that are not read as images: {kinds})" if kinds else ""
 
 
@@ -178,13 +208,15 @@ def _read_folder(root: Path) -> _Found:
 
 def _split_folders(root: Path) -> dict[str, Path]:
     """The folders that are splits by their names, if they hold folders: a class may be called "train" too."""
-    folders = {}
+    folders: dict[str, Path] = {}
     for entry in _entries(root):
         split = next((split for split, names in SPLIT_NAMES.items() if entry.name.lower() in names), None)
         if split is None or not entry.is_dir() or not any(inner.is_dir() for inner in _entries(Path(entry.path))):
             continue
         if split in folders:
-            raise DataError(f"{root}: both '{folders[split].name}' and '{entry.name}' could be the {split} split: remove one")
+            raise DataError(
+                f"{root}: both '{folders[split].name}' and '{entry.name}' could be the {split} split: remove one"
+            )
         folders[split] = Path(entry.path)
     return folders
 
@@ -253,7 +285,9 @@ def _read_manifest(file: Path) -> _Found:
             reader = csv.DictReader(stream)
             columns = reader.fieldnames or []
             if not {"path", "label"} <= set(columns):
-                raise DataError(f"{file}: a manifest is a CSV with the columns path,label[,split]; this one has {','.join(columns)}")
+                raise DataError(
+                    f"{file}: a manifest is a CSV with the columns path,label[,split]; this one has {','.join(columns)}"
+                )
             for number, row in enumerate(reader, 2):
                 found.rows.append(_manifest_row(file, number, row))
     except OSError as error:
@@ -304,7 +338,9 @@ def read_part(data: Path, split: str, classes: Sequence[str], root: Path | None 
         raise DataError(f"{data}: no images in the {split} split{_ignored_text(found)}")
     unknown = {label for _, label, _ in rows} - set(classes)
     if unknown:
-        raise DataError(f"{data}: {_listed(sorted(unknown))}, unknown to the model, which has {_listed(list(classes))}")
+        raise DataError(
+            f"{data}: class {listed(sorted(unknown))}, unknown to the model, which has {listed(list(classes))}"
+        )
     marked: list[tuple[str, str, str | None]] = [(path, label, split) for path, label, _ in rows]
     return _table(root or (data.parent if data.is_file() else data), marked, tuple(classes), split)
 

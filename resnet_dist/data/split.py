@@ -62,7 +62,9 @@ def _check_sizes(sizes: Mapping[str, int], wanted: Mapping[str, Counter[str]]) -
     for label, size in sizes.items():
         if size <= sum(missing[label] for missing in wanted.values()):
             parts = " and ".join(["train", *wanted])
-            raise DataError(f"class '{label}' has {size} image{'s' if size > 1 else ''}: too few for {parts} in these shares")
+            raise DataError(
+                f"class '{label}' has {size} image{'s' if size > 1 else ''}: too few for {parts} in these shares"
+            )
 
 
 def _check_groups(labels: Sequence[str], parts: Sequence[str], names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,7 +121,8 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        return Batch(**{name: None if tensor is None else change(tensor) for name, tensor in vars(self).items()})
+        values: dict[str, Any] = {name: None if t is None else change(t) for name, t in vars(self).items()}
+        return Batch(**values)
 
     @property
     def partners(self) -> torch.Tensor:
@@ -130,7 +132,7 @@ class Batch:
 
 def swap_pairs(values: torch.Tensor) -> torch.Tensor:
     """Rows 2k and 2k + 1 exchanged; the number of rows is even."""
-    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return values.reshape(-1, 2, *values.shape[1:]).flip(1).reshape(values.shape)
 
 
 class ToInput:

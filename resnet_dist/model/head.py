@@ -53,7 +53,7 @@ class Dropout(nn.Module):
 
 
 class LinearHead(nn.Linear):
-    """A linear layer with dropout before it; its parameters are named as torchvision names them (fc.weight, fc.bias)."""
+    """A linear layer with dropout before it; its parameters bear torchvision's names (fc.weight, fc.bias)."""
 
     def __init__(self, features: int, classes: int, dropout: float) -> None:
         super().__init__(features, classes)

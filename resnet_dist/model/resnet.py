@@ -28,7 +28,12 @@ class Architecture:
         """The architecture that the settings ask for."""
         hidden = () if cfg.head == "linear" else cfg.head_hidden
         return cls(
-            name=cfg.model, stem=cfg.stem, head=cfg.head, head_hidden=hidden, dropout=cfg.dropout, num_classes=num_classes
+            name=cfg.model,
+            stem=cfg.stem,
+            head=cfg.head,
+            head_hidden=hidden,
+            dropout=cfg.dropout,
+            num_classes=num_classes,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,7 +50,11 @@ class Architecture:
         if not isinstance(head, dict) or head.get("name") not in ("linear", "mlp", "concat-pool"):
             raise ValueError(f"unknown head {head!r}")
         hidden, dropout = head.get("hidden"), head.get("dropout")
-        if not isinstance(hidden, list) or not all(type(n) is int and 0 < n <= 65536 for n in hidden) or len(hidden) > 16:
+        if (
+            not isinstance(hidden, list)
+            or not all(type(n) is int and 0 < n <= 65536 for n in hidden)
+            or len(hidden) > 16
+        ):
             raise ValueError(f"hidden widths of the head {hidden!r} are not a short list of whole numbers")
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ValueError(f"dropout {dropout!r} is not in 0..1")
@@ -79,7 +88,7 @@ def build(architecture: Architecture) -> nn.Module:
     else:
         model.avgpool = ConcatPool()
         model.fc = deep_head(2 * features, hidden, classes, dropout)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.to(memory_format=torch.channels_last)
 
 
 def empty(architecture: Architecture) -> nn.Module:

@@ -117,7 +117,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)  # noqa: S614 - weights_only
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ArtifactError(f"{file}: not a safetensors file ({error})") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
@@ -137,7 +137,9 @@ def load_backbone(model: nn.Module, tensors: Tensors, architecture: Architecture
     given = {name: value for name, value in tensors.items() if stage_of(name) != "head"}
     problems = _misfits(wanted, given)
     if problems:
-        raise ArtifactError(f"{source}: does not fit {architecture.name}: {problems[0]}{_more(problems)}{_fitting(given)}")
+        raise ArtifactError(
+            f"{source}: does not fit {architecture.name}: {problems[0]}{_more(problems)}{_fitting(given)}"
+        )
     model.load_state_dict(given, strict=False)
 
 
@@ -167,5 +169,3 @@ def _fitting(given: Tensors) -> str:
             if not _misfits({key: value for key, value in other.items() if stage_of(key) != "head"}, given):
                 return f"; it fits --model {name}" + ("" if stem == "standard" else " --stem small")
     return ""
-
-

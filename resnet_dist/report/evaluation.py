@@ -15,6 +15,7 @@ from resnet_dist.evaluate.metrics import confusion, headline, per_class
 from resnet_dist.evaluate.records import Records
 from resnet_dist.report import plots
 from resnet_dist.run_folder import to_json, write_atomically
+from resnet_dist.wording import shortened
 
 GRID = 16
 
@@ -22,7 +23,7 @@ GRID = 16
 def write_evaluation(
     folder: Path, plots_folder: Path, table: ImageTable, records: Records, classes: Sequence[str], spec: Preprocessing
 ) -> dict[str, float]:
-    """predictions.csv, per_class.csv and metrics.json into `folder`, pictures into `plots_folder`; returns the headline."""
+    """predictions.csv, per_class.csv, metrics.json into `folder`, pictures into `plots_folder`; gives the headline."""
     folder.mkdir(parents=True, exist_ok=True)
     plots_folder.mkdir(parents=True, exist_ok=True)
     metrics = headline(records)
@@ -63,7 +64,7 @@ def prediction_grid(
     """Images spread evenly over the table with their predicted and true names, as the network sees them."""
     chosen = np.unique(np.linspace(0, len(table) - 1, GRID).round().astype(int))
     images = [fit(load_image(table, int(i)), spec) for i in chosen]
-    names = [plots.shortened(name, 22) for name in classes]
+    names = [shortened(name, 22) for name in classes]
     titles = [
         f"{names[records.prediction[i]]} ({records.probabilities[i, 0]:.2f})\ntrue: {names[records.target[i]]}"
         for i in chosen

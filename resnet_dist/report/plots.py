@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from resnet_dist.wording import shortened
 
 GREEN, RED = "#1a7f37", "#cf222e"
 
@@ -26,11 +30,11 @@ def curves(file: Path, epochs: Sequence[Mapping[str, float]]) -> None:
         for kind, style in (("train", "o-"), ("val", "s-"), ("ema", "^-")):
             if f"{kind}_{metric}" in epochs[0]:
                 axes.plot(x, [row[f"{kind}_{metric}"] for row in epochs], style, markersize=4, label=kind)
-        for before, row in zip(epochs, epochs[1:], strict=False):
+        for before, row in pairwise(epochs):
             if row["phase"] != before["phase"]:
                 axes.axvline(row["epoch"] - 0.5, color="grey", linestyle="--", linewidth=1)
         axes.set(xlabel="epoch", ylabel={"loss": "loss", "top1": "top-1 accuracy"}[metric])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(file, dpi=120, bbox_inches="tight")
@@ -41,7 +45,9 @@ def learning_rates(file: Path, steps: Sequence[Mapping[str, Any]]) -> None:
     figure, (axes,) = _figure(1, 1, 8, 4)
     names = list(dict.fromkeys(name for row in steps for name in row["lr"] if "/" not in name))
     for name in names:
-        axes.plot([r["step"] for r in steps], [r["lr"].get(name, math.nan) for r in steps], ".-", markersize=3, label=name)
+        axes.plot(
+            [r["step"] for r in steps], [r["lr"].get(name, math.nan) for r in steps], ".-", markersize=3, label=name
+        )
     axes.set(xlabel="optimizer step", ylabel="learning rate")
     if any(rate > 0 for row in steps for rate in row["lr"].values()):
         axes.set_yscale("log")
@@ -84,9 +90,3 @@ def image_grid(
         colour = "black" if right is None else GREEN if right[number] else RED
         place.set_title(title, fontsize=9, color=colour, parse_math=False)  # a class may be called $5
     figure.savefig(file, dpi=100, bbox_inches="tight")
-
-
-def shortened(name: str, most: int) -> str:
-    """A name of at most `most` characters, what cannot be printed replaced."""
-    clean = "".join(c if c.isprintable() else "?" for c in name)
-    return clean if len(clean) <= most else clean[: most - 1] + "…"

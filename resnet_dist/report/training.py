@@ -19,7 +19,9 @@ from resnet_dist.report import plots
 from resnet_dist.report.evaluation import write_evaluation
 from resnet_dist.run_folder import RunFolder
 from resnet_dist.train.checkpoint import load_checkpoint
-from resnet_dist.train.job import Best, Job, State
+from resnet_dist.train.job import Job
+from resnet_dist.train.state import Best, State
+from resnet_dist.wording import shortened
 
 GRID = 16
 
@@ -73,9 +75,9 @@ def plot_samples(file: Path, images: TrainImages, classes: Sequence[str], spec: 
         raise batch
     inputs = ToInput(spec, torch.device("cpu"))(batch).permute(0, 2, 3, 1)
     visible = (inputs * torch.tensor(spec.std) + torch.tensor(spec.mean)).clamp(0, 1).mul(255).round().to(torch.uint8)
-    titles = [plots.shortened(classes[target], 22) for target in batch.targets.tolist()]
+    titles = [shortened(classes[target], 22) for target in batch.targets.tolist()]
     if batch.mix is not None:
-        others = [plots.shortened(classes[target], 12) for target in batch.partners.tolist()]
+        others = [shortened(classes[target], 12) for target in batch.partners.tolist()]
         shares = batch.mix[:, 0].tolist()
         titles = [f"{t} {s:.2f}\n{o}" for t, s, o in zip(titles, shares, others, strict=True)]
     plots.image_grid(file, list(visible.numpy()), titles)

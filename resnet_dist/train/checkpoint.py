@@ -75,9 +75,9 @@ class Description:
         )
 
 
-def save_checkpoint(file: Path, tensors: Mapping[str, torch.Tensor], description: Description) -> None:
+def save_best(file: Path, model: nn.Module, description: Description) -> None:
     """Write weights and their description. Equal states give equal bytes. Raises MachineError."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(file, save(plain, metadata={METADATA_KEY: description.to_json()}))
 
 
@@ -98,7 +98,7 @@ def load_checkpoint(file: Path) -> tuple[nn.Module, Description]:
                 raise ArtifactError(f"{file}: its metadata is implausibly long")
             description = _described(file, metadata)
             _check(file, opened, empty(description.architecture))
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{file}: not a safetensors file ({error})") from None
     damaged = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]

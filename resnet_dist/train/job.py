@@ -1,8 +1,6 @@
 """What a run works with, built from its config: data, model, loaders, run folder."""
 
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,11 +25,14 @@ from resnet_dist.data.transforms import ToInput
 from resnet_dist.distributed import on_main
 from resnet_dist.model import weights
 from resnet_dist.model.resnet import Architecture, build, empty
+from resnet_dist.options import portable
 from resnet_dist.run_folder import RunFolder
+from resnet_dist.train.checkpoint import Description
 from resnet_dist.train.ema import Ema
 from resnet_dist.train.losses import Loss, class_weights
 from resnet_dist.train.phases import plan, plan_lines, resolve
 from resnet_dist.train.progress import Display
+from resnet_dist.train.state import Best
 
 
 @dataclass
@@ -52,28 +53,17 @@ class Job:
     run: RunFolder
     display: Display
 
-
-@dataclass(frozen=True)
-class Best:
-    """The best epoch so far: its headline metrics, its number (from 1), and whether raw or averaged weights made it."""
-
-    score: Mapping[str, float]
-    epoch: int
-    weights_kind: str
-
-
-@dataclass
-class State:
-    """Where a run stands: enough, with the weights and the optimizer, to go on from here."""
-
-    phase: int = 0
-    epoch_in_phase: int = 0
-    epochs_done: int = 0
-    steps_done: int = 0
-    best: Best | None = None
-    epochs_since_best: int = 0
-    stopped_by: str | None = None
-    started: float = field(default_factory=time.monotonic)
+    def described(self, best: Best) -> Description:
+        """What the best checkpoint says of itself."""
+        return Description(
+            architecture=self.architecture,
+            classes=self.index.classes,
+            preprocessing=self.spec,
+            config=portable(self.cfg),
+            epoch=best.epoch,
+            score=best.score,
+            weights_kind=best.weights_kind,
+        )
 
 
 def preprocessing(cfg: PreprocessConfig, base: Preprocessing) -> Preprocessing:

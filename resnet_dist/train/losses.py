@@ -1,4 +1,4 @@
-"""Losses as a numerator and a denominator per sample, so that a mean over many batches and processes is the true mean."""
+"""Losses as a numerator and a denominator per sample: the mean over many batches and processes is the true mean."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -69,8 +69,10 @@ def class_weights(cfg: LossConfig, classes: Sequence[str], targets: np.ndarray) 
     unknown = [name for name in given if name not in classes]
     if missing or unknown:
         which = f"no weight for '{missing[0]}'" if missing else f"'{unknown[0]}' is not a class"
-        raise DataError(f"{cfg.class_weights}: {which}; it needs one line per class, such as \"cat\" = 1.5")
-    bad = [n for n in classes if isinstance(given[n], bool) or not isinstance(given[n], int | float) or not given[n] > 0]
+        raise DataError(f'{cfg.class_weights}: {which}; it needs one line per class, such as "cat" = 1.5')
+    bad = [
+        n for n in classes if isinstance(given[n], bool) or not isinstance(given[n], int | float) or not given[n] > 0
+    ]
     if bad:
         raise DataError(f"{cfg.class_weights}: the weight of '{bad[0]}' must be a number above 0")
     return torch.tensor([float(given[name]) for name in classes], dtype=torch.float32)

@@ -85,4 +85,6 @@ def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.opt
         return torch.optim.SGD(groups, momentum=momentum, nesterov=cfg.nesterov)
     if cfg.opt == "rmsprop":
         return torch.optim.RMSprop(groups, momentum=momentum)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}[cfg.opt](groups)
+    if cfg.opt == "adagrad":
+        return torch.optim.Adagrad(groups)
+    return torch.optim.AdamW(groups) if cfg.opt == "adamw" else torch.optim.Adam(groups)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +15,8 @@ from resnet_dist.train.optim import DEFAULT_MOMENTUM, DEFAULT_WEIGHT_DECAY, defa
 def resolve(cfg: TrainConfig, model: nn.Module) -> tuple[TrainConfig, list[str]]:
     """The config with everything automatic that shapes the result decided, and a line with the reason for each."""
     cfg = cfg.with_phase_epochs()
-    changes, reasons = {}, []
+    changes: dict[str, Any] = {}
+    reasons = []
     if cfg.optim.lr is None:
         lr, why = default_lr(cfg.optim.opt, _only_head(model, cfg.phase[0]), cfg.model.weights != "none")
         changes["lr"] = lr

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from resnet_dist.wording import printable
+
 
 class Display:
     """The terminal of the main process; on the others every method does nothing."""
@@ -32,8 +34,8 @@ class Display:
     def say(self, line: str) -> None:
         """A line of text."""
         if self.enabled:
-            self.console.print(Text(line))
-            self._write(line + "\n")
+            self.console.print(Text(printable(line)))
+            self._write(printable(line) + "\n")
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """A two-column table, at the end of a run."""
@@ -69,7 +71,9 @@ class Display:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._task = None

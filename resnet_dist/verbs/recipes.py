@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from resnet_dist.config import option
-from resnet_dist.options import suggestion
 from resnet_dist.recipes import headline, texts
+from resnet_dist.wording import suggestion
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,5 +55,8 @@ def main(cfg: Config) -> int:
     flops = sum(layer.flops for layer in layers)
     updating = len(updating_batch_norms(model, phase))
     print(f"parameters {total:,}, trainable {learning:,} ('{phase.trainable}'), {4 * total / 2**20:.1f} MiB in float32")
-    print(f"forward {flops / 1e9:.3f} GFLOPs per image (2 per multiply-add); BatchNorm statistics update in {updating} layers")
+    print(
+        f"forward {flops / 1e9:.3f} GFLOPs per image (2 per multiply-add); "
+        f"BatchNorm statistics update in {updating} layers"
+    )
     return 0

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from resnet_dist.run_folder import RunFolder
     from resnet_dist.train.job import Blueprint
     from resnet_dist.train.progress import Display
-
+    from resnet_dist.train.resume import Resumed
 
 Config = TrainConfig
 
@@ -36,23 +36,64 @@ def train(cfg: TrainConfig) -> Path | None:
 
     accelerator = start(cfg.run.threads, cfg.run.seed, cfg.run.deterministic)
     display = Display(accelerator.is_main_process)
-    path = Path(cfg.run.output_dir or f"runs/{cfg.model.model}-{cfg.recipe or 'train'}-{time.strftime('%Y%m%d-%H%M%S')}")
-    on_main(accelerator, lambda: RunFolder.check(path, cfg.run.overwrite))
+    path, resuming = where(cfg)
+    run = RunFolder(path, active=accelerator.is_main_process)
+    if resuming and on_main(accelerator, lambda: is_complete(path, cfg)):
+        display.say(f"{path}: this run is complete; for more, give --epochs above {cfg.run.epochs}, or --init-from")
+        return path
+    if not resuming:
+        on_main(accelerator, lambda: RunFolder.check(path, cfg.run.overwrite))
     blueprint = draw(accelerator, cfg)
     for line in blueprint.lines():
         display.say(line)
     if cfg.run.dry_run:
         return None
-    on_main(accelerator, lambda: open_run(path, blueprint))
+    resumed = on_main(accelerator, lambda: reopen(run, blueprint, display)) if resuming else None
+    if not resuming:
+        on_main(accelerator, lambda: open_run(path, blueprint))
     display.log_to(path / "train.log")
-    run = RunFolder(path, active=accelerator.is_main_process)
     try:
-        _train_and_report(accelerator, blueprint, run, display)
+        _train_and_report(accelerator, blueprint, run, display, resumed)
     except BaseException as error:
         code = error.exit_code if isinstance(error, ResnetDistError) else 1
         run.update(status="failed", exit_code=code, reason=str(error) or type(error).__name__)
         raise
     return path
+
+
+def where(cfg: TrainConfig) -> tuple[Path, bool]:
+    """The run folder, and whether the run that it holds is to go on."""
+    if cfg.run.resume is not None and cfg.run.resume != "auto":
+        return Path(cfg.run.resume), True
+    name = f"{cfg.model.model}-{cfg.recipe or 'train'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path(cfg.run.output_dir or f"runs/{name}")
+    return path, cfg.run.resume == "auto" and (path / "run.json").exists()
+
+
+def is_complete(path: Path, cfg: TrainConfig) -> bool:
+    """Whether the run is done, and no more epochs are asked for than it was to have."""
+    from resnet_dist.run_folder import read_facts
+
+    facts = read_facts(path)
+    return facts.get("status") == "done" and cfg.run.epochs <= facts.get("epochs", 0)
+
+
+def reopen(run: "RunFolder", blueprint: "Blueprint", display: "Display") -> "Resumed":
+    """The state to go on from, once it is clear that it is the same run. On the main process."""
+    from resnet_dist.options import to_toml
+    from resnet_dist.train.resume import changes, read_resumed
+
+    resumed, warnings = read_resumed(run)
+    share = blueprint.batches.share
+    lines = changes(resumed, blueprint.cfg, blueprint.index.fingerprint(), share.global_batch)
+    for line in (*warnings, *(f"changed: {line}" for line in lines)):
+        display.say(line)
+    state = resumed.state
+    display.say(f"resuming {run.path} in epoch {state.epochs_done + 1} after {state.steps_done} optimizer steps")
+    run.cut_back(state.steps_done)
+    run.write("config.toml", to_toml(blueprint.cfg))
+    run.update(status="running", exit_code=None, reason="", epochs=blueprint.cfg.run.epochs)
+    return resumed
 
 
 def open_run(path: Path, blueprint: "Blueprint") -> None:
@@ -62,40 +103,53 @@ def open_run(path: Path, blueprint: "Blueprint") -> None:
     from resnet_dist.options import to_toml
     from resnet_dist.run_folder import RunFolder, to_json
 
+    cfg, index = blueprint.cfg, blueprint.index
     weights = sum(p.numel() * p.element_size() for p in empty(blueprint.architecture).parameters())
-    run = RunFolder.create(path, blueprint.cfg.run.overwrite, needed_bytes=2 * weights + (64 << 20))
-    index = blueprint.index
+    # The best checkpoint, its successor while it is written, and the checkpoints to resume from: weights, two
+    # moments of an Adam and an average in each.
+    needed = weights * (2 + 4 * (cfg.run.keep_last + 1))
+    run = RunFolder.create(path, cfg.run.overwrite, needed)
     run.update(
         status="running",
+        exit_code=None,
+        reason="",
+        epochs=cfg.run.epochs,
         data_root=str(index.root.absolute()),
         classes=len(index.classes),
         images={split: len(index.part(split)) for split in ("train", "val", "test")},
         versions={name: version(name) for name in ("resnet-dist", "torch", "torchvision", "accelerate", "pillow")},
     )
     run.write("command.txt", shlex.join(["resnet-dist", *sys.argv[1:]]) + "\n")
-    run.write("config.toml", to_toml(blueprint.cfg))
+    run.write("config.toml", to_toml(cfg))
     run.write("classes.txt", "".join(f"{name}\n" for name in index.classes))
     run.write("preprocess.json", to_json(blueprint.spec.to_dict()))
     write_manifest(path / "data" / "manifest.csv", index)
 
 
 def _train_and_report(
-    accelerator: "Accelerator", blueprint: "Blueprint", run: "RunFolder", display: "Display"
+    accelerator: "Accelerator",
+    blueprint: "Blueprint",
+    run: "RunFolder",
+    display: "Display",
+    resumed: "Resumed | None",
 ) -> None:
     from resnet_dist.distributed import on_main
     from resnet_dist.report.training import finish, plot_samples
     from resnet_dist.train.job import build_job
     from resnet_dist.train.loop import train as train_phases
+    from resnet_dist.train.resume import restore_model
 
-    started = time.monotonic()
     job = build_job(accelerator, blueprint, run, display)
-    samples = run.plots / "samples_train.png"
-    on_main(accelerator, lambda: plot_samples(samples, job.train_loader.images, job.index.classes, job.spec))
-    state = train_phases(job)
+    if resumed is None:
+        file = run.plots / "samples_train.png"
+        on_main(accelerator, lambda: plot_samples(file, job.train_loader.images, job.index.classes, job.spec))
+    else:
+        restore_model(resumed, job)
+    state = train_phases(job, resumed)
     metrics = finish(job, state)
     rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
     rows = [("run folder", str(run.path)), ("best checkpoint", str(run.best)), *rows]
     rows.append(("best epoch", f"{state.best.epoch} of {state.epochs_done}" if state.best else "none"))
     rows.append(("stopped by", state.stopped_by or "the last epoch"))
-    rows.append(("minutes", f"{(time.monotonic() - started) / 60:.1f}"))
+    rows.append(("minutes", f"{state.elapsed() / 60:.1f}"))
     display.table(f"{len(job.index.val)} validation images, float32", rows)

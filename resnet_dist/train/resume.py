@@ -1,0 +1,128 @@
+"""Going on with an interrupted run: what is saved, what is put back, and what may have changed in between."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from resnet_dist.config import TrainConfig
+from resnet_dist.distributed import on_main
+from resnet_dist.errors import UsageError
+from resnet_dist.options import kept
+from resnet_dist.run_folder import RunFolder
+from resnet_dist.train.job import Job
+from resnet_dist.train.schedule import Schedule
+from resnet_dist.train.state import (
+    State,
+    optimizer_tensors,
+    read_newest_state,
+    remove_leftovers,
+    restore_optimizer,
+    write_state,
+)
+
+# Settings that make another run of it, by section: they decide what the saved numbers mean.
+FIXED = {
+    "data": {"data", "val_dir", "val_split", "split_seed", "group_by", "drop_last"},
+    "preprocess": None,  # all of them
+    "model": {"model", "head", "head_hidden", "stem"},
+    "run": {"seed", "ema"},
+    "phase": None,
+}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A saved state: where the run stood, its tensors and everything else that was written with them."""
+
+    state: State
+    tensors: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Any]
+
+
+def save_state(job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, state: State) -> None:
+    """Write a checkpoint to resume from. Every process must call this; the main one writes."""
+    tensors = {f"model/{name}": tensor for name, tensor in job.model.state_dict().items()}
+    if job.ema is not None:
+        tensors |= {f"ema/{name}": tensor for name, tensor in job.ema.module.state_dict().items()}
+    tensors |= optimizer_tensors(job.model, optimizer)
+    facts = {
+        "state": state.to_dict(),
+        "schedule": schedule.state,
+        "ema_steps": job.ema.steps if job.ema is not None else 0,
+        "global_batch": job.train_loader.batches.share.global_batch,
+        "config": kept(job.cfg),
+        "data": job.index.fingerprint(),
+    }
+    folder = job.run.path / "checkpoints"
+    on_main(job.accelerator, lambda: write_state(folder, tensors, facts, job.cfg.run.keep_last) and None)
+
+
+def read_resumed(run: RunFolder) -> tuple[Resumed, list[str]]:
+    """The newest state of a run that verifies, and warnings. On the main process. Raises ArtifactError."""
+    remove_leftovers(run.path / "checkpoints")
+    tensors, facts, warnings = read_newest_state(run.path / "checkpoints")
+    return Resumed(State.from_dict(facts["state"]), tensors, facts), warnings
+
+
+def restore_model(resumed: Resumed, job: Job) -> None:
+    """Put the weights, and their average, back."""
+    job.model.load_state_dict(_under("model/", resumed.tensors))
+    if job.ema is not None:
+        job.ema.module.load_state_dict(_under("ema/", resumed.tensors))
+        job.ema.steps = resumed.facts["ema_steps"]
+
+
+def restore_learner(resumed: Resumed, job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+    """Put the optimizer's and the schedule's state back, into those of the phase where the run stood."""
+    restore_optimizer(job.model, optimizer, resumed.tensors)
+    schedule.state = dict(resumed.facts["schedule"])
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def changes(resumed: Resumed, cfg: TrainConfig, fingerprint: Mapping[str, Any], global_batch: int) -> list[str]:
+    """What differs from the run that is resumed, as lines `old -> new`.
+
+    Raises UsageError where the difference would make it another run: other data, classes, network or preprocessing.
+    """
+    facts = resumed.facts
+    if facts["data"] != fingerprint:
+        raise UsageError(_data_difference(facts["data"], fingerprint))
+    lines: list[str] = []
+    refused: list[str] = []
+    for section, name, old, new in _differences(facts["config"], kept(cfg)):
+        line = f"--{name.replace('_', '-')} {old} -> {new}"
+        fixed = FIXED.get(section, set())
+        (refused if section in FIXED and (fixed is None or name in fixed) else lines).append(line)
+    if facts["global_batch"] != global_batch:
+        refused.append(f"global batch {facts['global_batch']} -> {global_batch}")
+    if refused:
+        raise UsageError(
+            [f"a resumed run keeps its settings, but {line}; start a new run for that" for line in refused]
+        )
+    return lines
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
+    for section in sorted(old.keys() | new.keys()):
+        before, after = old.get(section), new.get(section)
+        if isinstance(before, dict) and isinstance(after, dict):
+            for name in sorted(before.keys() | after.keys()):
+                if before.get(name) != after.get(name):
+                    yield section, name, before.get(name, "automatic"), after.get(name, "automatic")
+        elif before != after:
+            yield section, section, before, after
+
+
+def _data_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    gone = sorted(set(old["classes"]) - set(new["classes"]))
+    added = sorted(set(new["classes"]) - set(old["classes"]))
+    if gone or added:
+        words = [f"without {', '.join(gone)}" if gone else "", f"with new {', '.join(added)}" if added else ""]
+        return f"the classes are no longer those of this run: {' and '.join(filter(None, words))}; start a new run"
+    counts = f"{old['images']} images then, {new['images']} now"
+    return f"the images or their split are no longer those of this run ({counts}); restore them or start a new run"

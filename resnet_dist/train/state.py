@@ -1,0 +1,186 @@
+"""Where a run stands, and how that is kept on disk: whole, verified, never unpickled."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from resnet_dist.errors import ArtifactError, MachineError
+from resnet_dist.run_folder import sync_folder, to_json
+
+TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best epoch so far: its headline metrics, its number (from 1), and whether raw or averaged weights made it."""
+
+    score: Mapping[str, float]
+    epoch: int
+    weights_kind: str
+
+
+@dataclass
+class State:
+    """Where a run stands: enough, with the weights and the optimizer, to go on from here.
+
+    `sums` are the training sums of the epoch so far (loss, weight, correct, samples, over all processes), `seconds`
+    what the run has taken before this process started.
+    """
+
+    phase: int = 0
+    epoch_in_phase: int = 0
+    step_in_epoch: int = 0
+    epochs_done: int = 0
+    steps_done: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
+    epoch_seconds: float = 0.0
+    best: Best | None = None
+    epochs_since_best: int = 0
+    stopped_by: str | None = None
+    seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, those before an interruption included."""
+        return self.seconds + time.monotonic() - self.started
+
+    def begin_phase(self, number: int) -> None:
+        """Stand at the start of a phase; early stopping ends a phase only, so it begins anew too."""
+        self.phase, self.epoch_in_phase, self.epochs_since_best, self.stopped_by = number, 0, 0, None
+
+    def end_epoch(self) -> dict[str, float]:
+        """Stand after the epoch; returns its mean loss, top1 and speed over all processes."""
+        loss, weight, correct, count = self.sums
+        seconds = self.epoch_seconds
+        self.sums, self.epoch_seconds = [0.0] * 4, 0.0
+        self.epochs_done += 1
+        self.epoch_in_phase += 1
+        self.step_in_epoch = 0
+        return {
+            "loss": loss / weight,
+            "top1": correct / count,
+            "images_per_second": count / seconds,
+            "seconds": seconds,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "started"}
+        best = dataclasses.asdict(self.best) if self.best else None
+        return {**values, "best": best, "seconds": self.elapsed()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "State":
+        """From the stored form."""
+        best = values["best"]
+        return cls(**{**values, "best": Best(**best) if best else None})
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `optimizer/<key>/<parameter name>`."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                found[f"optimizer/{key}/{name}"] = value
+    return found
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        kind, _, rest = key.partition("/")
+        if kind == "optimizer":
+            entry, _, name = rest.partition("/")
+            parameter = parameters[name]
+            # Counters of steps stay where torch keeps them: on the CPU, unless the optimizer is capturable or fused.
+            device = value.device if entry == "step" else parameter.device
+            optimizer.state[parameter][entry] = value.to(device).clone()
+
+
+def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], keep: int) -> Path:
+    """Write one state into `folder` (the run's checkpoints), then remove all but the newest `keep`.
+
+    It appears under its name only once everything is on the disk. Raises MachineError; older states are then as before.
+    """
+    final = folder / f"step-{facts['state']['steps_done']:09d}"
+    temporary = folder / f".tmp-{os.getpid()}"
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contents = {TENSORS: save(plain), FACTS: to_json(facts).encode()}
+    contents[MANIFEST] = to_json({name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}).encode()
+    try:
+        temporary.mkdir()
+        for name, data in contents.items():
+            with (temporary / name).open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        sync_folder(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise MachineError(
+            f"{final}: the checkpoint cannot be written ({error.strerror}); older ones are intact"
+        ) from None
+    for old in _states(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _states(folder: Path) -> list[Path]:
+    """The states in a folder, the newest first."""
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def read_newest_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[str]]:
+    """The newest state that verifies: tensors, facts, and a warning for each newer one that was passed over.
+
+    Raises ArtifactError where there is none.
+    """
+    warnings = []
+    for path in _states(folder):
+        try:
+            tensors, facts = _read_state(path)
+        except (OSError, ValueError, KeyError, SafetensorError, RecursionError) as error:
+            warnings.append(f"WARNING: {path}: passed over, it does not verify ({error})")
+        else:
+            return tensors, facts, warnings
+    raise ArtifactError(f"{folder}: no checkpoint to resume from" + "".join(f"; {w}" for w in warnings))
+
+
+def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    contents = {name: (path / name).read_bytes() for name in (TENSORS, FACTS)}
+    for name, data in contents.items():
+        if hashlib.sha256(data).hexdigest() != manifest[name]:
+            raise ValueError(f"{name} is not what its manifest says")
+    return load(contents[TENSORS]), json.loads(contents[FACTS])
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what an interrupted writer left."""
+    for path in _leftovers(folder):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _leftovers(folder: Path) -> Iterator[Path]:
+    return folder.glob(".tmp-*")
