@@ -1,0 +1,73 @@
+"""What the tests share: tiny image folders, real data where it lies beside the project, and a way to run the program."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_dist.cli import main
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+CLASSES = ("cat", "dog", "emu")
+
+# The smallest network and images that go through every part of the program, as command-line options.
+TINY = ["--model", "resnet18", "--weights", "none", "--stem", "small", "--img-size", "16", "--workers", "0"]
+
+
+def write_image(file: Path, seed: int, tint: int = 0, size: tuple[int, int] = (24, 20)) -> None:
+    """A noise picture of (width, height) whose channel `tint` is dark: a class that can be learnt."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    pixels[..., tint % 3] //= 4
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file)
+
+
+def make_folder(root: Path, train: int = 8, val: int = 5, classes: Sequence[str] = CLASSES) -> Path:
+    """train/ and val/ of so many PNG images per class; with val=0, class folders right below the root."""
+    for split, count in (("train", train), ("val", val)):
+        for number, name in enumerate(classes):
+            for i in range(count):
+                place = root / name if val == 0 else root / split / name
+                write_image(place / f"{split}{i:03d}.png", seed=1000 * number + i + (500 if split == "val" else 0), tint=number)
+    return root
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ and val/ of three classes; not to be changed by a test."""
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and real weights. Skips where they are not at hand; in CI that is an error."""
+    if not SHARED.is_dir():
+        if os.environ.get("RESNET_DIST_CI"):
+            pytest.fail(f"{SHARED} is missing, which CI must have")
+        pytest.skip(f"needs the real data in {SHARED}, which is not part of the repository")
+    return SHARED
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the program in this process, expect this exit code, and return what it said on stderr, one line each."""
+
+    def run(code: int, *arguments: str | Path) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == code
+        said = capsys.readouterr().err
+        assert said.strip() and "Traceback" not in said
+        return said
+
+    return run
+
+
+def run_program(*arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own, as a user starts it."""
+    command = [sys.executable, "-m", "resnet_dist", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **(env or {})}, cwd=cwd)
