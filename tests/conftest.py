@@ -33,7 +33,9 @@ def make_folder(root: Path, train: int = 8, val: int = 5, classes: Sequence[str]
         for number, name in enumerate(classes):
             for i in range(count):
                 place = root / name if val == 0 else root / split / name
-                write_image(place / f"{split}{i:03d}.png", seed=1000 * number + i + (500 if split == "val" else 0), tint=number)
+                write_image(
+                    place / f"{split}{i:03d}.png", seed=1000 * number + i + (500 if split == "val" else 0), tint=number
+                )
     return root
 
 
@@ -67,7 +69,11 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-def run_program(*arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_program(
+    *arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """The program in a process of its own, as a user starts it."""
     command = [sys.executable, "-m", "resnet_dist", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **(env or {})}, cwd=cwd)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, **(env or {})}, cwd=cwd
+    )
