@@ -76,6 +76,8 @@ class DataConfig:
     """Regular expression on the relative path; images whose matches are equal stay on one side of the split."""
     batch_size: int = option(32, "-b", "--per-device-train-batch-size")
     """Images in a batch, per process."""
+    global_batch_size: int | None = None
+    """Images in an optimizer step, all processes and accumulated batches together; replaces --batch-size."""
     eval_batch_size: int | None = option(None, "--per-device-eval-batch-size", "--val-batch-size")
     """Images in an evaluation batch, per process (default: --batch-size)."""
     drop_last: bool = False
@@ -89,7 +91,7 @@ class DataConfig:
             yield "DATA is missing: a folder of images with one sub-folder per class, or a CSV manifest"
         if not 0 < self.val_split < 1:
             yield f"--val-split {self.val_split:g}: must be between 0 and 1"
-        yield from out_of_range(self, 1, math.inf, "batch_size", "eval_batch_size")
+        yield from out_of_range(self, 1, math.inf, "batch_size", "global_batch_size", "eval_batch_size")
         yield from out_of_range(self, 0, 1024, "workers")
         if self.group_by is not None:
             try:
@@ -202,6 +204,8 @@ class OptimConfig:
     """Optimizer."""
     lr: float | None = option(None, "--learning-rate")
     """Base learning rate, that of the head (default: by optimizer and by what learns)."""
+    lr_base_size: int | None = None
+    """Scale the learning rates linearly, by the global batch over this number (default: not at all)."""
     lr_backbone: float | None = None
     """Learning rate of everything but the head."""
     lr_decay_per_stage: float | None = option(None, "--layer-decay")
@@ -226,7 +230,7 @@ class OptimConfig:
         yield from out_of_range(self, 0, math.inf, "lr", "lr_backbone", "weight_decay")
         yield from out_of_range(self, 0, math.inf, "clip_grad", open_low=True)
         yield from out_of_range(self, 0, 1, "lr_decay_per_stage", open_low=True)
-        yield from out_of_range(self, 1, math.inf, "grad_accum")
+        yield from out_of_range(self, 1, math.inf, "grad_accum", "lr_base_size")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             yield f"--momentum {self.momentum:g}: must be at least 0 and below 1"
         if self.nesterov and (self.opt != "sgd" or self.momentum == 0):
@@ -300,10 +304,6 @@ class RunConfig:
     """Epochs in all; the last phase takes what the phases before it leave."""
     seed: int = 0
     """Seed of initialisation, order, augmentation and dropout."""
-    deterministic: bool = False
-    """Ask torch for deterministic algorithms (slower on GPUs)."""
-    threads: int | None = None
-    """CPU threads per process (default: cores divided by the processes of this machine)."""
     best_metric: Literal["top1", "top5", "loss", "macro_f1"] = "top1"
     """What decides which checkpoint is the best."""
     ema: bool = option(False, "--model-ema")
@@ -312,6 +312,8 @@ class RunConfig:
     """Decay of that average per optimizer step, warmed up as min(decay, (1 + step) / (10 + step))."""
     patience: int = option(0, "--early-stopping-patience")
     """End the phase after so many epochs without a better score; 0 is off."""
+    tracker: tuple[str, ...] = option((), "--report-to", "--log-with")
+    """Send metrics to trackers that Accelerate knows, such as tensorboard,wandb,mlflow."""
     time_limit: float | None = None
     """Stop after so many minutes, with everything written."""
     save_every: Duration = option(Duration(1), "--checkpoint-every", "--save-steps")
@@ -331,7 +333,7 @@ class RunConfig:
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
-        yield from out_of_range(self, 1, math.inf, "epochs", "threads", "log_every")
+        yield from out_of_range(self, 1, math.inf, "epochs", "log_every")
         yield from out_of_range(self, 0, math.inf, "patience")
         yield from out_of_range(self, 0, math.inf, "time_limit", open_low=True)
         if self.save_every.value <= 0 or (self.save_every.unit == "epochs" and self.save_every.value % 1):
@@ -345,6 +347,31 @@ class RunConfig:
             yield f"--ema-decay {self.ema_decay:g}: must be at least 0 and below 1"
         if not 0 <= self.seed < 2**63:
             yield f"--seed {self.seed}: must be at least 0 and below 2^63"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemConfig:
+    """How the machine is used; nothing here is meant to change what is learnt."""
+
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = option("auto", "--amp-dtype")
+    """auto: what the launcher says, else bf16 where the hardware has it, fp16 on older GPUs, no on other CPUs."""
+    tf32: bool = True
+    """Let GPUs use TF32 in float32 products while training (written-down evaluations never do)."""
+    threads: int | None = None
+    """CPU threads per process (default: cores divided by the processes of this machine)."""
+    sync_bn: Literal["auto", "on", "off"] = "auto"
+    """BatchNorm over the batches of all processes; auto: on GPUs when it trains on under 16 images per process."""
+    ddp_comm_hook: Literal["none", "bf16"] = "none"
+    """bf16: send gradients between processes in 16 bits (for slow networks)."""
+    dist_timeout: float = 30.0
+    """Minutes after which a process that waits for another gives up."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms (slower on GPUs)."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        yield from out_of_range(self, 1, math.inf, "threads")
+        yield from out_of_range(self, 0, math.inf, "dist_timeout", open_low=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,6 +410,7 @@ class TrainConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     run: RunConfig = RunConfig()
+    system: SystemConfig = SystemConfig()
     phase: tuple[Phase, ...] = (Phase(),)
 
     def problems(self) -> Iterator[str]:
@@ -405,8 +433,13 @@ class TrainConfig:
         before = sum(phase.epochs or 0 for phase in earlier)
         if before >= self.run.epochs:
             yield f"--epochs {self.run.epochs}: the phases before the last take {before}, so at least {before + 1}"
-        if (self.augment.mixup or self.augment.cutmix) and self.data.batch_size % 2:
-            yield f"--batch-size {self.data.batch_size}: MixUp and CutMix pair images, so it must be even"
+        if self.data.global_batch_size is None:
+            yield from self.problems_of_batch(self.data.batch_size)
+
+    def problems_of_batch(self, batch_size: int) -> Iterator[str]:
+        """What is wrong with that many images per process."""
+        if (self.augment.mixup or self.augment.cutmix) and batch_size % 2:
+            yield f"--batch-size {batch_size}: MixUp and CutMix pair images, so it must be even"
 
     def with_phase_epochs(self) -> "TrainConfig":
         """The same with the length of every phase written out."""

@@ -1,47 +1,146 @@
 """Start Accelerate the one right way, and the few things that processes say to each other."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast,
+    broadcast_object_list,
+)
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from resnet_dist import launcher
-from resnet_dist.errors import ResnetDistError, UsageError
+from resnet_dist.config import SystemConfig
+from resnet_dist.errors import MachineError, ResnetDistError, UsageError
+from resnet_dist.model.trainable import BatchNorm
 
 T = TypeVar("T")
+HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
 
 
-def start(threads: int | None, seed: int, deterministic: bool = False) -> Accelerator:
-    """The Accelerator of this run: device, processes, threads and seed.
+def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tuple[Accelerator, str]:
+    """The Accelerator of this run, and a line that says what it is: processes, device, precision, threads, and why.
 
-    Raises UsageError where the launcher started several processes that do not know of each other: each would believe
-    itself to be the main one and write the same files.
+    Raises UsageError for a launch or a setting that cannot work: above all several processes that do not know of each
+    other, each believing itself to be the main one and writing the same files.
     """
+    missing = sorted(set(trackers) - {str(tracker) for tracker in get_available_trackers()})
+    if missing:
+        raise UsageError(f"--tracker {missing[0]}: not a tracker that Accelerate knows and whose package is installed")
+    on_cpu = not torch.accelerator.is_available()
+    precision, why_precision = choose_precision(cfg.mixed_precision, on_cpu)
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=on_cpu,
+        mixed_precision=precision,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        log_with=list(trackers) or None,
+        project_dir="." if trackers else None,  # demanded here; start_trackers knows the place
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True, static_graph=True, comm_hook=HOOKS[cfg.ddp_comm_hook]
+            ),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.dist_timeout)),
+        ],
     )
-    if accelerator.num_processes != launcher.world_size():
-        raise UsageError(
-            f"the launcher started {launcher.world_size()} processes, but this one sees {accelerator.num_processes}; "
-            "without GPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N -m resnet_dist ..."
-        )
-    torch.set_num_threads(
-        threads or launcher.threads_from_environment() or max(1, launcher.cores() // launcher.local_world_size())
-    )
+    check_launch(accelerator.num_processes)
+    threads, why_threads = choose_threads(cfg.threads)
+    torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    return accelerator
+    torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
+    processes = accelerator.num_processes
+    backend = f", {torch.distributed.get_backend()}" if processes > 1 else ""
+    plural = "es" if processes > 1 else ""
+    return accelerator, (
+        f"{processes} process{plural} on {accelerator.device.type}{backend}; precision {precision} ({why_precision}); "
+        f"{threads} thread{'s' if threads > 1 else ''} per process ({why_threads})"
+    )
+
+
+def start_trackers(accelerator: Accelerator, folder: Path, config: Mapping[str, Any]) -> None:
+    """Open the trackers that were asked for, if any, with their files in `folder`."""
+    if accelerator.log_with:
+        accelerator.project_configuration.logging_dir = str(folder)
+        flat = {f"{s}.{n}": v for s, part in config.items() if isinstance(part, dict) for n, v in part.items()}
+        plain = {name: v if isinstance(v, str | int | float) else str(v) for name, v in flat.items()}
+        accelerator.init_trackers("resnet-dist", config=plain)
+
+
+def share_tensors(accelerator: Accelerator, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """The main process's tensors, by name, on every process; the others pass None."""
+    if accelerator.num_processes == 1:
+        return tensors or {}
+    shapes = on_main(accelerator, lambda: {name: (t.shape, t.dtype) for name, t in (tensors or {}).items()})
+    shared = {}
+    for name, (shape, dtype) in shapes.items():
+        own = tensors[name] if tensors else torch.empty(shape, dtype=dtype)
+        shared[name] = own.to(accelerator.device).contiguous()
+    broadcast(shared)
+    return {name: tensor.cpu() for name, tensor in shared.items()}
+
+
+def check_launch(processes: int) -> None:
+    """Refuse a launch in which this process does not see as many processes as were started."""
+    if processes != launcher.world_size():
+        raise UsageError(
+            f"the launcher started {launcher.world_size()} processes, but this one knows of {processes}; start it as: "
+            f"accelerate launch --multi_gpu --num_processes {launcher.world_size()} -m resnet_dist train ... "
+            "(without GPUs with ACCELERATE_USE_CPU=true before it)"
+        )
+
+
+def choose_precision(asked: str, on_cpu: bool) -> tuple[str, str]:
+    """The precision to compute in, and why. Raises UsageError for fp16 on a CPU, which is slower than none."""
+    from_launcher = launcher.mixed_precision()
+    if asked != "auto":
+        chosen, why = asked, "--mixed-precision"
+    elif from_launcher is not None:
+        chosen, why = from_launcher, "as accelerate launch says; --mixed-precision would win"
+    elif on_cpu:
+        has_bf16 = bool({"avx512_bf16", "amx_bf16"} & launcher.cpu_flags())
+        chosen, why = ("bf16", "this CPU has it") if has_bf16 else ("no", "this CPU has no bf16")
+    elif torch.cuda.is_available():
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        chosen, why = ("bf16", "this GPU has it") if has_bf16 else ("fp16", "this GPU has no bf16")
+    else:
+        chosen, why = "no", "neither a CPU nor CUDA"
+    if chosen == "fp16" and on_cpu:
+        raise UsageError(f"fp16 ({why}) needs a GPU; on a CPU take --mixed-precision bf16 or no")
+    return chosen, why
+
+
+def choose_threads(asked: int | None) -> tuple[int, str]:
+    """CPU threads per process, and why.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 on machines without GPUs, which halves the speed on two cores; its 1
+    cannot be told from a user's, so it is taken as the launcher's.
+    """
+    if asked is not None:
+        return asked, "--threads"
+    from_environment = launcher.omp_threads()
+    if from_environment is not None and (from_environment > 1 or not launcher.is_launched()):
+        return from_environment, "OMP_NUM_THREADS"
+    share = max(1, launcher.cores() // launcher.local_world_size())
+    why = f"{launcher.cores()} cores / {launcher.local_world_size()} processes here"
+    return share, why + (", instead of the launcher's OMP_NUM_THREADS=1" if from_environment and share > 1 else "")
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """The result of `action`, which only the main process performs; its error, if any, is raised on every process.
 
-    What reads or writes shared things (folders, downloads) goes through here, so that no process is left waiting for
-    one that failed.
+    What reads or writes shared things (folders, downloads), and what must be decided once, goes through here: no
+    process is left waiting for one that failed.
     """
     outcome: list[T | ResnetDistError | None] = [None]
     if accelerator.is_main_process:
@@ -54,3 +153,88 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     if isinstance(outcome[0], ResnetDistError):
         raise outcome[0]
     return outcome[0]  # type: ignore[return-value]
+
+
+def wrap(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The network and the optimizer as Accelerate prepares them; BatchNorm's buffers stay each process's own."""
+    net, prepared = accelerator.prepare(model, optimizer)
+    if isinstance(net, DistributedDataParallel):
+        net.broadcast_buffers = False  # set here: the argument of that name is deprecated in torch 2.15
+    return net, prepared
+
+
+@contextmanager
+def averaged_statistics(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Within it, BatchNorm's running statistics are the means over all processes; after it, each process's own again.
+
+    So evaluating or saving, however often, changes nothing in training.
+    """
+    buffers = running_statistics(model)
+    if accelerator.num_processes == 1 or not buffers:
+        yield
+        return
+    own = torch.cat([buffer.flatten() for buffer in buffers.values()])
+    means = accelerator.reduce(own.clone(), "mean")
+    _put(buffers, means)
+    try:
+        yield
+    finally:
+        _put(buffers, own)
+
+
+def running_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The running means and variances of all BatchNorm layers, by name."""
+    return {
+        f"{name}.{kind}": getattr(module, kind)
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm)
+        for kind in ("running_mean", "running_var")
+    }
+
+
+def _put(buffers: dict[str, torch.Tensor], values: torch.Tensor) -> None:
+    parts = torch.split(values, [buffer.numel() for buffer in buffers.values()])
+    for buffer, part in zip(buffers.values(), parts, strict=True):
+        buffer.copy_(part.view_as(buffer))
+
+
+def check_in_step(accelerator: Accelerator, model: nn.Module) -> None:
+    """Make sure that all processes hold the same parameters, bit for bit.
+
+    Raises MachineError naming the first parameter that differs: training on would go on with several models.
+    """
+    if accelerator.num_processes == 1:
+        return
+    sums = [
+        parameter.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()
+    ]
+    all_sums = accelerator.gather(torch.stack(sums)[None])
+    differs = (all_sums != all_sums[0]).any(dim=0).cpu()
+    if differs.any():
+        names = [name for name, _ in model.named_parameters()]
+        first = names[int(differs.nonzero()[0])]
+        raise MachineError(
+            f"the processes no longer hold the same parameters ({int(differs.sum())} differ, first {first}); "
+            "resume from the last checkpoint, and check the machines"
+        )
+
+
+@dataclass(frozen=True)
+class Sync:
+    """Whether BatchNorm is computed over all processes, and why."""
+
+    on: bool
+    why: str
+
+
+def choose_sync_bn(asked: str, accelerator: Accelerator, batch_norm_trains: bool, batch_size: int) -> Sync:
+    """Decide about SyncBatchNorm. Raises UsageError where it was asked for and cannot work."""
+    on_gpu = accelerator.device.type == "cuda"
+    if asked == "on" and not on_gpu:
+        raise UsageError(f"--sync-bn on: torch has SyncBatchNorm on GPUs only, not on {accelerator.device.type}")
+    if asked != "auto":
+        return Sync(asked == "on", "--sync-bn")
+    wanted = on_gpu and accelerator.num_processes > 1 and batch_norm_trains and batch_size < 16
+    return Sync(wanted, f"{batch_size} images per process" if wanted else "not needed")

@@ -1,6 +1,8 @@
-"""What the launcher says in the environment. The only reader of RANK, WORLD_SIZE and their like; no torch here."""
+"""What the launcher and the machine say: the only reader of RANK, WORLD_SIZE, OMP_NUM_THREADS; no torch here."""
 
+import functools
 import os
+from pathlib import Path
 
 
 def rank() -> int:
@@ -18,14 +20,33 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
 
 
+def is_launched() -> bool:
+    """Whether accelerate launch or torchrun started this process."""
+    return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def mixed_precision() -> str | None:
+    """The precision that `accelerate launch` passes on: what was asked of it, else its default "no"."""
+    value = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    return value if value in ("no", "fp16", "bf16") else None
+
+
+def omp_threads() -> int | None:
+    """OMP_NUM_THREADS as a number, if it is one."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    return int(value) if value.isdigit() and int(value) > 0 else None
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads_from_environment() -> int | None:
-    """OMP_NUM_THREADS, if set by the user: a 1 under a launcher is the launcher's own doing and does not count."""
-    value = os.environ.get("OMP_NUM_THREADS", "")
-    if not value.isdigit() or int(value) < 1 or (value == "1" and "WORLD_SIZE" in os.environ):
-        return None
-    return int(value)
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What the CPU can do, such as avx512_bf16, in Linux's words; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))

@@ -120,6 +120,8 @@ class RunFolder:
 
     def cut_back(self, steps: int) -> None:
         """Take out of the metrics files what came after optimizer step `steps`: it will be done again."""
+        if not self.active:
+            return
         file = self.path / "metrics.jsonl"
         if file.exists():
             lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= steps]

@@ -1,4 +1,4 @@
-"""What the tests share: tiny image folders, real data where it lies beside the project, and a way to run the program."""
+"""What the tests share: tiny image folders, real data where it lies beside the project, ways to run the program."""
 
 import os
 import subprocess
@@ -17,6 +17,7 @@ CLASSES = ("cat", "dog", "emu")
 
 # The smallest network and images that go through every part of the program, as command-line options.
 TINY = ["--model", "resnet18", "--weights", "none", "--stem", "small", "--img-size", "16", "--workers", "0"]
+TINY += ["--threads", "1", "--mixed-precision", "no"]
 
 
 def write_image(file: Path, seed: int, tint: int = 0, size: tuple[int, int] = (24, 20)) -> None:

@@ -1,6 +1,5 @@
 """Batches for one process: which samples, in which order, loaded by how many helpers."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from export.predict import Preprocessing, fit
+from resnet_dist import launcher
 from resnet_dist.config import AugmentConfig
 from resnet_dist.data.decode import load_image
 from resnet_dist.data.index import ImageTable
@@ -196,8 +196,7 @@ def default_workers(device: torch.device, processes_here: int) -> int:
     On GPUs, the cores divided by the processes of this machine, at most 16. On a CPU the network needs the cores
     itself (decoding is a few percent of its time): none below 8 cores per process, then 2.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cores // processes_here)
+    share = max(1, launcher.cores() // processes_here)
     if device.type == "cpu":
         return 0 if share < 8 else 2
     return min(share, 16)

@@ -43,7 +43,7 @@ def curves(file: Path, epochs: Sequence[Mapping[str, float]]) -> None:
 def learning_rates(file: Path, steps: Sequence[Mapping[str, Any]]) -> None:
     """The learning rate of every parameter group over the optimizer steps, on a logarithmic axis."""
     figure, (axes,) = _figure(1, 1, 8, 4)
-    names = list(dict.fromkeys(name for row in steps for name in row["lr"] if "/" not in name))
+    names = list(dict.fromkeys(name for row in steps for name in row["lr"]))
     for name in names:
         axes.plot(
             [r["step"] for r in steps], [r["lr"].get(name, math.nan) for r in steps], ".-", markersize=3, label=name

@@ -1,5 +1,6 @@
 """What a run works with, built from its config: data, model, loaders, run folder."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +23,11 @@ from resnet_dist.data.loader import (
     default_workers,
 )
 from resnet_dist.data.transforms import ToInput
-from resnet_dist.distributed import on_main
+from resnet_dist.distributed import choose_sync_bn, on_main
+from resnet_dist.errors import UsageError
 from resnet_dist.model import weights
 from resnet_dist.model.resnet import Architecture, build, empty
+from resnet_dist.model.trainable import updating_batch_norms
 from resnet_dist.options import portable
 from resnet_dist.run_folder import RunFolder
 from resnet_dist.train.checkpoint import Description
@@ -97,19 +100,37 @@ class Blueprint:
         """The plan in words: data, phases, learning rates."""
         index, share = self.index, self.batches.share
         data = f"{len(index.classes)} classes, {len(index.train)} training and {len(index.val)} validation images"
+        parts = f"{share.batch_size} per process x {share.world} processes x {share.accumulate} accumulated"
+        batch = f"global batch {share.global_batch} = {parts}"
         plans = plan(self.cfg, empty(self.architecture), self.batches.steps_per_epoch)
-        return [data, *index.notes, *self.reasons, *plan_lines(plans, self.cfg, share.global_batch)]
+        return [data, *index.notes, batch, *self.reasons, *plan_lines(plans, self.cfg)]
 
 
 def draw(accelerator: Accelerator, cfg: TrainConfig) -> Blueprint:
     """Find the images, decide what is automatic, and check that it fits together. Raises UsageError, DataError."""
     index = on_main(accelerator, lambda: read_index(cfg.data))
     architecture = Architecture.of(cfg.model, len(index.classes))
-    cfg, reasons = resolve(cfg, empty(architecture))
+    cfg = with_batch_size(cfg, accelerator.num_processes)
     share = Share(cfg.data.batch_size, cfg.optim.grad_accum, accelerator.num_processes, accelerator.process_index)
+    cfg, reasons = resolve(cfg, empty(architecture), share.global_batch)
     batches = TrainBatches(len(index.train), cfg.run.seed, share, cfg.data.drop_last)
     spec = on_main(accelerator, lambda: preprocessing(cfg.preprocess, _weights_preprocessing(cfg.model)))
     return Blueprint(cfg, index, architecture, spec, batches, tuple(reasons))
+
+
+def with_batch_size(cfg: TrainConfig, processes: int) -> TrainConfig:
+    """The config with --global-batch-size, if given, divided into batches. Raises UsageError where it is not exact."""
+    wanted = cfg.data.global_batch_size
+    if wanted is None:
+        return cfg
+    parts = processes * cfg.optim.grad_accum
+    if wanted % parts:
+        how = f"{processes} processes x {cfg.optim.grad_accum} accumulated batches"
+        raise UsageError(f"--global-batch-size {wanted}: not a multiple of {parts} ({how})")
+    problems = list(cfg.problems_of_batch(wanted // parts))
+    if problems:
+        raise UsageError(problems)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=wanted // parts))
 
 
 def _weights_preprocessing(cfg: ModelConfig) -> Preprocessing:
@@ -124,6 +145,11 @@ def build_job(accelerator: Accelerator, blueprint: Blueprint, run: RunFolder, di
     device = accelerator.device
     torch.manual_seed(cfg.run.seed)
     model = build(blueprint.architecture)
+    batch_norm_trains = any(updating_batch_norms(model, phase) for phase in cfg.phase)
+    sync = choose_sync_bn(cfg.system.sync_bn, accelerator, batch_norm_trains, cfg.data.batch_size)
+    if sync.on:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        display.say(f"BatchNorm over all processes ({sync.why})")
     on_main(accelerator, lambda: _load_weights(model, cfg.model, blueprint.architecture))
     model.to(device)
     if accelerator.num_processes > 1:  # only the main process read the weights

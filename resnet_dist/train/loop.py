@@ -12,7 +12,7 @@ from torch import nn
 
 from resnet_dist.config import BEST_METRICS, Phase
 from resnet_dist.data.transforms import Batch
-from resnet_dist.distributed import on_main
+from resnet_dist.distributed import averaged_statistics, check_in_step, on_main, wrap
 from resnet_dist.errors import NonFiniteError
 from resnet_dist.evaluate.metrics import headline
 from resnet_dist.evaluate.records import evaluate
@@ -61,12 +61,13 @@ def begin_phase(job: Job, phase: Phase) -> Learner:
     schedule = Schedule(job.cfg.schedule, job.train_loader.steps_per_epoch, phase.epochs or 0)
     groups = param_groups(job.model, job.cfg.optim, phase)
     # The schedule is not prepared: Accelerate would step it once per process.
-    net, optimizer = job.accelerator.prepare(job.model, build_optimizer(groups, job.cfg.optim))
+    net, optimizer = wrap(job.accelerator, job.model, build_optimizer(groups, job.cfg.optim))
     return Learner(phase, net, optimizer, schedule)
 
 
 def end_phase(job: Job, learner: Learner) -> None:
     """Unwrap the network: a wrapper that stayed would be wrapped again by the next phase."""
+    check_in_step(job.accelerator, job.model)
     job.model = job.accelerator.unwrap_model(learner.net, keep_fp32_wrapper=False)
     job.accelerator.free_memory(learner.net, learner.optimizer)
 
@@ -149,7 +150,7 @@ def poll(job: Job, learner: Learner, state: State, window: torch.Tensor) -> None
     window.zero_()
     state.sums = [a + b for a, b in zip(state.sums, values, strict=True)]
     loss, weight, correct, count = values
-    rates = {group["name"]: group["lr"] for group in learner.optimizer.param_groups}
+    rates = {group["name"].partition("/")[0]: group["lr"] for group in learner.optimizer.param_groups}
     if not math.isfinite(loss):
         raise NonFiniteError(
             f"the loss became {loss} within the {job.cfg.run.log_every} steps before step {state.steps_done} "
@@ -159,6 +160,8 @@ def poll(job: Job, learner: Learner, state: State, window: torch.Tensor) -> None
     job.display.advance(state.step_in_epoch, shown, int(count))
     row = {"step": state.steps_done, "epoch": state.epochs_done + 1, "phase": state.phase + 1}
     job.run.append_step({**row, "loss": loss / weight, "top1": correct / count, "lr": rates})
+    tracked = {f"lr/{name}": rate for name, rate in rates.items()}
+    job.accelerator.log({"train/loss": loss / weight, "train/top1": correct / count, **tracked}, step=state.steps_done)
     limit = job.cfg.run.time_limit
     if limit is not None and on_main(job.accelerator, lambda: time.monotonic() - state.started > 60 * limit):
         state.stopped_by = "time limit"
@@ -174,9 +177,8 @@ def finish_epoch(job: Job, learner: Learner, state: State) -> None:
     kind = max(scores, key=lambda kind: goodness(job, scores[kind]))
     is_best = goodness(job, scores[kind]) > (goodness(job, state.best.score) if state.best else -math.inf)
     if is_best:
-        best = state.best = Best(scores[kind], state.epochs_done, kind)
-        source = job.ema.module if job.ema is not None and kind == "ema" else job.model
-        on_main(job.accelerator, lambda: save_best(job.run.best, source, job.described(best)))
+        state.best = Best(scores[kind], state.epochs_done, kind)
+        keep_best(job, state.best)
     state.epochs_since_best = 0 if is_best else state.epochs_since_best + 1
     if 0 < job.cfg.run.patience <= state.epochs_since_best:
         state.stopped_by = state.stopped_by or "patience"
@@ -187,9 +189,18 @@ def finish_epoch(job: Job, learner: Learner, state: State) -> None:
 
 
 def validate(job: Job, model: nn.Module) -> dict[str, float]:
-    """The headline metrics on the validation images, under the run's precision."""
+    """The headline metrics on the validation images, under the run's precision; computed once, the same everywhere."""
     classes = job.architecture.num_classes
-    return headline(evaluate(job.accelerator, model, job.val_loader, job.to_input, classes, full_precision=False))
+    with averaged_statistics(job.accelerator, model):
+        records = evaluate(job.accelerator, model, job.val_loader, job.to_input, classes, full_precision=False)
+    return on_main(job.accelerator, lambda: headline(records))
+
+
+def keep_best(job: Job, best: Best) -> None:
+    """Write the weights that scored best, raw or averaged, with BatchNorm's statistics as they were scored."""
+    source = job.ema.module if job.ema is not None and best.weights_kind == "ema" else job.model
+    with averaged_statistics(job.accelerator, source):
+        on_main(job.accelerator, lambda: save_best(job.run.best, source, job.described(best)))
 
 
 def goodness(job: Job, score: Mapping[str, float]) -> float:
@@ -214,3 +225,5 @@ def report_epoch(
     for kind, score in scores.items():
         row |= {f"{names[kind]}_{name}": value for name, value in score.items()}
     job.run.append_epoch(row)
+    tracked = {f"{names[kind]}/{name}": value for kind, score in scores.items() for name, value in score.items()}
+    job.accelerator.log(tracked, step=state.steps_done)

@@ -52,7 +52,8 @@ def param_groups(model: nn.Module, cfg: OptimConfig, phase: Phase) -> list[dict[
     """The parameters that learn, grouped by stage and by whether weight decay applies.
 
     Each group has a `name`, its `params`, `lr`, `base_lr` (what the schedule multiplies) and `weight_decay`. BatchNorm
-    and biases (parameters of one dimension) have no weight decay unless the config says so.
+    and biases (parameters of one dimension) have no weight decay unless the config says so; their group's name has a
+    "/no-decay" behind the stage's.
     """
     rates = stage_rates(cfg, phase)
     groups = []

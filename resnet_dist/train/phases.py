@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from resnet_dist.config import Phase, TrainConfig
+from resnet_dist.config import OptimConfig, Phase, TrainConfig
 from resnet_dist.model.resnet import stage_of
 from resnet_dist.model.trainable import backbone_batch_norms, select, updating_batch_norms
 from resnet_dist.train.optim import DEFAULT_MOMENTUM, DEFAULT_WEIGHT_DECAY, default_lr, stage_rates
 
 
-def resolve(cfg: TrainConfig, model: nn.Module) -> tuple[TrainConfig, list[str]]:
+def resolve(cfg: TrainConfig, model: nn.Module, global_batch: int) -> tuple[TrainConfig, list[str]]:
     """The config with everything automatic that shapes the result decided, and a line with the reason for each."""
     cfg = cfg.with_phase_epochs()
     changes: dict[str, Any] = {}
@@ -26,7 +26,24 @@ def resolve(cfg: TrainConfig, model: nn.Module) -> tuple[TrainConfig, list[str]]
         reasons.append(f"weight decay {changes['weight_decay']:g} (automatic: usual for {cfg.optim.opt})")
     if cfg.optim.momentum is None:
         changes["momentum"] = DEFAULT_MOMENTUM.get(cfg.optim.opt, 0.0)
-    return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, **changes)), reasons
+    optim = dataclasses.replace(cfg.optim, **changes)
+    if optim.lr_base_size is not None:
+        factor = global_batch / optim.lr_base_size
+        optim = scaled(optim, factor)
+        reasons.append(
+            f"learning rates times {factor:g} (global batch {global_batch} / --lr-base-size): lr {optim.lr:g}"
+        )
+    return dataclasses.replace(cfg, optim=optim), reasons
+
+
+def scaled(optim: OptimConfig, factor: float) -> OptimConfig:
+    """All learning rates times a factor (the linear scaling rule of Goyal et al. 2017); that is then done with."""
+    changes: dict[str, Any] = {
+        name: getattr(optim, name) * factor for name in ("lr", "lr_backbone") if getattr(optim, name) is not None
+    }
+    if optim.lr_groups is not None:
+        changes["lr_groups"] = {stage: rate * factor for stage, rate in optim.lr_groups.items()}
+    return dataclasses.replace(optim, lr_base_size=None, **changes)
 
 
 def _only_head(model: nn.Module, phase: Phase) -> bool:
@@ -78,9 +95,9 @@ def _batch_norm_text(updating: int, norms: int) -> str:
     return f"statistics update in {updating} of {norms} layers"
 
 
-def plan_lines(plans: list[PhasePlan], cfg: TrainConfig, global_batch: int) -> list[str]:
+def plan_lines(plans: list[PhasePlan], cfg: TrainConfig) -> list[str]:
     """The plan as lines of text."""
-    how = f"{cfg.optim.opt}, {cfg.schedule.sched} schedule, global batch {global_batch}"
+    how = f"{cfg.optim.opt}, {cfg.schedule.sched} schedule"
     lines = [f"{cfg.model.model}, {len(plans)} phase{'s' if len(plans) > 1 else ''}, {cfg.run.epochs} epochs: {how}"]
     for number, item in enumerate(plans, 1):
         share = 100 * item.parameters / item.parameters_in_all

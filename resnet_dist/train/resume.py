@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from resnet_dist.config import TrainConfig
-from resnet_dist.distributed import on_main
+from resnet_dist.distributed import check_in_step, on_main, running_statistics, share_tensors
 from resnet_dist.errors import UsageError
 from resnet_dist.options import kept
 from resnet_dist.run_folder import RunFolder
@@ -43,14 +44,17 @@ class Resumed:
 
 def save_state(job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, state: State) -> None:
     """Write a checkpoint to resume from. Every process must call this; the main one writes."""
+    check_in_step(job.accelerator, job.model)
     tensors = {f"model/{name}": tensor for name, tensor in job.model.state_dict().items()}
     if job.ema is not None:
         tensors |= {f"ema/{name}": tensor for name, tensor in job.ema.module.state_dict().items()}
     tensors |= optimizer_tensors(job.model, optimizer)
+    tensors |= statistics_of_all(job)
     facts = {
         "state": state.to_dict(),
         "schedule": schedule.state,
         "ema_steps": job.ema.steps if job.ema is not None else 0,
+        "processes": job.accelerator.num_processes,
         "global_batch": job.train_loader.batches.share.global_batch,
         "config": kept(job.cfg),
         "data": job.index.fingerprint(),
@@ -59,10 +63,39 @@ def save_state(job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, s
     on_main(job.accelerator, lambda: write_state(folder, tensors, facts, job.cfg.run.keep_last) and None)
 
 
-def read_resumed(run: RunFolder) -> tuple[Resumed, list[str]]:
-    """The newest state of a run that verifies, and warnings. On the main process. Raises ArtifactError."""
-    remove_leftovers(run.path / "checkpoints")
-    tensors, facts, warnings = read_newest_state(run.path / "checkpoints")
+def all_statistics(job: Job) -> dict[str, torch.Tensor]:
+    """The running statistics of this process: of the network and of its average."""
+    found = {f"model/{name}": buffer for name, buffer in running_statistics(job.model).items()}
+    if job.ema is not None:
+        found |= {f"ema/{name}": buffer for name, buffer in running_statistics(job.ema.module).items()}
+    return found
+
+
+def statistics_of_all(job: Job) -> dict[str, torch.Tensor]:
+    """The running statistics of every process, as `statistics/<process>/...`."""
+    own = all_statistics(job)
+    flat = torch.cat([buffer.flatten() for buffer in own.values()])
+    gathered = job.accelerator.gather(flat[None]).cpu()
+    sizes = [buffer.numel() for buffer in own.values()]
+    return {
+        f"statistics/{process}/{name}": part.clone()
+        for process, row in enumerate(gathered)
+        for name, part in zip(own, row.split(sizes), strict=True)
+    }
+
+
+def read_resumed(accelerator: Accelerator, run: RunFolder) -> tuple[Resumed, list[str]]:
+    """The newest state of a run that verifies, and warnings; read by the main process. Raises ArtifactError."""
+    read: dict[str, torch.Tensor] = {}
+
+    def facts_and_warnings() -> tuple[dict[str, Any], list[str]]:
+        remove_leftovers(run.path / "checkpoints")
+        tensors, facts, warnings = read_newest_state(run.path / "checkpoints")
+        read.update(tensors)
+        return facts, warnings
+
+    facts, warnings = on_main(accelerator, facts_and_warnings)
+    tensors = share_tensors(accelerator, read if accelerator.is_main_process else None)
     return Resumed(State.from_dict(facts["state"]), tensors, facts), warnings
 
 
@@ -75,7 +108,15 @@ def restore_model(resumed: Resumed, job: Job) -> None:
 
 
 def restore_learner(resumed: Resumed, job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
-    """Put the optimizer's and the schedule's state back, into those of the phase where the run stood."""
+    """Put the optimizer's and the schedule's state back, into those of the phase where the run stood.
+
+    Each process also gets its own running statistics again, now that wrapping has made them equal; with another number
+    of processes, all keep those of the first.
+    """
+    if resumed.facts["processes"] == job.accelerator.num_processes:
+        own = _under(f"statistics/{job.accelerator.process_index}/", resumed.tensors)
+        for name, buffer in all_statistics(job).items():
+            buffer.copy_(own[name])
     restore_optimizer(job.model, optimizer, resumed.tensors)
     schedule.state = dict(resumed.facts["schedule"])
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from resnet_dist.config import option, out_of_range
+from resnet_dist.config import SystemConfig, option, out_of_range
 from resnet_dist.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def main(cfg: Config) -> int:
     from resnet_dist.train.checkpoint import load_checkpoint
     from resnet_dist.train.progress import Display
 
-    accelerator = start(cfg.threads, seed=0)
+    accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
     run = Path(cfg.run or "")
     checkpoint = run if run.is_file() or run.suffix == ".safetensors" else run / "checkpoints" / "best.safetensors"
     model, description = on_main(accelerator, lambda: load_checkpoint(checkpoint))

@@ -34,9 +34,9 @@ def train(cfg: TrainConfig) -> Path | None:
     from resnet_dist.train.job import draw
     from resnet_dist.train.progress import Display
 
-    accelerator = start(cfg.run.threads, cfg.run.seed, cfg.run.deterministic)
+    accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
     display = Display(accelerator.is_main_process)
-    path, resuming = where(cfg)
+    path, resuming = on_main(accelerator, lambda: where(cfg))
     run = RunFolder(path, active=accelerator.is_main_process)
     if resuming and on_main(accelerator, lambda: is_complete(path, cfg)):
         display.say(f"{path}: this run is complete; for more, give --epochs above {cfg.run.epochs}, or --init-from")
@@ -44,12 +44,14 @@ def train(cfg: TrainConfig) -> Path | None:
     if not resuming:
         on_main(accelerator, lambda: RunFolder.check(path, cfg.run.overwrite))
     blueprint = draw(accelerator, cfg)
-    for line in blueprint.lines():
-        display.say(line)
+    for text in (line, *blueprint.lines()):
+        display.say(text)
     if cfg.run.dry_run:
         return None
-    resumed = on_main(accelerator, lambda: reopen(run, blueprint, display)) if resuming else None
-    if not resuming:
+    if resuming:
+        resumed = reopen(accelerator, run, blueprint, display)
+    else:
+        resumed = None
         on_main(accelerator, lambda: open_run(path, blueprint))
     display.log_to(path / "train.log")
     try:
@@ -58,6 +60,7 @@ def train(cfg: TrainConfig) -> Path | None:
         code = error.exit_code if isinstance(error, ResnetDistError) else 1
         run.update(status="failed", exit_code=code, reason=str(error) or type(error).__name__)
         raise
+    accelerator.end_training()
     return path
 
 
@@ -78,14 +81,15 @@ def is_complete(path: Path, cfg: TrainConfig) -> bool:
     return facts.get("status") == "done" and cfg.run.epochs <= facts.get("epochs", 0)
 
 
-def reopen(run: "RunFolder", blueprint: "Blueprint", display: "Display") -> "Resumed":
-    """The state to go on from, once it is clear that it is the same run. On the main process."""
+def reopen(accelerator: "Accelerator", run: "RunFolder", blueprint: "Blueprint", display: "Display") -> "Resumed":
+    """The state to go on from, once it is clear that it is the same run. Raises UsageError, ArtifactError."""
+    from resnet_dist.distributed import on_main
     from resnet_dist.options import to_toml
     from resnet_dist.train.resume import changes, read_resumed
 
-    resumed, warnings = read_resumed(run)
-    share = blueprint.batches.share
-    lines = changes(resumed, blueprint.cfg, blueprint.index.fingerprint(), share.global_batch)
+    resumed, warnings = read_resumed(accelerator, run)
+    fingerprint, share = blueprint.index.fingerprint(), blueprint.batches.share
+    lines = on_main(accelerator, lambda: changes(resumed, blueprint.cfg, fingerprint, share.global_batch))
     for line in (*warnings, *(f"changed: {line}" for line in lines)):
         display.say(line)
     state = resumed.state
@@ -133,12 +137,14 @@ def _train_and_report(
     display: "Display",
     resumed: "Resumed | None",
 ) -> None:
-    from resnet_dist.distributed import on_main
+    from resnet_dist.distributed import on_main, start_trackers
+    from resnet_dist.options import kept
     from resnet_dist.report.training import finish, plot_samples
     from resnet_dist.train.job import build_job
     from resnet_dist.train.loop import train as train_phases
     from resnet_dist.train.resume import restore_model
 
+    start_trackers(accelerator, run.path / "tracker", kept(blueprint.cfg))
     job = build_job(accelerator, blueprint, run, display)
     if resumed is None:
         file = run.plots / "samples_train.png"

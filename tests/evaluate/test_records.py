@@ -11,7 +11,7 @@ from torch import nn
 from torchvision import transforms
 
 from export.predict import Preprocessing
-from resnet_dist.config import DataConfig
+from resnet_dist.config import DataConfig, SystemConfig
 from resnet_dist.data.index import ImageIndex, read_index
 from resnet_dist.data.loader import EvalImages, EvalLoader
 from resnet_dist.data.transforms import ToInput
@@ -34,7 +34,7 @@ def network(classes: int) -> nn.Module:
 @pytest.mark.parametrize("classes", [3, 9])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_equals_one_image_after_the_other(index: ImageIndex, classes: int, batch_size: int) -> None:
-    accelerator = start(threads=1, seed=0)
+    accelerator, _ = start(SystemConfig(mixed_precision="no", threads=1))
     loader = EvalLoader(EvalImages(index.val, SPEC), batch_size, workers=0, pin_memory=False)
     model = network(classes)
     with torch.no_grad():

@@ -24,7 +24,7 @@ def network(head: str = "linear", make: Callable[[Architecture], nn.Module] = em
 
 
 def in_stages(name: str, *stages: str) -> bool:
-    return any(name.startswith(prefix) for stage in stages for prefix in PREFIXES[stage])
+    return any(f"{name}.".startswith(prefix) for stage in stages for prefix in PREFIXES[stage])
 
 
 def norm_layers(model: nn.Module, head: bool = False) -> list[str]:
@@ -33,8 +33,31 @@ def norm_layers(model: nn.Module, head: bool = False) -> list[str]:
     return [name for name in found if in_stages(name, "head") is head]
 
 
-def is_norm(model: nn.Module, parameter: str) -> bool:
-    return parameter.rpartition(".")[0] in norm_layers(model)
+BACKBONE_NORMS = frozenset(norm_layers(network()))
+
+
+def is_norm(parameter: str) -> bool:
+    return parameter.rpartition(".")[0] in BACKBONE_NORMS
+
+
+def everything(_: str) -> bool:
+    return True
+
+
+def nothing(_: str) -> bool:
+    return False
+
+
+def the_head(name: str) -> bool:
+    return in_stages(name, "head")
+
+
+def head_and_norms(name: str) -> bool:
+    return the_head(name) or is_norm(name)
+
+
+def all_but_norms(name: str) -> bool:
+    return not is_norm(name)
 
 
 def parameters(model: nn.Module, chosen: Callable[[str], bool]) -> list[str]:
@@ -52,14 +75,14 @@ def test_stage_means_its_parameters(head: str, stage: str) -> None:
 def test_batchnorm_means_the_backbones_weights_and_biases(head: str) -> None:
     """Not those of a deeper head, which are new and always learn with it."""
     model = network(head)
-    assert select(model, "batchnorm") == parameters(model, lambda name: is_norm(model, name))
+    assert select(model, "batchnorm") == parameters(model, is_norm)
     assert len(select(model, "batchnorm")) == 2 * 20
 
 
 @pytest.mark.parametrize("head", ["linear", "concat-pool"])
 def test_all_means_everything_in_the_models_order(head: str) -> None:
     model = network(head)
-    assert select(model, "all") == parameters(model, lambda name: True)
+    assert select(model, "all") == parameters(model, everything)
     assert select(model, "head stem layer4") == parameters(model, lambda n: in_stages(n, "stem", "layer4", "head"))
 
 
@@ -69,7 +92,7 @@ def test_all_means_everything_in_the_models_order(head: str) -> None:
         ("all -head", lambda name: not in_stages(name, "head")),
         ("all -layer1 -stem", lambda name: not in_stages(name, "stem", "layer1")),
         ("all -layer4 layer4.1", lambda name: not name.startswith("layer4.0.")),
-        ("-head all", lambda name: True),
+        ("-head all", everything),
         ("head -head layer2", lambda name: in_stages(name, "layer2")),
         ("layer3, layer4,head", lambda name: in_stages(name, "layer3", "layer4", "head")),
         ("  head \t layer1 ", lambda name: in_stages(name, "head", "layer1")),
@@ -102,7 +125,7 @@ def test_patterns_mean_parameter_names_and_modules(pattern: str, chosen: Moved) 
 
 def test_batchnorm_can_be_taken_away() -> None:
     model = network()
-    assert select(model, "all -batchnorm") == parameters(model, lambda name: not is_norm(model, name))
+    assert select(model, "all -batchnorm") == parameters(model, all_but_norms)
 
 
 @pytest.mark.parametrize("text", ["layer5", "head layer5", "all -layer5", "Head", "layer4.7.*", "conv", "all -"])
@@ -161,26 +184,6 @@ def assert_moved(head: str, phases: list[Phase], weights: Moved, norms: Moved) -
     assert moved - vain == expected - vain
 
 
-def everything(_: str) -> bool:
-    return True
-
-
-def nothing(_: str) -> bool:
-    return False
-
-
-def the_head(name: str) -> bool:
-    return in_stages(name, "head")
-
-
-def head_and_norms(name: str) -> bool:
-    return the_head(name) or is_norm(network(), name)
-
-
-def all_but_norms(name: str) -> bool:
-    return not is_norm(network(), name)
-
-
 TECHNIQUES = [
     ("feature-extractor", 1, the_head, everything),
     ("feature-extractor-bn-eval", 1, the_head, nothing),
@@ -214,8 +217,8 @@ def test_technique_moves_what_it_promises(recipe: str, number: int, weights: Mov
     ],
 )
 def test_automatic_statistics_update_in_the_stages_that_learn(text: str, stages: tuple[str, ...]) -> None:
-    phase = Phase(trainable=text)
-    assert_moved("linear", [phase], lambda name: name in select(network(), text), lambda name: in_stages(name, *stages))
+    learning = select(network(), text)
+    assert_moved("linear", [Phase(trainable=text)], learning.__contains__, lambda name: in_stages(name, *stages))
 
 
 def test_head_keeps_its_own_statistics_though_all_of_it_is_frozen() -> None:

@@ -20,6 +20,6 @@ def config_of(*arguments: str | Path) -> TrainConfig:
 def job_of(run: Path, *arguments: str | Path) -> Job:
     """A job in `run`, a folder with room for checkpoints and metrics."""
     cfg = config_of(*arguments)
-    accelerator = start(threads=1, seed=cfg.run.seed)
+    accelerator, _ = start(cfg.system, cfg.run.seed)
     (run / "checkpoints").mkdir(parents=True)
     return build_job(accelerator, draw(accelerator, cfg), RunFolder(run), Display(enabled=False))

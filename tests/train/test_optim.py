@@ -62,6 +62,6 @@ def test_automatic_lr(options: str, lr: float) -> None:
     """By optimizer and by what learns; a typed value always wins."""
     from resnet_dist.train.phases import resolve
 
-    cfg, reasons = resolve(config_of("nowhere", "--model", "resnet18", *options.split()), empty(ARCHITECTURE))
+    cfg, reasons = resolve(config_of("nowhere", "--model", "resnet18", *options.split()), empty(ARCHITECTURE), 32)
     assert cfg.optim.lr == pytest.approx(lr)
     assert any(line.startswith("lr ") for line in reasons) is ("--lr" not in options)
