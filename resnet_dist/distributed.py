@@ -47,9 +47,7 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
         log_with=list(trackers) or None,
         project_dir="." if trackers else None,  # demanded here; start_trackers knows the place
         kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True, static_graph=True, comm_hook=HOOKS[cfg.ddp_comm_hook]
-            ),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=HOOKS[cfg.ddp_comm_hook]),
             InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.dist_timeout)),
         ],
     )
@@ -156,9 +154,12 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
 
 
 def wrap(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The network and the optimizer as Accelerate prepares them; BatchNorm's buffers stay each process's own."""
+    if accelerator.ddp_handler is not None:
+        # What takes part does not change within a phase. Under no_sync a static graph fails in torch's reducer.
+        accelerator.ddp_handler.static_graph = accumulate == 1
     net, prepared = accelerator.prepare(model, optimizer)
     if isinstance(net, DistributedDataParallel):
         net.broadcast_buffers = False  # set here: the argument of that name is deprecated in torch 2.15

@@ -61,7 +61,8 @@ def begin_phase(job: Job, phase: Phase) -> Learner:
     schedule = Schedule(job.cfg.schedule, job.train_loader.steps_per_epoch, phase.epochs or 0)
     groups = param_groups(job.model, job.cfg.optim, phase)
     # The schedule is not prepared: Accelerate would step it once per process.
-    net, optimizer = wrap(job.accelerator, job.model, build_optimizer(groups, job.cfg.optim))
+    built = build_optimizer(groups, job.cfg.optim)
+    net, optimizer = wrap(job.accelerator, job.model, built, job.cfg.optim.grad_accum)
     return Learner(phase, net, optimizer, schedule)
 
 

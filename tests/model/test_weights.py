@@ -1,5 +1,6 @@
 """Weights: from torchvision by name, from a server, from the user's file; nothing in a file is ever executed."""
 
+import gc
 import hashlib
 import json
 import pickle
@@ -430,6 +431,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
     made.shutdown()
     thread.join()
     made.server_close()
+    gc.collect()  # a connection that was left open is this test's fault, not the next one's
 
 
 @pytest.fixture(autouse=True)

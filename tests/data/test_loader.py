@@ -1,0 +1,285 @@
+"""Which samples come in which order on which process, and that helpers, interruptions and damage change nothing."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from export.predict import Preprocessing, decode, fit
+from resnet_dist.config import AugmentConfig, DataConfig
+from resnet_dist.data.decode import load_image
+from resnet_dist.data.index import ImageTable, PathTable, read_index
+from resnet_dist.data.loader import (
+    EvalImages,
+    EvalLoader,
+    Share,
+    TrainBatches,
+    TrainImages,
+    TrainLoader,
+    default_workers,
+    epoch_order,
+)
+from resnet_dist.data.transforms import Batch, sample_key
+from resnet_dist.errors import DataError, UsageError
+from tests.conftest import write_image
+
+SPEC = Preprocessing(img_size=16, resize=18)
+RANDOM = AugmentConfig(aug="trivial", mixup=0.4, cutmix=1.0, erasing=0.5)
+
+
+@pytest.fixture(scope="module")
+def table(folder: Path) -> ImageTable:
+    """Twenty-four training images."""
+    return read_index(DataConfig(data=str(folder))).train
+
+
+def few(table: ImageTable, count: int) -> ImageTable:
+    return ImageTable(table.root, PathTable(list(table.paths)[:count]), table.targets[:count])
+
+
+def train_loader(
+    table: ImageTable, share: Share, workers: int = 0, cfg: AugmentConfig = RANDOM, spec: Preprocessing = SPEC
+) -> TrainLoader:
+    batches = TrainBatches(len(table), seed=3, share=share, drop_last=False)
+    return TrainLoader(TrainImages(table, spec, cfg, seed=3), batches, workers, pin_memory=False)
+
+
+def positions(steps: Iterable[list[Batch]]) -> list[list[list[int]]]:
+    return [[batch.index.tolist() for batch in step] for step in steps]
+
+
+def assert_equal_batches(one: list[list[Batch]], two: list[list[Batch]]) -> None:
+    """Every field of every batch, bit by bit."""
+    assert [len(step) for step in one] == [len(step) for step in two]
+    for first, second in zip(sum(one, []), sum(two, []), strict=True):
+        for name, value in vars(first).items():
+            other = getattr(second, name)
+            assert value is other is None or torch.equal(value, other), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+@pytest.mark.parametrize(("samples", "global_batch"), [(24, 6), (25, 6), (29, 6), (5, 6), (5, 12), (1, 4), (100, 1)])
+def test_an_epoch_is_a_permutation_filled_up_from_its_start_or_cut(samples: int, global_batch: int) -> None:
+    filled = epoch_order(samples, 0, 0, global_batch, drop_last=False)
+    assert len(filled) == global_batch * ((samples + global_batch - 1) // global_batch)
+    assert sorted(filled[:samples].tolist()) == list(range(samples))
+    assert all(filled[i] == filled[i % samples] for i in range(len(filled)))
+    cut = epoch_order(samples, 0, 0, global_batch, drop_last=True)
+    assert np.array_equal(cut, filled[: samples // global_batch * global_batch])
+    assert filled.dtype == cut.dtype == np.int64
+
+
+def test_the_order_depends_on_seed_and_epoch_only() -> None:
+    """Not on torch's generator; and all twenty differ, in the first ten places too."""
+    torch.manual_seed(1)
+    orders = {(seed, epoch): epoch_order(1000, seed, epoch, 7, False) for seed in range(4) for epoch in range(5)}
+    torch.manual_seed(2)
+    for (seed, epoch), order in orders.items():
+        assert np.array_equal(order, epoch_order(1000, seed, epoch, 7, False))
+        assert np.array_equal(order[:1000], epoch_order(1000, seed, epoch, 50, True))
+    assert len({tuple(order[:10].tolist()) for order in orders.values()}) == 20
+
+
+SHARES = [(12, 1, 1), (6, 1, 2), (6, 2, 1), (3, 2, 2), (3, 1, 4), (3, 4, 1), (4, 1, 3), (4, 3, 1), (2, 3, 2), (1, 4, 3)]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "world"), SHARES)
+@pytest.mark.parametrize(("samples", "drop_last"), [(50, False), (50, True), (7, False)])
+def test_a_global_batch_is_the_same_however_it_is_made_up(
+    samples: int, drop_last: bool, batch_size: int, accumulate: int, world: int
+) -> None:
+    """Micro-step by micro-step, and in each process by process, the blocks stand in the order of the epoch."""
+    ranks = [
+        list(TrainBatches(samples, 5, Share(batch_size, accumulate, world, rank), drop_last)) for rank in range(world)
+    ]
+    assert {len(batches) for batches in ranks} == {len(ranks[0])}
+    seen = [index for micro_step in zip(*ranks, strict=True) for batch in micro_step for _, index in batch]
+    assert seen == epoch_order(samples, 5, 0, 12, drop_last).tolist()
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "world"), [(4, 1, 1), (2, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize("first_step", range(7))
+def test_an_epoch_can_begin_at_any_step(first_step: int, batch_size: int, accumulate: int, world: int) -> None:
+    """And then gives the rest of the sequence; after the last step, nothing."""
+    batches = TrainBatches(24, 0, Share(batch_size, accumulate, world, rank=world - 1), drop_last=False)
+    batches.epoch = 2
+    whole = list(batches)
+    assert {epoch for batch in whole for epoch, _ in batch} == {2}
+    assert (len(whole), batches.steps_per_epoch) == (6 * accumulate, 6)
+    batches.first_step = first_step
+    assert list(batches) == whole[first_step * accumulate :]
+    assert len(batches) == len(list(batches))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training batches
+
+
+def test_batches_hold_what_they_say(table: ImageTable) -> None:
+    """Without augmentation: the images, targets and keys of the samples that the order names."""
+    steps = list(train_loader(table, Share(5, accumulate=2), cfg=AugmentConfig(aug="none")).epoch(1))
+    assert [len(step) for step in steps] == [2, 2, 2]
+    order = epoch_order(24, 3, 1, 10, False)
+    assert sum(sum(positions(steps), []), []) == order.tolist()
+    for batch in sum(steps, []):
+        for image, target, index, key in zip(batch.images, batch.targets, batch.index, batch.keys, strict=True):
+            path = table.root / table.paths[int(index)]
+            assert np.array_equal(image.numpy(), fit(decode(path), SPEC))
+            assert path.parent.name == ("cat", "dog", "emu")[int(target)]
+            assert int(key) == sample_key(3, 1, int(index))
+
+
+def test_workers_change_nothing(table: ImageTable) -> None:
+    """Two epochs in full, one from its middle, and one after an epoch that was left half way."""
+    loaders = [train_loader(table, Share(4, accumulate=2), workers) for workers in (0, 2)]
+    for epoch, first_step in ((0, 0), (1, 0), (1, 2)):
+        assert_equal_batches(*(list(loader.epoch(epoch, first_step)) for loader in loaders))
+    for loader in loaders:
+        next(loader.epoch(4))
+    assert_equal_batches(*(list(loader.epoch(5)) for loader in loaders))
+
+
+def test_samples_do_not_depend_on_their_batch_or_their_past(table: ImageTable) -> None:
+    """A resumed epoch gives bit for bit what the whole one gave, and other shares the same samples."""
+    share = Share(4, accumulate=1)
+    whole = list(train_loader(table, share).epoch(6))
+    torch.manual_seed(77)
+    assert_equal_batches(list(train_loader(table, share).epoch(6, first_step=4)), whole[4:])
+    halves = [list(train_loader(table, Share(2, 1, 2, rank)).epoch(6)) for rank in range(2)]
+    for step, (batch,) in enumerate(whole):
+        for name in ("images", "targets", "index", "keys", "mix"):
+            parts = torch.cat([getattr(half[step][0], name) for half in halves])
+            assert torch.equal(parts, getattr(batch, name)), name
+
+
+def test_nothing_is_drawn_where_nothing_is_asked_for(table: ImageTable) -> None:
+    (batch,) = next(train_loader(table, Share(24), cfg=AugmentConfig(hflip=0.0)).epoch(0))
+    assert batch.flip is None
+    assert batch.mix is None
+
+
+def test_drop_last_that_leaves_nothing_is_refused(table: ImageTable) -> None:
+    batches = TrainBatches(len(table), 0, Share(25), drop_last=True)
+    with pytest.raises(UsageError, match="24 training images do not fill one global batch of 25"):
+        TrainLoader(TrainImages(table, SPEC, RANDOM, 0), batches, workers=0, pin_memory=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("samples", range(1, 10))
+def test_every_sample_is_evaluated_once(table: ImageTable, samples: int, world: int, batch_size: int) -> None:
+    """Over all processes, of which some may have none."""
+    images = EvalImages(few(table, samples), SPEC)
+    loaders = [EvalLoader(images, batch_size, 0, False, world, rank) for rank in range(world)]
+    batches = [list(loader) for loader in loaders]
+    assert [loader.batches for loader in loaders] == [len(own) for own in batches]
+    assert max(len(batch.images) for own in batches for batch in own) <= batch_size
+    assert max(sum(len(batch.images) for batch in own) for own in batches) <= loaders[0].per_process
+    assert sorted(index for own in batches for batch in own for index in batch.index.tolist()) == list(range(samples))
+
+
+def test_evaluation_batches_hold_the_evaluation_geometry(table: ImageTable) -> None:
+    """Twice over, with as many helpers as you like."""
+    expected = np.stack([fit(load_image(table, index), SPEC) for index in range(24)])
+    for workers in (0, 2):
+        loader = EvalLoader(EvalImages(table, SPEC), 7, workers, pin_memory=False)
+        for _ in range(2):
+            batches = list(loader)
+            assert np.array_equal(torch.cat([batch.images for batch in batches]).numpy(), expected)
+            assert np.array_equal(torch.cat([batch.targets for batch in batches]).numpy(), table.targets)
+            assert {(batch.flip, batch.mix, int(batch.keys.sum())) for batch in batches} == {(None, None, 0)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that cannot be used
+
+
+def spoiled_table(root: Path, kind: str) -> tuple[ImageTable, Path]:
+    """Eight sound images and one that is not."""
+    files = [root / f"{i}.png" for i in range(9)]
+    for seed, file in enumerate(files):
+        write_image(file, seed)
+    bad = files[4]
+    data = bad.read_bytes()
+    bad.unlink()
+    if kind == "truncated":
+        bad.write_bytes(data[: len(data) // 2])
+    elif kind == "dangling link":
+        bad.symlink_to("nowhere.png")
+    elif kind == "folder":
+        bad.mkdir()
+    elif kind == "very narrow":
+        Image.new("RGB", (1, 200_000)).save(bad)
+    return ImageTable(root, PathTable([file.name for file in files]), np.zeros(9, np.int64)), bad
+
+
+def all_batches(loader: str, table: ImageTable, workers: int, cfg: AugmentConfig) -> list[Any]:
+    spec = Preprocessing(img_size=16, resize=20)
+    if loader == "eval":
+        return list(EvalLoader(EvalImages(table, spec), 3, workers, pin_memory=False))
+    return list(train_loader(table, Share(3), workers, cfg, spec).epoch(0))
+
+
+@pytest.mark.parametrize("kind", ["truncated", "missing", "dangling link", "folder"])
+@pytest.mark.parametrize("loader", ["train", "eval"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path: Path, kind: str, loader: str, workers: int) -> None:
+    """Without the traceback that an exception in a loader process would bring along."""
+    table, bad = spoiled_table(tmp_path, kind)
+    with pytest.raises(DataError) as caught:
+        all_batches(loader, table, workers, AugmentConfig())
+    assert str(caught.value).startswith(f"{bad}: ")
+    assert "Traceback" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loader", "cfg"),
+    [("eval", AugmentConfig()), ("train", AugmentConfig(aug="none")), ("train", AugmentConfig(crop="random-pad"))],
+    ids=["evaluation", "training, aug none", "training, random-pad"],
+)
+def test_an_image_too_narrow_for_the_evaluation_geometry_is_named_too(
+    tmp_path: Path, loader: str, cfg: AugmentConfig
+) -> None:
+    table, bad = spoiled_table(tmp_path, "very narrow")
+    with pytest.raises(DataError, match=f"{bad}: .*so narrow"):
+        all_batches(loader, table, 0, cfg)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Helpers
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "workers"),
+    [
+        ("cpu", 2, 1, 0),
+        ("cpu", 7, 1, 0),
+        ("cpu", 8, 1, 2),
+        ("cpu", 64, 1, 2),
+        ("cpu", 16, 4, 0),
+        ("cuda", 1, 1, 1),
+        ("cuda", 16, 1, 16),
+        ("cuda", 16, 8, 2),
+        ("cuda", 4, 8, 1),
+        ("cuda", 256, 4, 16),
+    ],
+)
+def test_default_workers(
+    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, processes: int, workers: int
+) -> None:
+    """None on a small CPU, the share of the cores on a GPU, never more than sixteen."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert default_workers(torch.device(device), processes) == workers
