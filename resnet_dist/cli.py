@@ -17,6 +17,7 @@ VERBS = {
     "split": "split a folder into train, val and test, as a manifest, links or copies",
     "summary": "layers, shapes, parameters and FLOPs of a model",
     "recipes": "list the named techniques, or print one",
+    "doctor": "what this machine has, and a proof that two processes equal one",
     "demo": "train on handwritten digits, offline, in two minutes",
 }
 WITH_RECIPES = ("train", "summary")
@@ -64,8 +65,8 @@ def _overview() -> str:
 
 
 def _print_error(verb: str, error: ResnetDistError) -> None:
-    """One line per problem; of a mistake that every process sees, the main one speaks."""
-    if isinstance(error, UsageError) and launcher.rank() > 0:
+    """One line per problem; of an error that every process has, the main one speaks."""
+    if launcher.rank() > 0 and (error.shared or isinstance(error, UsageError)):
         return
     for line in str(error).splitlines():
         print(printable(f"resnet-dist {verb}: error: {line}"), file=sys.stderr)

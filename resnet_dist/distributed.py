@@ -38,7 +38,7 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
     missing = sorted(set(trackers) - {str(tracker) for tracker in get_available_trackers()})
     if missing:
         raise UsageError(f"--tracker {missing[0]}: not a tracker that Accelerate knows and whose package is installed")
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu = launcher.cpu_is_asked_for() or not torch.accelerator.is_available()
     precision, why_precision = choose_precision(cfg.mixed_precision, on_cpu)
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -149,6 +149,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
     if isinstance(outcome[0], ResnetDistError):
+        outcome[0].shared = True
         raise outcome[0]
     return outcome[0]  # type: ignore[return-value]
 

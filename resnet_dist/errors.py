@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 
 class ResnetDistError(Exception):
-    """Root of the tree. `exit_code` is what the process returns."""
+    """Root of the tree. `exit_code` is what the process returns; `shared` means that every process raises it."""
 
     exit_code = 1
+    shared = False
 
 
 class UsageError(ResnetDistError):

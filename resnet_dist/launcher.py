@@ -25,6 +25,11 @@ def is_launched() -> bool:
     return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
+def cpu_is_asked_for() -> bool:
+    """Whether the launcher was told to use the CPU although there may be a GPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
+
+
 def mixed_precision() -> str | None:
     """The precision that `accelerate launch` passes on: what was asked of it, else its default "no"."""
     value = os.environ.get("ACCELERATE_MIXED_PRECISION")
