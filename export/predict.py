@@ -1,26 +1,44 @@
-"""Image files to the network's input, with nothing but the standard library, numpy and Pillow.
+"""Image files in, labels out: needs nothing but numpy, Pillow and onnxruntime.
 
-This file is copied beside every exported model, so it imports nothing of resnet-dist; training and evaluation import
-their decoding and their evaluation geometry from here, which is what makes a deployed prediction equal to theirs.
+    python predict.py model.onnx photos/ more.jpg --top-k 3
+    python predict.py model.onnx --verify
+
+As a library: `Predictor("model.onnx").predict(["cat.jpg"])`. The model file says by itself what its classes are and
+how an image becomes its input. This file is copied beside every exported model, so it imports nothing of resnet-dist;
+training and evaluation import their decoding and their evaluation geometry from here, which is what makes a deployed
+prediction equal to theirs.
 """
 
+import argparse
+import csv
 import dataclasses
+import glob
+import hashlib
 import io
+import itertools
 import json
 import os
+import sys
 import warnings
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, TextIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 # What may be decoded, decided by content and not by name. Leaving EPS, PDF and their like out is a security rule:
 # Pillow hands those to external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 MAX_PIXELS = 64_000_000
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+# What Pillow's decoders raise on damaged files.
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
 
 # A file that unpacks to hundreds of megapixels is an attack or an accident: never a warning that scrolls by.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -79,6 +97,8 @@ class Preprocessing:
         Raises ValueError where a key is missing or unknown, a rule is not the one that this code follows, or a value
         is out of range.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError("preprocessing: not an object")
         wrong = [
             f"{name}: {values.get(name)!r} is not {rule!r}"
             for name, rule in cls.RULES.items()
@@ -129,18 +149,7 @@ def decode(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
         raise
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        IndexError,
-        KeyError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-    ) as error:
-        # What Pillow's decoders raise on damaged files; the first argument is a reason in words.
+    except DAMAGED as error:
         raise ImageError(f"damaged or truncated ({error})") from None
 
 
@@ -198,3 +207,382 @@ def normalise(pixels: np.ndarray, spec: Preprocessing) -> np.ndarray:
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces, so that equal values are equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+METADATA, DIGEST = "resnet_dist", "resnet_dist_sha256"
+MAX_MODEL_BYTES, MAX_METADATA_BYTES, MAX_CLASSES = 1 << 30, 1 << 24, 100_000
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "openvino": "OpenVINOExecutionProvider"}
+# How far the self-test's logits may be off, as a share of the largest: other machines add in other orders, and int8
+# products may saturate on CPUs without VNNI.
+SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "int8": 0.25}
+EXTENSIONS = {
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+}
+Source = str | os.PathLike[str] | bytes | Image.Image
+
+
+class ModelError(ValueError):
+    """A model file that cannot be used or is not what it says. One line that names it."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model makes of one image: its best classes and their probabilities (0..1), best first; or an error."""
+
+    source: str
+    classes: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    error: str = ""
+
+
+class Predictor:
+    """An exported model, ready to label images.
+
+    Attributes:
+        classes: names in index order.
+        preprocessing: how an image becomes the input.
+        metadata: everything that the file says of itself.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], threads: int | None = None, providers: str = "auto") -> None:
+        """Load a .onnx file that resnet-dist exported, or the one of an exported run folder.
+
+        `threads`: of the CPU (default: onnxruntime's choice). `providers`: auto, or names such as "cuda,cpu". Raises
+        ModelError where the file is missing, foreign, damaged, or its checksum is not its own.
+        """
+        self.path = find_model(model)
+        data = _read_model(self.path)
+        self._session = _open_session(self.path, data, threads, providers)
+        properties = self._session.get_modelmeta().custom_metadata_map
+        _check_digest(self.path, data, properties.get(DIGEST, ""))
+        self.metadata = _read_metadata(self.path, properties.get(METADATA, ""))
+        self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
+        self.preprocessing = Preprocessing.from_dict(self.metadata["preprocessing"])
+        self.threads = threads or os.cpu_count() or 1
+        self.providers: list[str] = self._session.get_providers()
+        self._takes_pixels = self._session.get_inputs()[0].type == "tensor(uint8)"
+
+    def inputs(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """uint8 (B, img_size, img_size, 3) as the graph takes it: as it is, or normalised float32 (B, 3, H, W)."""
+        if self._takes_pixels:
+            return {"image": pixels}
+        return {"pixel_values": np.ascontiguousarray(normalise(pixels, self.preprocessing).transpose(0, 3, 1, 2))}
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 (B, img_size, img_size, 3) to float32 (B, classes)."""
+        return np.asarray(self._session.run(["logits"], self.inputs(pixels))[0], np.float32)
+
+    def probabilities(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 (B, img_size, img_size, 3) to float32 (B, classes), each row adding up to 1."""
+        logits = self.logits(pixels) / np.float32(self.metadata["temperature"])
+        values = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return np.asarray(values / values.sum(axis=1, keepdims=True))
+
+    def predict(self, images: Iterable[Source], top_k: int = 5, batch_size: int = 16) -> Iterator[Prediction]:
+        """Predictions in the order of the images (paths, bytes or Pillow images); a bad image gives one with `error`.
+
+        Images are decoded ahead by a pool of threads while the model runs.
+        """
+        for batch in _batched(self._decoded(images, ahead=2 * batch_size + self.threads), batch_size):
+            pixels = [array for _, array, _ in batch if array is not None]
+            rows = iter(self.probabilities(np.stack(pixels))) if pixels else iter(())
+            for name, array, error in batch:
+                yield self._best(name, next(rows), top_k) if array is not None else Prediction(name, error=error)
+
+    def _best(self, name: str, row: np.ndarray, top_k: int) -> Prediction:
+        best = np.argsort(-row, kind="stable")[:top_k]
+        return Prediction(name, tuple(self.classes[i] for i in best), tuple(float(row[i]) for i in best))
+
+    def _decoded(self, images: Iterable[Source], ahead: int) -> Iterator[tuple[str, np.ndarray | None, str]]:
+        """(name, pixels or None, error), in order, with up to `ahead` images being decoded meanwhile."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            waiting: deque[Future[tuple[str, np.ndarray | None, str]]] = deque()
+            for image in images:
+                waiting.append(pool.submit(self.load, image))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def load(self, image: Source) -> tuple[str, np.ndarray | None, str]:
+        """Name, pixels uint8 (img_size, img_size, 3) and "", or name, None and what is wrong."""
+        name = os.fspath(image) if isinstance(image, str | os.PathLike) else "image"
+        try:
+            opened = to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else decode(image)
+            return name, fit(opened, self.preprocessing), ""
+        except ImageError as error:
+            return name, None, str(error)
+        except OSError as error:
+            return name, None, f"cannot be opened ({error.strerror})"
+
+    def verify(self) -> str:
+        """Run the self-test that the file carries; returns how far its logits are off. Raises ModelError."""
+        expected = np.asarray(self.metadata["self_test"], np.float32)
+        found = self.logits(self_test_pixels(self.preprocessing.img_size))[0]
+        scale = max(1.0, float(np.abs(expected).max()))
+        off = float(np.abs(found - expected).max()) / scale if found.shape == expected.shape else float("inf")
+        if not off <= SELF_TEST_TOLERANCE[self.metadata["precision"]]:
+            raise ModelError(f"{self.path}: the self-test fails, its logits are off by {off:.1e} of their size")
+        return f"{off:.1e}"
+
+
+def self_test_pixels(size: int) -> np.ndarray:
+    """The image of the self-test, uint8 (1, size, size, 3): the high bytes of multiples of 2654435761."""
+    values = np.arange(size * size * 3, dtype=np.uint64) * np.uint64(2654435761)
+    return ((values >> np.uint64(24)) & np.uint64(255)).astype(np.uint8).reshape(1, size, size, 3)
+
+
+def digest_of(data: bytes, digest: str) -> str:
+    """sha256 of a model file with the hex digits of its own digest taken as zeros."""
+    return hashlib.sha256(data.replace(digest.encode(), b"0" * 64)).hexdigest()
+
+
+def find_model(model: str | os.PathLike[str]) -> Path:
+    """The .onnx file that is meant: itself, or model.onnx of an exported run folder. Raises ModelError."""
+    path = Path(model)
+    for inside in ("export/model.onnx", "model.onnx"):
+        if path.is_dir() and (path / inside).is_file():
+            return path / inside
+    if path.is_dir():
+        raise ModelError(f"{path}: holds no model.onnx; export the run first: resnet-dist export {path}")
+    return path
+
+
+def _read_model(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_MODEL_BYTES:
+            raise ModelError(f"{path}: larger than {MAX_MODEL_BYTES >> 20} MiB, not a model of resnet-dist")
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _open_session(path: Path, data: bytes, threads: int | None, providers: str) -> Any:
+    """An onnxruntime session on the bytes: from bytes it takes no external data, which none of our files has."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ModelError("onnxruntime is missing: pip install onnxruntime") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning starves neighbours
+    options.log_severity_level = 4  # what goes wrong is said below, in one line
+    there = onnxruntime.get_available_providers()
+    wanted = ["cuda", "openvino", "cpu"] if providers == "auto" else [name.strip() for name in providers.split(",")]
+    chosen = [PROVIDERS.get(name, name) for name in wanted]
+    missing = [name for name in chosen if name not in there]
+    if providers != "auto" and missing:
+        raise ModelError(f"--providers {providers}: this onnxruntime has {', '.join(there)}")
+    try:
+        return onnxruntime.InferenceSession(data, options, providers=[name for name in chosen if name in there])
+    except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen types, UnicodeDecodeError among them
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ModelError(
+            f"{path}: not an ONNX model that onnxruntime {onnxruntime.__version__} loads ({reason})"
+        ) from None
+
+
+def _check_digest(path: Path, data: bytes, digest: str) -> None:
+    if len(digest) != 64 or data.count(digest.encode()) != 1:
+        raise ModelError(f"{path}: not a model that resnet-dist exported (no checksum in its metadata)")
+    if digest_of(data, digest) != digest:
+        raise ModelError(f"{path}: damaged or changed: its checksum is not the one that it carries")
+
+
+def _read_metadata(path: Path, text: str) -> dict[str, Any]:
+    """What the file says of itself, checked."""
+    try:
+        if not text or len(text) > MAX_METADATA_BYTES:
+            raise ValueError("no description in its metadata")
+        values = json.loads(text)
+        classes = values["classes"]
+        if not isinstance(classes, list) or not 1 <= len(classes) <= MAX_CLASSES or not all(map(_is_name, classes)):
+            raise ValueError("its classes are not a list of names")
+        Preprocessing.from_dict(values["preprocessing"])
+        if len(values["self_test"]) != len(classes) or not 0 < float(values["temperature"]) < 1e6:
+            raise ValueError("its self-test or temperature does not fit")
+        if values["precision"] not in SELF_TEST_TOLERANCE:
+            raise ValueError("its precision is unknown")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path}: not a model that resnet-dist exported ({error})") from None
+    return dict(values)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 1024
+
+
+def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class UsageError(Exception):
+    """The command line is wrong. One line."""
+
+
+def find_images(inputs: Sequence[str]) -> Iterator[str]:
+    """Files, folders (recursively, sorted), glob patterns, and `-` for a list of paths on standard input.
+
+    Raises UsageError for a URL and for what does not exist.
+    """
+    for text in inputs:
+        if text.startswith(("http://", "https://")):
+            raise UsageError(f"{text}: nothing is read from the network; download it first")
+        if text == "-":
+            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        elif Path(text).is_dir():
+            for folder, folders, names in os.walk(text):
+                folders.sort()
+                yield from (f"{folder}{os.sep}{n}" for n in sorted(names) if Path(n).suffix.lower() in EXTENSIONS)
+        elif Path(text).exists() or not (found := sorted(glob.glob(text, recursive=True))):  # noqa: PTH207 - absolute too
+            yield text
+        else:
+            yield from found
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "predict.py") -> int:
+    """The command line. Returns 0, or 2 (usage), 3 (some image could not be read), 6 (the model was refused)."""
+    try:
+        options = _parser(program).parse_args(arguments)
+        predictor = Predictor(options.model, options.threads, options.providers)
+        if options.verify:
+            print(f"{predictor.path}: checksum and self-test pass (logits off by {predictor.verify()} of their size)")
+            return 0
+        if not options.inputs:
+            raise UsageError("no INPUT: give image files, folders, patterns, or - for a list on standard input")
+        return _predict(predictor, options)
+    except UsageError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except ModelError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 6
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = _Parser(program, description="Label images with an exported model.", allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", help="a .onnx file, or a run folder that was exported")
+    parser.add_argument("inputs", metavar="INPUT", nargs="*", help="files, folders, patterns; - reads a list of paths")
+    parser.add_argument("--top-k", type=_positive, default=5, metavar="N", help="classes to name per image (5)")
+    parser.add_argument("--format", choices=("table", "csv", "jsonl"), help="table on a terminal, csv elsewhere")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of to the terminal")
+    parser.add_argument("--save-grid", metavar="PNG", help="the first images with their labels, as a picture")
+    parser.add_argument("-b", "--batch-size", type=_positive, default=16, metavar="N", help="images at a time (16)")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (all)")
+    parser.add_argument("--providers", default="auto", metavar="NAMES", help="auto, or such as cuda,cpu (auto)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
+    parser.add_argument("--verify", action="store_true", help="check the model file against itself and stop")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
+    top_k = min(options.top_k, len(predictor.classes))
+    shown: list[Prediction] = []
+    bad = 0
+    try:
+        output = Path(options.output) if options.output else None
+        target = output.open("x", newline="", encoding="utf-8", errors="surrogateescape") if output else None
+    except OSError as error:
+        raise UsageError(f"--output {options.output}: cannot be written ({error.strerror})") from None
+    with target or nullcontext(sys.stdout) as stream:
+        write = WRITERS[options.format or ("table" if stream.isatty() else "csv")]
+        write(stream, top_k, None)
+        for prediction in predictor.predict(find_images(options.inputs), top_k, options.batch_size):
+            write(stream, top_k, prediction)
+            bad += bool(prediction.error)
+            if len(shown) < GRID and not prediction.error:
+                shown.append(prediction)
+            if bad and options.strict:
+                break
+    if options.save_grid:
+        save_grid(Path(options.save_grid), shown, predictor)
+    if bad:
+        print(f"{bad} image{'s' if bad > 1 else ''} could not be read; the column error says why", file=sys.stderr)
+    return 3 if bad else 0
+
+
+def _write_csv(stream: TextIO, top_k: int, prediction: Prediction | None) -> None:
+    """A line of path,prediction,top1..topk,p1..pk,error; the header for None."""
+    writer = csv.writer(stream, lineterminator="\n")
+    if prediction is None:
+        ranks = range(1, top_k + 1)
+        writer.writerow(["path", "prediction", *(f"top{i}" for i in ranks), *(f"p{i}" for i in ranks), "error"])
+        return
+    names = prediction.classes or ("",) * top_k
+    values = [str(np.float32(p)) for p in prediction.probabilities] or [""] * top_k
+    writer.writerow([prediction.source, names[0], *names, *values, prediction.error])
+
+
+def _write_jsonl(stream: TextIO, top_k: int, prediction: Prediction | None) -> None:
+    if prediction is not None:
+        best = [{"class": c, "p": p} for c, p in zip(prediction.classes, prediction.probabilities, strict=True)]
+        line = {"path": prediction.source, "predictions": best, "error": prediction.error or None}
+        stream.write(json.dumps(line) + "\n")
+
+
+def _write_table(stream: TextIO, top_k: int, prediction: Prediction | None) -> None:
+    if prediction is not None:
+        best = "  ".join(f"{c} {p:.3f}" for c, p in zip(prediction.classes, prediction.probabilities, strict=True))
+        text = f"{prediction.source}  {'ERROR ' + prediction.error if prediction.error else best}"
+        stream.write("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + "\n")
+
+
+WRITERS = {"csv": _write_csv, "jsonl": _write_jsonl, "table": _write_table}
+GRID, TILE = 16, 160
+
+
+def save_grid(file: Path, predictions: Sequence[Prediction], predictor: Predictor) -> None:
+    """Up to 16 images as the network sees them, four in a row, each with its best class and probability."""
+    rows = max(1, -(-len(predictions) // 4))
+    sheet = Image.new("RGB", (4 * (TILE + 8), rows * (TILE + 24)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, prediction in enumerate(predictions):
+        _, pixels, _ = predictor.load(prediction.source)
+        x, y = 4 + number % 4 * (TILE + 8), number // 4 * (TILE + 24)
+        if pixels is not None:
+            sheet.paste(Image.fromarray(pixels).resize((TILE, TILE)), (x, y + 18))
+        name = "".join(c if c.isprintable() else "?" for c in prediction.classes[0])[:20]
+        draw.text((x, y + 3), f"{name} {prediction.probabilities[0]:.2f}", fill="black")
+    try:
+        sheet.save(file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--save-grid {file}: cannot be written ({error})") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

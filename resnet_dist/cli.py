@@ -11,15 +11,18 @@ from resnet_dist.options import parse
 from resnet_dist.recipes import layers
 from resnet_dist.wording import printable, suggestion
 
-VERBS = {
+VERBS = {  # verb: what it does; its module is resnet_dist.verbs.<verb> unless MODULES says otherwise
     "train": "fine-tune a ResNet on a folder of images",
     "eval": "evaluate a run or a checkpoint, exactly, with one line per image",
+    "export": "turn the best checkpoint into ONNX files that prove themselves",
+    "predict": "label images with an exported model, without torch",
     "split": "split a folder into train, val and test, as a manifest, links or copies",
     "summary": "layers, shapes, parameters and FLOPs of a model",
     "recipes": "list the named techniques, or print one",
     "doctor": "what this machine has, and a proof that two processes equal one",
     "demo": "train on handwritten digits, offline, in two minutes",
 }
+MODULES = {"export": "export.command"}
 WITH_RECIPES = ("train", "summary")
 
 
@@ -51,7 +54,10 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     """Run one verb. Raises ResnetDistError."""
     if verb not in VERBS:
         raise UsageError(f"there is no verb '{verb}'{suggestion(verb, list(VERBS))}")
-    module = importlib.import_module(f"resnet_dist.verbs.{verb}")
+    if verb == "predict":  # a program of its own, that is also shipped alone
+        predict = importlib.import_module("export.predict")
+        return int(predict.main(arguments, "resnet-dist predict"))
+    module = importlib.import_module(MODULES.get(verb, f"resnet_dist.verbs.{verb}"))
     config = parse(module.Config, arguments, f"resnet-dist {verb}", layers if verb in WITH_RECIPES else None)
     code: int = module.main(config)
     return code
@@ -68,5 +74,5 @@ def _print_error(verb: str, error: ResnetDistError) -> None:
     """One line per problem; of an error that every process has, the main one speaks."""
     if launcher.rank() > 0 and (error.shared or isinstance(error, UsageError)):
         return
-    for line in str(error).splitlines():
-        print(printable(f"resnet-dist {verb}: error: {line}"), file=sys.stderr)
+    for line in error.problems if isinstance(error, UsageError) else [str(error)]:
+        print(printable(f"resnet-dist {verb}: error: {line}").replace("\n", "\\n"), file=sys.stderr)

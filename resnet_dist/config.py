@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from resnet_dist.duration import Duration
+
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BEST_METRICS = {"top1": "max", "top5": "max", "macro_f1": "max", "loss": "min"}
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
@@ -19,33 +21,6 @@ STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
 def option(default: Any, *aliases: str, positional: bool = False) -> Any:
     """A dataclass field with the other spellings that fingers know (`--optimizer` for `--opt`, `-b`)."""
     return field(default=default, metadata={"aliases": aliases, "positional": positional})
-
-
-@dataclass(frozen=True)
-class Duration:
-    """A length of training: `7` or `7epochs`, `0.5` epochs, `200steps` (optimizer steps)."""
-
-    value: float
-    unit: Literal["epochs", "steps"] = "epochs"
-
-    @classmethod
-    def parse(cls, text: str | float) -> "Duration":
-        """Read a duration. Raises ValueError on anything else, on a negative and on part of a step."""
-        match = re.fullmatch(r"\s*([0-9.eE+]+)\s*(epochs?|ep|steps?)?\s*", str(text))
-        if not match:
-            raise ValueError(f"'{text}' is not a duration such as 7, 0.5epochs or 200steps")
-        unit: Literal["epochs", "steps"] = "steps" if (match[2] or "").startswith("step") else "epochs"
-        value = float(match[1])
-        if not math.isfinite(value) or (unit == "steps" and value != int(value)):
-            raise ValueError(f"'{text}' is not a duration such as 7, 0.5epochs or 200steps")
-        return cls(value, unit)
-
-    def steps(self, steps_per_epoch: int) -> int:
-        """The same length in optimizer steps, rounded to the nearest."""
-        return round(self.value * (steps_per_epoch if self.unit == "epochs" else 1))
-
-    def __str__(self) -> str:
-        return f"{self.value:g}" + ("steps" if self.unit == "steps" else "")
 
 
 def out_of_range(cfg: Any, low: float, high: float, *names: str, open_low: bool = False) -> Iterator[str]:
@@ -57,7 +32,8 @@ def out_of_range(cfg: Any, low: float, high: float, *names: str, open_low: bool 
                 continue
             wanted = f"above {low:g}" if open_low else f"at least {low:g}"
             wanted += "" if high == math.inf else f" and at most {high:g}"
-            yield f"--{name.replace('_', '-')} {item:g}: must be {wanted}"
+            shown = str(item) if isinstance(item, int) else f"{item:g}"
+            yield f"--{name.replace('_', '-')} {shown}: must be {wanted}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,13 +402,16 @@ class TrainConfig:
     def _across_sections(self) -> Iterator[str]:
         if not self.phase:
             yield "no [[phase]]: at least one is needed"
-        *earlier, _ = self.phase or (Phase(),)
+        *earlier, last = self.phase or (Phase(),)
         for number, phase in enumerate(earlier, 1):
             if phase.epochs is None:
                 yield f"phase {number}: only the last phase may leave its epochs out"
         before = sum(phase.epochs or 0 for phase in earlier)
-        if before >= self.run.epochs:
+        if earlier and before >= self.run.epochs:
             yield f"--epochs {self.run.epochs}: the phases before the last take {before}, so at least {before + 1}"
+        elif last.epochs not in (None, self.run.epochs - before):
+            rest = self.run.epochs - before
+            yield f"phase {len(self.phase)}: {last.epochs} epochs, but --epochs {self.run.epochs} leaves it {rest}"
         if self.data.global_batch_size is None:
             yield from self.problems_of_batch(self.data.batch_size)
 

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import math
 import tomllib
 import types
 import typing
@@ -19,7 +20,8 @@ from typing import Any, Literal, NoReturn
 
 import tomli_w
 
-from resnet_dist.config import Duration, Phase, TrainConfig
+from resnet_dist.config import Phase, TrainConfig
+from resnet_dist.duration import Duration
 from resnet_dist.errors import UsageError
 from resnet_dist.wording import suggestion
 
@@ -69,17 +71,17 @@ def options_of(cls: type) -> tuple[Option, ...]:
     return tuple(found)
 
 
-def _own_options(cls: type, section: str) -> Iterator[Option]:
+def _own_options(cls: type, section: str, made: Any = None) -> Iterator[Option]:
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if _is_section(kinds[field.name]):
-            yield from _own_options(kinds[field.name], field.name)
+            yield from _own_options(kinds[field.name], field.name, field.default)
         elif field.name not in ("phase", "recipe"):
             yield Option(
                 section,
                 field.name,
                 kinds[field.name],
-                field.default,
+                field.default if made is None else getattr(made, field.name),
                 field_help(cls).get(field.name, ""),
                 field.metadata.get("aliases", ()),
                 field.metadata.get("positional", False),
@@ -126,7 +128,7 @@ def _convert_scalar(kind: Any, value: Any) -> Any:
         raise ValueError(
             f"must be {wanted[kind]}, not {str(value).lower() if isinstance(value, bool) else repr(value)}"
         )
-    if kind is Duration and isinstance(value, str | int | float):
+    if kind is Duration:
         return Duration.parse(value)
     try:
         if kind is int and isinstance(value, float) and value != int(value):
@@ -136,8 +138,8 @@ def _convert_scalar(kind: Any, value: Any) -> Any:
         converted = kind(value)
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"must be {wanted[kind]}, not {value!r}") from None
-    if converted != converted:
-        raise ValueError("must be a number, not nan")
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise ValueError(f"must be a number, not {converted}")
     return converted
 
 
@@ -151,10 +153,10 @@ def read_toml(path: str | Path) -> Layer:
         file = Path(path)
         if file.stat().st_size > MAX_TOML_BYTES:
             raise UsageError(f"{path}: larger than {MAX_TOML_BYTES >> 20} MiB, not a config file")
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a TOML file ({error})") from None
 
 
@@ -202,7 +204,8 @@ def merge(below: Layer, above: Layer) -> Layer:
     merged = dict(below)
     for name, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = {**merged[name], **value} if both else value
+        wrong = isinstance(value, dict) and name in merged and not both
+        merged[name] = {**merged[name], **value} if both else merged[name] if wrong else value
     return merged
 
 
@@ -374,7 +377,7 @@ def _layers_below(cls: type, typed: dict[str, Any], recipes: Mapping[str, Layer]
     if stored and recipe is not None and recipe != stored.get("recipe"):
         problems.append(f"--recipe {recipe}: a resumed run keeps its recipe ({stored.get('recipe', 'none')})")
     name = layer.get("recipe") if stored else recipe or layer.get("recipe")
-    if name is not None and name in recipes:
+    if isinstance(name, str) and name in recipes:
         layer = {**merge(recipes[name], layer), "recipe": name}
     elif name is not None:
         near = suggestion(str(name), list(recipes)) or "; `resnet-dist recipes` lists them"
@@ -409,7 +412,8 @@ def _set_phases(cls: type, layer: Layer, typed: Mapping[str, Any], settings: Seq
     """Apply `--phase N.field=value`, and `--trainable` and its like where there is one phase only."""
     problems = []
     names = [field.name for field in dataclasses.fields(Phase)]
-    phases = [dict(phase) for phase in layer.get("phase", [{}]) if isinstance(phase, dict)]
+    given = layer.get("phase", [{}])
+    phases = [dict(phase) for phase in (given if isinstance(given, list) else []) if isinstance(phase, dict)]
     changed = False
     for option in options_of(cls):
         if option.section != "phase" or option.name not in typed:
@@ -424,7 +428,7 @@ def _set_phases(cls: type, layer: Layer, typed: Mapping[str, Any], settings: Seq
         place, _, value = text.partition("=")
         number, _, name = place.partition(".")
         name = name.replace("-", "_")
-        if not number.isdigit() or not value or not 1 <= int(number) <= len(phases) or name not in names:
+        if not number.isdecimal() or not value or not 1 <= int(number) <= len(phases) or name not in names:
             problems.append(
                 f"--phase {text}: must be N.FIELD=VALUE, N from 1 to {len(phases)} and FIELD one of {', '.join(names)}"
             )

@@ -72,22 +72,30 @@ reproducible = settings(derandomize=True, deadline=None, database=None)
             ["--lr-step-size", "100steps"],
             (Duration(7), Duration(7), Duration(5), Duration(100, "steps")),
         ),
-        ("preprocess.mean", "cifar10-from-scratch", "[0.5, 0.5, 0.5]", ["--mean", "0.1 0.2 0.3"], None),
-        ("optim.decay_norm_and_bias", "cifar10-from-scratch", "false", ["--decay-norm-and-bias"], None),
+        (
+            "preprocess.mean",
+            "cifar10-from-scratch",
+            "[0.5, 0.5, 0.5]",
+            ["--mean", "0.1 0.2 0.3"],
+            (None, (0.4914, 0.4822, 0.4465), (0.5, 0.5, 0.5), (0.1, 0.2, 0.3)),
+        ),
+        (
+            "optim.decay_norm_and_bias",
+            "cifar10-from-scratch",
+            "false",
+            ["--decay-norm-and-bias"],
+            (False, True, False, True),
+        ),
     ],
 )
 def test_recipe_yields_to_file_and_file_to_command_line(
-    toml: Write, place: str, recipe: str, in_file: str, typed: list[str], values: tuple[Any, ...] | None
+    toml: Write, place: str, recipe: str, in_file: str, typed: list[str], values: tuple[Any, ...]
 ) -> None:
+    """The values without anything, with the recipe, with a file too, and with the option typed too."""
     section, name = place.split(".")
     file = ["-c", toml(f"[{section}]\n{name} = {in_file}\n")]
     levels = [[], ["--recipe", recipe], ["--recipe", recipe, *file], ["--recipe", recipe, *file, *typed]]
-    found = [getattr(getattr(config(*level), section), name) for level in levels]
-    if values is None:
-        recipes_own = layers()[recipe][section][name]
-        values = (found[0], tuple(recipes_own) if isinstance(recipes_own, list) else recipes_own)
-        values += ((0.5,) * 3, (0.1, 0.2, 0.3)) if name == "mean" else (False, True)
-    assert found == list(values)
+    assert [getattr(getattr(config(*level), section), name) for level in levels] == list(values)
 
 
 def test_the_order_on_the_command_line_does_not_matter(toml: Write) -> None:

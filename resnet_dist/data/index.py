@@ -14,7 +14,8 @@ import numpy as np
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.split import assign
-from resnet_dist.errors import DataError
+from resnet_dist.errors import DataError, UsageError
+from resnet_dist.run_folder import read_facts
 from resnet_dist.wording import listed
 
 EXTENSIONS = {
@@ -343,6 +344,16 @@ def read_part(data: Path, split: str, classes: Sequence[str], root: Path | None 
         )
     marked: list[tuple[str, str, str | None]] = [(path, label, split) for path, label, _ in rows]
     return _table(root or (data.parent if data.is_file() else data), marked, tuple(classes), split)
+
+
+def read_run_part(run: Path, split: str, classes: Sequence[str]) -> ImageTable:
+    """One split of the data that a run was trained on, from its manifest. Raises UsageError, DataError."""
+    root = read_facts(run).get("data_root")
+    if not isinstance(root, str):
+        raise UsageError(f"{run / 'run.json'}: damaged, no data_root")
+    if not Path(root).is_dir():
+        raise DataError(f"{root}: the images of this run are no longer there")
+    return read_part(run / "data" / "manifest.csv", split, classes, root=Path(root))
 
 
 def class_rows(folder: Path) -> list[tuple[str, str]]:

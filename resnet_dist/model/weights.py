@@ -1,10 +1,12 @@
 """Where weights come from: torchvision's, by name, checked by hash; or the user's file, never unpickled unsafely."""
 
 import hashlib
+import http.client
 import json
 import pickle  # noqa: TID251 - the name of the error that torch.load raises
 import re
 import socket
+import struct
 import urllib.error
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +25,9 @@ from resnet_dist.model.resnet import Architecture, empty, stage_of
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 NAMES = ("DEFAULT", "IMAGENET1K_V1", "IMAGENET1K_V2")
 Tensors = Mapping[str, torch.Tensor]
+# What torch.load raises on damaged files.
+_DAMAGED_PICKLE = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, AssertionError, struct.error)
+DAMAGED = (*_DAMAGED_PICKLE, RuntimeError, ValueError, TypeError, OSError)
 
 
 def named_weights(cfg: ModelConfig) -> torchvision.models.WeightsEnum | None:
@@ -89,8 +94,10 @@ def download(url: str) -> Path:
         torch.hub.download_url_to_file(url, str(file), hash_prefix=prefix, progress=False)
     except RuntimeError as error:  # torch's word for a hash that does not fit
         raise ArtifactError(f"{url}: {error}") from None
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", None) or error
+    except (http.client.HTTPException, OSError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        reason = str(getattr(error, "reason", None) or error).strip()
         raise MachineError(
             f"cannot download {url} ({reason}); put the file there by hand as {file}, "
             f"or give --weights FILE, or --weights none"
@@ -120,13 +127,15 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ArtifactError(f"{file}: not a safetensors file ({error})") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
+    except DAMAGED as error:
         reason = str(error).strip().split("\n")[0]
         raise ArtifactError(f"{file}: not a weights file that can be read safely ({reason})") from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
+    ):
         raise ArtifactError(f"{file}: holds no state dict (a mapping of names to tensors)")
     return {name.removeprefix("module."): value for name, value in loaded.items()}
 

@@ -58,7 +58,7 @@ def facts() -> Iterator[tuple[str, str]]:
         yield "gpu", "none that torch can use"
     backends = {"nccl": torch.distributed.is_nccl_available(), "gloo": torch.distributed.is_gloo_available()}
     yield "backends", ", ".join(name for name, there in backends.items() if there)
-    yield "cores", f"{launcher.cores()}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"
+    yield "cores", f"{launcher.cores()}, OMP_NUM_THREADS={launcher.omp_threads() or 'not set'}"
     yield "bf16 on the CPU", "yes" if {"avx512_bf16", "amx_bf16"} & launcher.cpu_flags() else "no"
     yield "/dev/shm", _space(Path("/dev/shm"))
     yield "disk here", _space(Path.cwd())

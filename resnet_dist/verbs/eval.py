@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from resnet_dist.config import SystemConfig, option, out_of_range
-from resnet_dist.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from resnet_dist.data.index import ImageTable
@@ -84,18 +83,11 @@ def main(cfg: Config) -> int:
 
 def find_table(cfg: Config, run: Path, classes: tuple[str, ...]) -> "ImageTable":
     """The images to evaluate. Raises DataError, UsageError."""
-    from resnet_dist.data.index import read_part
-    from resnet_dist.run_folder import read_facts
+    from resnet_dist.data.index import read_part, read_run_part
 
     if cfg.data is not None:
         return read_part(Path(cfg.data), cfg.split, classes)
-    facts = read_facts(run)
-    root = facts.get("data_root")
-    if not isinstance(root, str):
-        raise UsageError(f"{run / 'run.json'}: damaged, no data_root; give DATA")
-    if not Path(root).is_dir():
-        raise DataError(f"{root}: the images of this run are no longer there; give DATA")
-    return read_part(run / "data" / "manifest.csv", cfg.split, classes, root=Path(root))
+    return read_run_part(run, cfg.split, classes)
 
 
 def output_folder(cfg: Config, run: Path) -> Path:

@@ -24,7 +24,7 @@ from export.predict import ImageError, Preprocessing, canonical_json, decode, fi
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (7, 11, 3), dtype=np.uint8)
 GREY16 = np.array([[0, 128, 129, 386], [32768, 65280, 65407, 65535]], np.uint16)
-CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+CIFAR: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 
 
 def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
@@ -233,15 +233,8 @@ JPEG = encoded(noise(64, 48), "JPEG")
 
 @pytest.mark.parametrize(
     "data",
-    [
-        JPEG[: len(JPEG) // 2],
-        JPEG[:-2],
-        encoded(noise(64, 48), "PNG")[:900],
-        b"",
-        b"<html>404 Not Found</html>",
-        JPEG[:3],
-    ],
-    ids=["cut in the middle", "only the end marker missing", "cut PNG", "empty", "text", "three bytes"],
+    [JPEG[: len(JPEG) // 2], JPEG[:-2], encoded(noise(64, 48), "PNG")[:900], b"", b"<html>404 Not Found</html>"],
+    ids=["cut in the middle", "only the end marker missing", "cut PNG", "empty", "text"],
 )
 def test_damaged_files_are_an_image_error_in_one_line_without_path(data: bytes, tmp_path: Path) -> None:
     file = tmp_path / "damaged.jpg"
@@ -428,19 +421,18 @@ def test_another_rule_and_an_unknown_key_are_refused_by_name(key: str) -> None:
         Preprocessing.from_dict({**Preprocessing().to_dict(), key: "some other rule"})
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *(("img_size", value) for value in (0, -1, 4097, 257, 224.0, True, "224", None)),
-        *(("resize", value) for value in (223, 0, 4097, None)),
-        *(("resize_mode", value) for value in ("stretch", None, ["crop"], {})),
-        *(("interpolation", value) for value in ("lanczos", None, ["bilinear"], {})),
-        *(("mean", value) for value in ([0.5, 0.5], [0.5] * 4, [-0.1, 0, 0], [1.1, 0, 0], "abc", None, 0.5)),
-        ("mean", [float("nan"), 0.5, 0.5]),
-        *(("std", value) for value in ([0, 1, 1], [0.5, 0.5], [-1, 1, 1], [float("inf"), 1, 1], None, ["1", "1", "1"])),
-        *(("fill", value) for value in ([256, 0, 0], [-1, 0, 0], [0.5, 0, 0], [0, 0], None)),
-    ],
-)
+WRONG: dict[str, tuple[Any, ...]] = {
+    "img_size": (0, -1, 4097, 257, 224.0, True, "224", None),
+    "resize": (223, 0, 4097, None),
+    "resize_mode": ("stretch", None, ["crop"], {}),
+    "interpolation": ("lanczos", None, ["bilinear"], {}),
+    "mean": ([0.5, 0.5], [0.5] * 4, [-0.1, 0, 0], [1.1, 0, 0], [float("nan"), 0, 0], "abc", None, 0.5),
+    "std": ([0, 1, 1], [0.5, 0.5], [-1, 1, 1], [float("inf"), 1, 1], None, ["1", "1", "1"]),
+    "fill": ([256, 0, 0], [-1, 0, 0], [0.5, 0, 0], [0, 0], None),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
 def test_values_out_of_range_are_refused(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match="preprocessing: "):
         Preprocessing.from_dict({**Preprocessing().to_dict(), key: value})

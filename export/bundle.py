@@ -1,0 +1,142 @@
+"""The folder that is deployed: model files that passed the gate, and what others need beside them."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from export.predict import FILTERS, Predictor, Preprocessing, self_test_pixels
+from resnet_dist.errors import MachineError, UsageError
+from resnet_dist.run_folder import sync_folder, to_json
+
+README = """# {architecture}, {count} classes
+
+Exported by resnet-dist. `{model}` alone is a whole deployment: classes and preprocessing are in its metadata.
+
+```
+pip install onnxruntime numpy pillow
+python predict.py {model} photos/
+python predict.py {model} --verify
+```
+
+- Input: `{input}`; output `logits`. {how}
+- Preprocessing, to the pixel: {preprocessing}
+- `labels.txt` has the class names in index order; `export_report.json` says what was checked before these files got
+  their names; `test_data_set_0/` holds an input and its output as the ONNX model zoo has them.
+- `config.json` and `preprocessor_config.json` are for libraries of the Hugging Face style. Their resize and crop round
+  otherwise than training did, so a few images in a hundred differ by a pixel; `predict.py` is exact.
+"""
+
+
+def write_side_files(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """labels.txt, config.json, preprocessor_config.json, README.md and predict.py beside model.onnx in `folder`."""
+    classes = metadata["classes"]
+    spec = Preprocessing.from_dict(metadata["preprocessing"])
+    labels = "".join(" ".join(name.splitlines()) + "\n" for name in classes)
+    (folder / "labels.txt").write_text(labels, encoding="utf-8", errors="surrogateescape")
+    (folder / "config.json").write_text(to_json(config_of(metadata)))
+    (folder / "preprocessor_config.json").write_text(to_json(preprocessor_config_of(spec)))
+    how = {
+        "image": f"uint8 (batch, {spec.img_size}, {spec.img_size}, 3), RGB; it is normalised in the graph.",
+        "pixel_values": f"float32 (batch, 3, {spec.img_size}, {spec.img_size}), normalised by mean and std.",
+    }[metadata["input"]]
+    text = README.format(
+        architecture=metadata["architecture"],
+        count=len(classes),
+        model="model.onnx",
+        input=metadata["input"],
+        how=how,
+        preprocessing=json.dumps(metadata["preprocessing"]),
+    )
+    (folder / "README.md").write_text(text)
+    (folder / "predict.py").write_text(resources.files("export").joinpath("predict.py").read_text(encoding="utf-8"))
+    write_vectors(folder / "test_data_set_0", Predictor(folder / "model.onnx", providers="cpu"))
+
+
+def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json in the style of Hugging Face's ResNet."""
+    depths = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
+    depths |= {"resnet101": [3, 4, 23, 3], "resnet152": [3, 8, 36, 3]}
+    name = metadata["architecture"]
+    basic = name in ("resnet18", "resnet34")
+    return {
+        "architectures": ["ResNetForImageClassification"],
+        "model_type": "resnet",
+        "layer_type": "basic" if basic else "bottleneck",
+        "depths": depths[name],
+        "hidden_sizes": [64, 128, 256, 512] if basic else [256, 512, 1024, 2048],
+        "id2label": {str(index): label for index, label in enumerate(metadata["classes"])},
+        "label2id": {label: index for index, label in enumerate(metadata["classes"])},
+    }
+
+
+def preprocessor_config_of(spec: Preprocessing) -> dict[str, Any]:
+    """preprocessor_config.json as Hugging Face's image processors read it."""
+    crop = spec.resize_mode == "crop"
+    side = {"height": spec.img_size, "width": spec.img_size}
+    return {
+        "image_processor_type": "CLIPImageProcessor" if crop else "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": spec.resize} if crop else side,
+        "resample": int(FILTERS[spec.interpolation]),
+        "do_center_crop": crop,
+        "crop_size": side,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+        "do_convert_rgb": True,
+    }
+
+
+def write_vectors(folder: Path, predictor: Predictor) -> None:
+    """input_0.pb and output_0.pb of the self-test's image, in the layout of the ONNX model zoo."""
+    folder.mkdir()
+    pixels = self_test_pixels(predictor.preprocessing.img_size)
+    ((name, given),) = predictor.inputs(pixels).items()
+    for kind, label, values in (("input", name, given), ("output", "logits", predictor.logits(pixels))):
+        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(values), label)
+        (folder / f"{kind}_0.pb").write_bytes(tensor.SerializeToString())
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """See before any work that the bundle can be put at `out`. Raises UsageError, MachineError."""
+    if out.exists() and not (out.is_dir() and (out / "export_report.json").exists()):
+        raise UsageError(f"--output-dir {out}: it exists and is not an export; choose another place")
+    if out.exists() and not overwrite:
+        raise UsageError(f"--output-dir {out}: it holds an export already; choose another place, or --overwrite")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise MachineError(f"{out}: cannot be made ({above} cannot be written)")
+
+
+def put_in_place(made: Path, out: Path) -> None:
+    """Give the finished bundle its name in one step; what stood there stays until then. Raises MachineError."""
+    old = out.with_name(f".old-{os.getpid()}-{out.name}")
+    try:
+        for file in made.rglob("*"):
+            if file.is_file():
+                descriptor = os.open(file, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+        if out.exists():
+            out.rename(old)
+        made.rename(out)
+        sync_folder(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise MachineError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def sizes(folder: Path, names: Sequence[str]) -> dict[str, float]:
+    """MiB of each model file."""
+    return {name: round((folder / name).stat().st_size / 2**20, 1) for name in names}

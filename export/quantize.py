@@ -1,0 +1,71 @@
+"""Smaller files from the float32 graph: 16-bit weights and activations, or 8-bit ones calibrated on images."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
+
+from export.to_onnx import cleaned
+
+AROUND = ("Transpose", "Cast", "Sub", "Div", "Softmax")  # what FromPixels puts around the network
+
+
+class Images(CalibrationDataReader):  # type: ignore[misc]
+    """Batches of inputs, one image each, for onnxruntime's calibration."""
+
+    def __init__(self, name: str, inputs: Sequence[np.ndarray]) -> None:
+        self._feeds: Iterator[dict[str, np.ndarray]] = iter([{name: row[None]} for row in inputs])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next inputs, or None at the end."""
+        return next(self._feeds, None)
+
+
+def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with 16-bit floats inside; inputs and outputs stay float32 (or uint8)."""
+    copy = onnx.ModelProto.FromString(graph.SerializeToString())
+    blocked = [node.name for node in copy.graph.node if node.op_type in AROUND]
+    converted = convert_float_to_float16(copy, keep_io_types=True, node_block_list=blocked, disable_shape_infer=False)
+    sorted_ = OnnxModel(converted)
+    sorted_.topological_sort()  # the casts of the inputs were put at the end
+    return cleaned(sorted_.model)
+
+
+def to_int8(graph: onnx.ModelProto, inputs: Sequence[np.ndarray], reduce_range: bool) -> onnx.ModelProto:
+    """The graph with 8-bit products, in QDQ form.
+
+    Activations are unsigned and weights signed, per channel: with signed activations onnxruntime on x86 leaves half of
+    the convolutions in float. `inputs` are what the ranges are taken from, each one image as the graph takes it.
+    `reduce_range` takes 7-bit weights, for CPUs whose products saturate (without VNNI).
+    """
+    name = graph.graph.input[0].name
+    around = [node.name for node in graph.graph.node if node.op_type in AROUND]
+    with tempfile.TemporaryDirectory(prefix="resnet-dist-int8-") as folder:
+        plain, prepared, quantized = (Path(folder) / f"{step}.onnx" for step in ("plain", "prepared", "quantized"))
+        onnx.save(graph, plain)
+        quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
+        quantize_static(
+            str(prepared),
+            str(quantized),
+            Images(name, inputs),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            reduce_range=reduce_range,
+            calibrate_method=CalibrationMethod.MinMax,
+            nodes_to_exclude=around,
+        )
+        return cleaned(onnx.load(quantized))

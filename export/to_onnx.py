@@ -1,0 +1,144 @@
+"""From a network in torch to the bytes of a .onnx file that says everything about itself."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from export.predict import DIGEST, METADATA, Preprocessing, canonical_json, digest_of, self_test_pixels
+from resnet_dist.model.weights import sha256_of
+from resnet_dist.train.checkpoint import Description
+
+OPSET, IR_VERSION = 18, 8  # what onnxruntime 1.15 and later load
+FORMAT_VERSION = 1
+_PLACEHOLDER = hashlib.sha256(b"the digest goes here").hexdigest()
+
+
+class FromPixels(nn.Module):
+    """The network with normalisation in front and softmax behind."""
+
+    def __init__(self, model: nn.Module, spec: Preprocessing) -> None:
+        super().__init__()
+        self.model = model
+        self.mean = nn.Buffer(torch.tensor(spec.mean).view(1, 3, 1, 1))
+        self.std = nn.Buffer(torch.tensor(spec.std).view(1, 3, 1, 1))
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (B, H, W, 3) to logits and probabilities (B, classes)."""
+        # Without contiguous() the exporter writes nine nodes that compute shapes.
+        x = image.permute(0, 3, 1, 2).contiguous().to(torch.float32)
+        logits = self.model((x / 255 - self.mean) / self.std)
+        return logits, logits.softmax(1)
+
+
+def graph_of(model: nn.Module, spec: Preprocessing, in_graph: bool) -> onnx.ModelProto:
+    """The network as an ONNX graph with a dynamic axis `batch`, BatchNorm folded into the convolutions.
+
+    float32 `pixel_values` (batch, 3, H, W) to `logits`; or, `in_graph`, uint8 `image` (batch, H, W, 3) to `logits` and
+    `probabilities`. No path of this machine is left in it.
+    """
+    model = model.eval().float().cpu().to(memory_format=torch.contiguous_format)
+    size = spec.img_size
+    if in_graph:
+        network: nn.Module = FromPixels(model, spec).eval()
+        example, names = torch.zeros(2, size, size, 3, dtype=torch.uint8), ("image", ["logits", "probabilities"])
+    else:
+        network, example, names = model, torch.zeros(2, 3, size, size), ("pixel_values", ["logits"])
+    program = torch.onnx.export(
+        network,
+        (example,),
+        dynamo=True,
+        opset_version=OPSET,
+        external_data=False,
+        optimize=True,
+        input_names=[names[0]],
+        output_names=names[1],
+        dynamic_shapes=({0: "batch"},),
+        verbose=False,
+    )
+    if program is None:
+        raise RuntimeError("torch.onnx.export gave no program")
+    return cleaned(program.model_proto)
+
+
+def cleaned(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Without what the exporter notes about this machine, unused operator sets, and shapes that no longer hold."""
+    parts = (graph.graph.node, graph.graph.initializer, graph.graph.input, graph.graph.output)
+    for item in (item for part in parts for item in part):
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+    graph.graph.ClearField("metadata_props")
+    graph.graph.ClearField("doc_string")
+    graph.graph.ClearField("value_info")
+    used = {node.domain for node in graph.graph.node}
+    kept = [entry for entry in graph.opset_import if entry.domain in used]
+    graph.ClearField("opset_import")
+    graph.opset_import.extend(kept)
+    graph.ClearField("metadata_props")
+    graph.ir_version = IR_VERSION
+    graph.producer_name, graph.producer_version = "resnet-dist", version("resnet-dist")
+    return graph
+
+
+def describe(
+    description: Description,
+    checkpoint: Path,
+    precision: str,
+    in_graph: bool,
+    self_test: np.ndarray,
+    temperature: float,
+) -> dict[str, Any]:
+    """What the file says of itself: enough to use it, and to know where it is from."""
+    return {
+        "format_version": FORMAT_VERSION,
+        **description.architecture.to_dict(),
+        "classes": list(description.classes),
+        "preprocessing": description.preprocessing.to_dict(),
+        "input": "image" if in_graph else "pixel_values",
+        "precision": precision,
+        "temperature": temperature,
+        "score": dict(description.score),
+        "epoch": description.epoch,
+        "weights_kind": description.weights_kind,
+        "checkpoint_sha256": sha256_of(checkpoint),
+        "self_test": [float(value) for value in self_test],
+        "versions": {name: version(name) for name in ("resnet-dist", "torch", "onnx", "onnxruntime")},
+    }
+
+
+def finished(graph: onnx.ModelProto, metadata: Mapping[str, Any]) -> bytes:
+    """The bytes of the file: the graph with its metadata and, in it, the sha256 of all the rest."""
+    # Image.NominalPixelRange (onnx/docs/MetadataProps.md) has no word for an input that is normalised by mean and
+    # standard deviation, so only the graph that takes bytes has it.
+    properties = {METADATA: canonical_json(metadata), DIGEST: _PLACEHOLDER}
+    properties |= {"Image.BitmapPixelFormat": "Rgb8", "Image.ColorSpaceGamma": "SRGB"}
+    if metadata["input"] == "image":
+        properties["Image.NominalPixelRange"] = "NominalRange_0_255"
+    onnx.helper.set_model_props(graph, properties)
+    onnx.checker.check_model(graph, full_check=True)
+    data = graph.SerializeToString(deterministic=True)
+    digest = digest_of(data, _PLACEHOLDER)
+    return bytes(data.replace(_PLACEHOLDER.encode(), digest.encode()))
+
+
+@torch.no_grad()
+def self_test_logits(model: nn.Module, spec: Preprocessing) -> np.ndarray:
+    """What torch makes of the self-test's image, float32 (classes,)."""
+    network = FromPixels(model.eval().float().cpu(), spec).eval()
+    logits, _ = network(torch.from_numpy(self_test_pixels(spec.img_size)))
+    return np.asarray(logits[0])
+
+
+def runtime_logits(graph: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What onnxruntime makes of the inputs, float32 (B, classes)."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    outputs: Sequence[np.ndarray] = session.run(["logits"], dict(feeds))
+    return np.asarray(outputs[0], np.float32)

@@ -1,0 +1,209 @@
+"""The gate: a file gets its name only once it is shown to equal training on real images, from files to labels."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from export.predict import Predictor
+from resnet_dist.data.index import ImageTable
+from resnet_dist.data.loader import EvalImages
+from resnet_dist.data.transforms import ToInput
+from resnet_dist.errors import DataError
+
+LOGITS, PROBABILITIES = 1e-4, 1e-4  # the first as a share of max(1, the largest logit)
+FP16_AGREEMENT = 0.995
+BATCHES = (1, 8)
+
+
+@dataclass
+class Equality:
+    """How near the float32 file is to torch, over `images` images, and every reason why it is not near enough."""
+
+    images: int
+    inputs_equal: bool = True
+    max_logit_difference: float = 0.0
+    max_logit: float = 0.0
+    max_probability_difference: float = 0.0
+    top1_agreement: float = 1.0
+    near_ties: int = 0
+    accuracy_torch: float | None = None
+    accuracy_onnx: float | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        same = "equal" if self.inputs_equal else "DIFFERENT"
+        off, top1 = self.max_logit_difference, 100 * self.top1_agreement
+        return f"{self.images} images: inputs {same}, logits within {off:.1e}, top-1 equal on {top1:.2f} %"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the limits that were applied."""
+        limits = {"logits": f"{LOGITS:g} * max(1, max_logit)", "probabilities": PROBABILITIES, "inputs": "bit-equal"}
+        return {**asdict(self), "limits": limits, "batch_sizes": list(BATCHES)}
+
+
+@torch.no_grad()
+def in_torch(model: nn.Module, table: ImageTable, predictor: Predictor) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """Images of the training pipeline, uint8 NHWC, and torch's logits for them, eight at a time. Raises DataError."""
+    images = EvalImages(table, predictor.preprocessing)
+    to_input = ToInput(predictor.preprocessing, torch.device("cpu"))
+    for start in range(0, len(table), max(BATCHES)):
+        batch = images.__getitems__(range(len(table))[start : start + max(BATCHES)])
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch.images, np.asarray(model(to_input(batch)).float())
+
+
+def check_equality(model: nn.Module, table: ImageTable, file: Path, labelled: bool) -> Equality:
+    """Compare the torch pipeline with the predictor on the written file, both starting from the image files.
+
+    `model` is in float32 on the CPU, in evaluation mode. `labelled` says whether the targets of the table mean
+    anything. Raises DataError where an image cannot be read.
+    """
+    predictor = Predictor(file, threads=torch.get_num_threads(), providers="cpu")
+    found = Equality(images=len(table))
+    to_input = ToInput(predictor.preprocessing, torch.device("cpu"))
+    agree = right_torch = right_onnx = 0
+    start = 0
+    for pixels, logits in in_torch(model, table, predictor):
+        names = [str(table.root / table.paths[start + row]) for row in range(len(pixels))]
+        loaded = np.stack([_loaded(predictor, name) for name in names])
+        _compare_inputs(found, predictor, to_input, pixels, loaded, names)
+        for size in BATCHES:
+            others = np.concatenate([predictor.logits(loaded[i : i + size]) for i in range(0, len(loaded), size)])
+            _compare_outputs(found, logits, others, predictor.probabilities(loaded), names)
+        best, other = logits.argmax(1), others.argmax(1)
+        agree += int((best == other).sum())
+        targets = table.targets[start : start + len(pixels)]
+        right_torch, right_onnx = right_torch + int((best == targets).sum()), right_onnx + int((other == targets).sum())
+        start += len(pixels)
+    found.top1_agreement = agree / len(table)
+    if labelled:
+        found.accuracy_torch, found.accuracy_onnx = right_torch / len(table), right_onnx / len(table)
+        if right_torch != right_onnx and found.near_ties == 0:
+            found.problems.append(f"accuracy {found.accuracy_onnx:.4f} instead of {found.accuracy_torch:.4f}")
+    return found
+
+
+def _loaded(predictor: Predictor, name: str) -> np.ndarray:
+    _, pixels, error = predictor.load(name)
+    if pixels is None:
+        raise DataError(f"{name}: {error}")
+    return pixels
+
+
+def _compare_inputs(
+    found: Equality, predictor: Predictor, to_input: ToInput, pixels: torch.Tensor, loaded: np.ndarray, names: list[str]
+) -> None:
+    """The predictor's input against training's, bit for bit."""
+    from resnet_dist.data.transforms import Batch
+
+    (given,) = predictor.inputs(loaded).values()
+    empty = torch.zeros(len(pixels), dtype=torch.int64)
+    expected = np.asarray(pixels) if given.dtype == np.uint8 else np.asarray(to_input(Batch(pixels, *[empty] * 3)))
+    for row, name in enumerate(names):
+        if not np.array_equal(given[row], expected[row]):
+            found.inputs_equal = False
+            found.problems.append(f"{name}: the input is not that of training")
+
+
+def _compare_outputs(
+    found: Equality, logits: np.ndarray, others: np.ndarray, probabilities: np.ndarray, names: list[str]
+) -> None:
+    """Logits within a share of their size, probabilities, and the best class where it is not a near tie."""
+    difference, scale = np.abs(logits - others).max(axis=1), np.maximum(1.0, np.abs(logits).max(axis=1))
+    expected = np.asarray(torch.from_numpy(logits).softmax(1))
+    off = np.abs(expected - probabilities).max(axis=1)
+    ordered = np.sort(logits, axis=1)
+    tie = ordered[:, -1] - ordered[:, -2] < 2 * difference if logits.shape[1] > 1 else np.zeros(len(logits), bool)
+    found.near_ties += int(tie.sum())
+    found.max_logit = max(found.max_logit, float(np.abs(logits).max()))
+    found.max_logit_difference = max(found.max_logit_difference, float(difference.max()))
+    found.max_probability_difference = max(found.max_probability_difference, float(off.max()))
+    for row, name in enumerate(names):
+        if not difference[row] <= LOGITS * scale[row]:
+            found.problems.append(
+                f"{name}: logits are off by {difference[row]:.1e}, more than {LOGITS * scale[row]:.1e}"
+            )
+        elif not off[row] <= PROBABILITIES:
+            found.problems.append(f"{name}: probabilities are off by {off[row]:.1e}, more than {PROBABILITIES:g}")
+        elif logits[row].argmax() != others[row].argmax() and not tie[row]:
+            found.problems.append(f"{name}: another class comes first")
+
+
+@dataclass
+class Loss:
+    """What a smaller file costs, over the same images as the float32 file."""
+
+    images: int
+    agreement: float
+    agreement_interval: tuple[float, float]  # Wilson, 95 %
+    max_logit_difference: float
+    accuracy_fp32: float | None
+    accuracy: float | None
+    accuracy_drop_interval: tuple[float, float] | None  # paired, 95 %, in 0..1
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f} (fp32 {self.accuracy_fp32:.4f})"
+        return f"{self.images} images: top-1 as fp32 on {100 * self.agreement:.2f} %{accuracy}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def compare_smaller(full: Path, small: Path, table: ImageTable, labelled: bool, max_accuracy_drop: float) -> Loss:
+    """Measure a fp16 or int8 file against the float32 one.
+
+    fp16 must agree on 99.5 % of the images. int8 is refused when its accuracy is lower by more than
+    `max_accuracy_drop` (points) even at the lower end of the interval that so many images allow.
+    """
+    predictors = [Predictor(file, threads=torch.get_num_threads(), providers="cpu") for file in (full, small)]
+    outputs: list[list[np.ndarray]] = [[], []]
+    for start in range(0, len(table), 16):
+        names = [str(table.root / table.paths[i]) for i in range(len(table))[start : start + 16]]
+        loaded = np.stack([_loaded(predictors[0], name) for name in names])
+        for predictor, rows in zip(predictors, outputs, strict=True):
+            rows.append(predictor.logits(loaded))
+    logits, others = (np.concatenate(rows) for rows in outputs)
+    best, other = logits.argmax(1), others.argmax(1)
+    n, same = len(table), int((best == other).sum())
+    found = Loss(n, same / n, wilson(same, n), float(np.abs(logits - others).max()), None, None, None)
+    precision = predictors[1].metadata["precision"]
+    if precision == "fp16" and found.agreement < FP16_AGREEMENT:
+        found.problems.append(
+            f"fp16 agrees on {100 * found.agreement:.2f} % of {n} images, not {100 * FP16_AGREEMENT} %"
+        )
+    if labelled:
+        right, right_small = best == table.targets, other == table.targets
+        found.accuracy_fp32, found.accuracy = float(right.mean()), float(right_small.mean())
+        found.accuracy_drop_interval = paired_drop(
+            int((right & ~right_small).sum()), int((right_small & ~right).sum()), n
+        )
+        if precision == "int8" and 100 * found.accuracy_drop_interval[0] > max_accuracy_drop:
+            drop = 100 * (found.accuracy_fp32 - found.accuracy)
+            found.problems.append(
+                f"int8 loses {drop:.2f} points of top-1 on {n} images, more than {max_accuracy_drop:g}"
+            )
+    return found
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a share (Wilson 1927), 95 % by default."""
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_drop(lost: int, won: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval of the drop in accuracy, from the images that only one of two got right (Newcombe 1998, method 1)."""
+    drop = (lost - won) / n
+    half = z * math.sqrt(max(0.0, lost + won - (lost - won) ** 2 / n)) / n
+    return drop - half, drop + half

@@ -1,0 +1,95 @@
+"""What the tests of launch/ share: where it is, its commands with stand-ins, and processes that start and end."""
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.conftest import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+# The precision stays the launcher's, so that the tests see whether its files are obeyed.
+TRAIN = [*TINY[: TINY.index("--mixed-precision")], "--epochs", "1", "--batch-size", "4"]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This environment with the commands of this interpreter first in PATH, and no GPU."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", **extra}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command with its environment."""
+
+    arguments: list[str]
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def start(self, *before: str) -> subprocess.Popen[str]:
+        """Start it in the repository's root, its output in one text."""
+        return subprocess.Popen(
+            [*before, *self.arguments],
+            cwd=ROOT,
+            env=environment(**self.variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def commands(section: str) -> list[Command]:
+    """The commands that launch/README.md gives under a heading."""
+    text = (LAUNCH / "README.md").read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return [read(line) for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in lines(block)]
+
+
+def lines(block: str) -> list[str]:
+    return block.replace("\\\n", " ").strip().splitlines()
+
+
+def read(line: str) -> Command:
+    """A line of a shell: NAME=value ... command."""
+    words = shlex.split(line)
+    first = next(number for number, word in enumerate(words) if not re.match(r"\w+=", word))
+    return Command(words[first:], dict(word.split("=", 1) for word in words[:first]))
+
+
+def replaced(command: Command, stand_ins: Mapping[str, str], launcher: Sequence[str] = ()) -> Command:
+    """The command with other words and values for some, more options for its launcher, and the tiny training."""
+    words = [stand_ins.get(word, word) for word in command.arguments]
+    if launcher:
+        words[words.index("-m") : words.index("-m")] = launcher
+    variables = {name: stand_ins.get(value, value) for name, value in command.variables.items()}
+    return Command([*words, *TRAIN], variables)
+
+
+def finish(*processes: subprocess.Popen[str]) -> list[str]:
+    """Wait for all of them and return what they said; none is left behind, and each must have returned 0."""
+    try:
+        said = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
+    return said
+
+
+def assert_trained(run: Path, said: str, processes: int) -> None:
+    """The run is complete, evaluated every image once, and so many processes took part."""
+    assert re.search(rf"^{processes} process(es)? on ", said, re.MULTILINE), said
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
+    assert len((run / "eval/val/predictions.csv").read_text().splitlines()) == 1 + 3, "a header, and one image per class"
