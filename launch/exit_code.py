@@ -29,10 +29,21 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     file = Path(arguments[0]) / "run.json"
     before = contents(file)
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        if child is None:
+            early.append(number)
+        else:
+            child.send_signal(number)
+
+    for stop in STOP_SIGNALS:
+        signal.signal(stop, pass_on)
+    signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends Ctrl-C to the command as well
     child = subprocess.Popen(arguments[1:])
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda received, _: child.send_signal(received))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to the command as well
+    for number in early:
+        child.send_signal(number)
     code = child.wait()
     if code != 0:
         code = told(file, before) or (code if code > 0 else 128 - code)
@@ -46,8 +57,9 @@ def told(file: Path, before: tuple[str, int]) -> int:
     while facts.get("status") == "running" and time.monotonic() < end:
         time.sleep(0.2)
         facts = changed(file, before)
-    codes = {"preempted": PREEMPTED, "failed": facts.get("exit_code") or 0}
-    return int(codes.get(facts.get("status"), 0))
+    if facts.get("status") == "preempted":
+        return PREEMPTED
+    return int(facts.get("exit_code") or 0) if facts.get("status") == "failed" else 0
 
 
 def changed(file: Path, before: tuple[str, int]) -> dict[str, Any]:

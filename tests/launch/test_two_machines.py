@@ -47,9 +47,7 @@ def test_two_machines_train_one_model(machines: tuple[str, str], photos: Path, t
     """The README's two commands, as they stand: one process per machine, gradients over the cable, one run."""
     stand_ins = {"photos": str(photos), "runs/photos": str(tmp_path / "run")}
     nodes = [replaced(command, stand_ins, ["--num_processes", "2"]) for command in commands("Two nodes by hand")]
-    said = finish(
-        *(node.start("ip", "netns", "exec", machine) for node, machine in zip(nodes, machines, strict=True))
-    )
+    said = finish(*(node.start("ip", "netns", "exec", machine) for node, machine in zip(nodes, machines, strict=True)))
     assert_trained(tmp_path / "run", "\n".join(said), processes=2)
     for machine in machines:
         (link,) = json.loads(ip("-n", machine, "-json", "-stats", "link", "show", "eth0"))

@@ -1,0 +1,183 @@
+"""launch/train.sbatch: on a real cluster (`pytest -m matrix`), and its decision to requeue, on one of shell scripts."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launch.helpers import LAUNCH, ROOT, TRAIN, assert_trained, environment, free_port
+
+SCRIPT = LAUNCH / "train.sbatch"
+# Stand-ins: srun runs its program once, as task 0 would be; scontrol and accelerate write down what they are asked for.
+SRUN = """while [ "${1#--}" != "$1" ]; do shift; done; SLURM_NODEID=0 SLURMD_NODENAME=node1 "$@" """
+SCONTROL = """if [ "$1" = show ]; then printf 'node1\\nnode2\\n'; else echo "$*" >> "$SEEN/scontrol"; fi"""
+ACCELERATE = """printf '%s\\n' "$@" > "$SEEN/accelerate"; eval "$TRAINING" """
+
+
+@pytest.fixture
+def seen(tmp_path: Path) -> Path:
+    """A folder with the stand-ins in bin/, and what they saw."""
+    for name, script in (("srun", SRUN), ("scontrol", SCONTROL), ("accelerate", ACCELERATE)):
+        write_program(tmp_path / "bin" / name, script)
+    return tmp_path
+
+
+def write_program(file: Path, script: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+
+
+def run_script(seen: Path, training: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The job on two nodes of eight GPUs; `training` is what happens instead of training, as shell."""
+    job = {"SLURM_JOB_ID": "417", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    job |= {"SLURM_GPUS_ON_NODE": "8", "RUN": str(seen / "run"), "SEEN": str(seen), "TRAINING": training, **variables}
+    env = environment(**job)
+    env["PATH"] = f"{seen / 'bin'}{os.pathsep}{env['PATH']}"
+    (seen / "run").mkdir(exist_ok=True)
+    return subprocess.run(["bash", SCRIPT, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def says(status: str, code: int) -> str:
+    facts = json.dumps({"status": status, "exit_code": code})
+    return f"echo '{facts}' > $RUN/run.json"
+
+
+def requeued(seen: Path) -> list[str]:
+    return (seen / "scontrol").read_text().splitlines() if (seen / "scontrol").exists() else []
+
+
+def test_requeues_once_after_preempted(seen: Path) -> None:
+    done = run_script(seen, f"{says('preempted', 75)}; exit 1", "photos")
+    assert (done.returncode, requeued(seen)) == (0, ["requeue 417"])
+
+
+@pytest.mark.parametrize(
+    ("training", "code"),
+    [
+        (says("done", 0), 0),
+        (f"{says('failed', 3)}; exit 1", 3),
+        ("exit 1", 1),
+        (f"{says('preempted', 75)}; exit 0", 0),  # stopped, and another launcher has finished it
+    ],
+)
+def test_requeues_after_nothing_else(training: str, code: int, seen: Path) -> None:
+    assert run_script(seen, training, "photos").returncode == code
+    assert requeued(seen) == []
+
+
+def test_an_old_preempted_does_not_requeue(seen: Path) -> None:
+    run_script(seen, f"{says('preempted', 75)}; exit 1", "photos")
+    assert run_script(seen, "exit 1", "photos").returncode == 1
+    assert requeued(seen) == ["requeue 417"]
+
+
+@pytest.mark.parametrize(("before", "again"), [("1", True), ("2", False), ("3", False)])
+def test_requeues_up_to_the_limit(before: str, again: bool, seen: Path) -> None:
+    preempted = f"{says('preempted', 75)}; exit 1"
+    done = run_script(seen, preempted, "photos", SLURM_RESTART_COUNT=before, MAX_REQUEUES="2")
+    assert (requeued(seen) == ["requeue 417"]) is again
+    assert done.returncode == (0 if again else 75)
+
+
+@pytest.mark.parametrize("job", ["", "417; touch evil", "$(touch evil)", "417_1"])
+def test_job_id_that_is_none_is_refused(job: str, seen: Path) -> None:
+    assert run_script(seen, says("done", 0), "photos", SLURM_JOB_ID=job, SEEN=str(seen)).returncode == 2
+    assert not (seen / "accelerate").exists() and not list(ROOT.glob("evil"))
+
+
+def test_arguments_reach_training_as_they_are(seen: Path) -> None:
+    """None is read as shell, whatever characters it has."""
+    awkward = ["my photos", "--name", "$(touch evil); `touch evil` \"'*"]
+    assert run_script(seen, says("done", 0), *awkward).returncode == 0
+    words = (seen / "accelerate").read_text().splitlines()
+    start = words.index("resnet_dist")
+    assert words[start : start + 5] == ["resnet_dist", "train", *awkward]
+    assert words[words.index("--num_processes") + 1] == "16" and words[words.index("--num_machines") + 1] == "2"
+    assert not list(ROOT.glob("evil")), "a shell read an argument"
+
+
+def test_one_process_needs_no_launcher(seen: Path) -> None:
+    write_program(seen / "bin" / "python", 'case "$1" in -m) echo "$*" > "$SEEN/python";; *) exec python3 "$@";; esac')
+    run_script(seen, "exit 1", "photos", SLURM_JOB_NUM_NODES="1", SLURM_GPUS_ON_NODE="1")
+    assert (seen / "python").read_text() == f"-m resnet_dist train photos -o {seen}/run --resume auto\n"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which a SLURM cluster of two nodes with two GPUs each answers."""
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
+    reason = f"needs Debian's slurm-wlm and munge; missing: {missing}" if missing else ""
+    if not reason and os.geteuid() != 0:
+        reason = "needs root, to start a cluster"
+    if not reason and torch.cuda.is_available():
+        reason = "needs a machine without GPUs, as the cluster's are none"
+    if reason and os.environ.get("RESNET_DIST_CI"):
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+    folder, program = tmp_path_factory.mktemp("slurm"), Path(__file__).parent / "slurm_cluster.sh"
+    subprocess.run(["bash", program, "start", folder, str(free_port())], check=True, timeout=60)
+    yield environment(SLURM_CONF=str(folder / "slurm.conf"))
+    subprocess.run(["bash", program, "stop", folder], check=True)
+
+
+def submit(cluster: dict[str, str], log: Path, options: list[str], *arguments: str, **variables: str) -> str:
+    """sbatch: returns what it said."""
+    forced = ["--cpus-per-task=1", f"--output={log}", *options]
+    done = subprocess.run(
+        ["sbatch", "--parsable", *forced, SCRIPT, *arguments],
+        cwd=ROOT,
+        env={**cluster, "PRECISION": "no", **variables},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr + (log.read_text() if log.exists() else "")
+    return done.stdout.strip()
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("nodes", "gpus"), [(2, 1), (1, 2), (1, 1)])
+def test_trains_on_a_cluster(nodes: int, gpus: int, cluster: dict[str, str], photos: Path, tmp_path: Path) -> None:
+    log, run = tmp_path / "log", tmp_path / "run"
+    options = ["--wait", f"--nodes={nodes}", f"--gpus-per-node={gpus}"]
+    submit(cluster, log, options, str(photos), *TRAIN, RUN=str(run))
+    assert_trained(run, log.read_text(), processes=nodes * gpus)
+
+
+@pytest.mark.matrix
+def test_requeued_job_goes_on(cluster: dict[str, str], seen: Path) -> None:
+    """SLURM takes the job back, starts it again, and the log has both parts."""
+    for name in ("srun", "scontrol"):
+        (seen / "bin" / name).unlink()
+    (seen / "run").mkdir()
+    training = f"if [ -e $RUN/run.json ]; then {says('done', 0)}; else {says('preempted', 75)}; exit 1; fi"
+    variables = {"PATH": f"{seen / 'bin'}{os.pathsep}{cluster['PATH']}", "RUN": str(seen / "run"), "SEEN": str(seen)}
+    options = ["--nodes=2", "--gpus-per-node=1"]
+    job = submit(cluster, seen / "log", options, "photos", TRAINING=training, **variables)
+    wait_for(cluster, job, "Restarts=1")
+    scontrol(cluster, "update", f"JobId={job}", "StartTime=now")  # or SLURM waits for two minutes
+    wait_for(cluster, job, "JobState=COMPLETED")
+    assert json.loads((seen / "run" / "run.json").read_text())["status"] == "done"
+    assert re.search("requeue 1 of 20", (seen / "log").read_text())
+
+
+def scontrol(cluster: dict[str, str], *arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], env=cluster, capture_output=True, text=True, check=True).stdout
+
+
+def wait_for(cluster: dict[str, str], job: str, words: str) -> None:
+    for _ in range(150):
+        state = scontrol(cluster, "show", "job", job)
+        if words in state:
+            return
+        time.sleep(0.2)
+    pytest.fail(f"the job never came to {words}:\n{state}")
