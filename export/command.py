@@ -189,8 +189,8 @@ def calibration_inputs(cfg: Config, description: "Description") -> "list[np.ndar
     """Training images, spread evenly, as inputs of the graph. Raises UsageError where there are none, DataError."""
     import numpy as np
 
-    from export.predict import fit, normalise
-    from resnet_dist.data.decode import load_image
+    from export.predict import normalise
+    from resnet_dist.data.decode import load_fitted
     from resnet_dist.data.index import read_part, read_run_part
 
     run = Path(cfg.run or "")
@@ -206,7 +206,7 @@ def calibration_inputs(cfg: Config, description: "Description") -> "list[np.ndar
         )
     chosen = np.unique(np.linspace(0, len(table) - 1, min(cfg.calibration_images, len(table))).round().astype(int))
     spec = description.preprocessing
-    pixels = [fit(load_image(table, int(i)), spec) for i in chosen]
+    pixels = [load_fitted(table, int(i), spec) for i in chosen]
     if cfg.preprocess_in_graph:
         return pixels
     return [np.ascontiguousarray(normalise(image, spec).transpose(2, 0, 1)) for image in pixels]

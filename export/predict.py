@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import os
+import struct
 import sys
 import warnings
 from collections import deque
@@ -29,16 +30,18 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TextIO
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
 # What may be decoded, decided by content and not by name. Leaving EPS, PDF and their like out is a security rule:
 # Pillow hands those to external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 MAX_PIXELS = 64_000_000
+TURNS = dict(enumerate((None, *(Image.Transpose(t) for t in (0, 3, 1, 5, 4, 6, 2))), 1))  # by Exif orientation
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 # What Pillow's decoders raise on damaged files.
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+_ODD = (SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error)
+DAMAGED = (*_ODD, OSError, ValueError, MemoryError)
 
 # A file that unpacks to hundreds of megapixels is an attack or an accident: never a warning that scrolls by.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -118,12 +121,14 @@ class Preprocessing:
         sizes_fit = all(type(n) is int and 1 <= n <= 4096 for n in (self.img_size, self.resize))
         if not sizes_fit or (self.resize_mode == "crop" and self.resize < self.img_size):
             raise ValueError(f"preprocessing: img_size {self.img_size!r} and resize {self.resize!r} do not fit")
-        if self.resize_mode not in ("crop", "squash", "pad") or self.interpolation not in FILTERS:
+        if self.resize_mode not in ("crop", "squash", "pad") or self.interpolation not in tuple(FILTERS):
             raise ValueError(f"preprocessing: unknown {self.resize_mode!r} or {self.interpolation!r}")
         for name in ("mean", "std", "fill"):
             values = getattr(self, name)
             limit = 255 if name == "fill" else 1
-            if len(values) != 3 or not all(isinstance(v, int | float) and 0 <= v <= limit for v in values):
+            kind = int if name == "fill" else int | float
+            fits = isinstance(values, tuple) and len(values) == 3 and all(isinstance(v, kind) for v in values)
+            if not fits or not all(0 <= v <= limit for v in values):
                 raise ValueError(f"preprocessing: {name} {values!r} is not three numbers in 0..{limit}")
         if min(self.std) <= 0:
             raise ValueError("preprocessing: std must be above 0")
@@ -140,7 +145,7 @@ def decode(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
             if image.width * image.height > max_pixels:
                 raise ImageError(f"{image.width}x{image.height} pixels, more than the limit of {max_pixels}")
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(upright(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(f"more pixels than the limit of {max_pixels}") from None
     except UnidentifiedImageError:
@@ -153,13 +158,20 @@ def decode(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
         raise ImageError(f"damaged or truncated ({error})") from None
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its Exif says it is to be shown."""
+    # Not ImageOps.exif_transpose: that writes all Exif fields anew, and fails where one of them is odd.
+    turn = TURNS.get(image.getexif().get(0x0112, 1))
+    return image if turn is None else image.transpose(turn)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB: alpha composited on white, 16 bits scaled to 8. Raises ImageError for float data."""
+    if image.mode.startswith("I"):
+        return _scaled_16_bit(image)
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         upper = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", upper.size, "white"), upper).convert("RGB")
-    if image.mode.startswith("I"):
-        return _scaled_16_bit(image)
     if image.mode == "F":
         raise ImageError("floating-point pixels, whose range is not known: convert it to 8 bits first")
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -169,7 +181,9 @@ def _scaled_16_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.size and (values.min() < 0 or values.max() > 65535):
         raise ImageError("32-bit pixels, whose range is not known: convert it to 8 bits first")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8), "L").convert("RGB")
+    scaled = ((values + 128) // 257).astype(np.uint8)
+    scaled[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(scaled, "L").convert("RGB")
 
 
 def fit(image: Image.Image, spec: Preprocessing, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -324,7 +338,7 @@ class Predictor:
         """Name, pixels uint8 (img_size, img_size, 3) and "", or name, None and what is wrong."""
         name = os.fspath(image) if isinstance(image, str | os.PathLike) else "image"
         try:
-            opened = to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else decode(image)
+            opened = to_rgb(upright(image)) if isinstance(image, Image.Image) else decode(image)
             return name, fit(opened, self.preprocessing), ""
         except ImageError as error:
             return name, None, str(error)
@@ -538,14 +552,16 @@ def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
 
 def _write_csv(stream: TextIO, top_k: int, prediction: Prediction | None) -> None:
     """A line of path,prediction,top1..topk,p1..pk,error; the header for None."""
-    writer = csv.writer(stream, lineterminator="\n")
     if prediction is None:
         ranks = range(1, top_k + 1)
-        writer.writerow(["path", "prediction", *(f"top{i}" for i in ranks), *(f"p{i}" for i in ranks), "error"])
-        return
-    names = prediction.classes or ("",) * top_k
-    values = [str(np.float32(p)) for p in prediction.probabilities] or [""] * top_k
-    writer.writerow([prediction.source, names[0], *names, *values, prediction.error])
+        row = ["path", "prediction", *(f"top{i}" for i in ranks), *(f"p{i}" for i in ranks), "error"]
+    else:
+        names = prediction.classes or ("",) * top_k
+        values = [str(np.float32(p)) for p in prediction.probabilities] or [""] * top_k
+        row = [prediction.source, names[0], *names, *values, prediction.error]
+    # Before Python 3.13 a lone carriage return is not quoted by itself, and cuts the line when it is read.
+    odd = any("\r" in cell for cell in row)
+    csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL).writerow(row)
 
 
 def _write_jsonl(stream: TextIO, top_k: int, prediction: Prediction | None) -> None:

@@ -22,7 +22,7 @@ VERBS = {  # verb: what it does; its module is resnet_dist.verbs.<verb> unless M
     "doctor": "what this machine has, and a proof that two processes equal one",
     "demo": "train on handwritten digits, offline, in two minutes",
 }
-MODULES = {"export": "export.command"}
+MODULES = {"export": "export.command", "predict": "export.predict"}
 WITH_RECIPES = ("train", "summary")
 
 
@@ -54,13 +54,17 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     """Run one verb. Raises ResnetDistError."""
     if verb not in VERBS:
         raise UsageError(f"there is no verb '{verb}'{suggestion(verb, list(VERBS))}")
+    module = importlib.import_module(module_of(verb))
     if verb == "predict":  # a program of its own, that is also shipped alone
-        predict = importlib.import_module("export.predict")
-        return int(predict.main(arguments, "resnet-dist predict"))
-    module = importlib.import_module(MODULES.get(verb, f"resnet_dist.verbs.{verb}"))
+        return int(module.main(arguments, "resnet-dist predict"))
     config = parse(module.Config, arguments, f"resnet-dist {verb}", layers if verb in WITH_RECIPES else None)
     code: int = module.main(config)
     return code
+
+
+def module_of(verb: str) -> str:
+    """The name of the module with a verb's `Config` and `main`."""
+    return MODULES.get(verb, f"resnet_dist.verbs.{verb.replace('-', '_')}")
 
 
 def _overview() -> str:

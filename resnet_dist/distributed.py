@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DDPCommunicationHookType,
@@ -40,6 +41,8 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
         raise UsageError(f"--tracker {missing[0]}: not a tracker that Accelerate knows and whose package is installed")
     on_cpu = launcher.cpu_is_asked_for() or not torch.accelerator.is_available()
     precision, why_precision = choose_precision(cfg.mixed_precision, on_cpu)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # from a run before this one, in the same process
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,17 @@ def sync_folder(folder: Path) -> None:
 def to_json(value: Any) -> str:
     """JSON for people to read."""
     return json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def to_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """CSV text with lines that end in a newline."""
+    cells = [[str(cell) if cell is not None else "" for cell in row] for row in rows]
+    # Before Python 3.13 a lone carriage return is not quoted by itself, and cuts the line when it is read.
+    odd = any("\r" in cell for row in cells for cell in row)
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL)
+    writer.writerows([header, *cells])
+    return stream.getvalue()
 
 
 class RunFolder:
@@ -111,12 +122,9 @@ class RunFolder:
 
     def append_epoch(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.csv, after its header where the file is new."""
-        stream = io.StringIO(newline="")
-        writer = csv.DictWriter(stream, row.keys(), lineterminator="\n")
-        if self.active and not (self.path / "metrics.csv").exists():
-            writer.writeheader()
-        writer.writerow(row)
-        self._append("metrics.csv", stream.getvalue())
+        text = to_csv(list(row), [list(row.values())])
+        is_new = not (self.path / "metrics.csv").exists()
+        self._append("metrics.csv", text if is_new else text.partition("\n")[2])
 
     def cut_back(self, steps: int) -> None:
         """Take out of the metrics files what came after optimizer step `steps`: it will be done again."""

@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser
 
 import resnet_dist
 from resnet_dist import cli, errors
-from resnet_dist.cli import VERBS, main
+from resnet_dist.cli import VERBS, main, module_of
 from resnet_dist.errors import ResnetDistError
 from resnet_dist.options import Option, make_parser, options_of
 from resnet_dist.recipes import texts
@@ -30,11 +30,12 @@ Refused = Callable[..., str]
 
 
 def config_of(verb: str) -> type:
-    made: type = importlib.import_module(f"resnet_dist.verbs.{verb}").Config
+    made: type = importlib.import_module(module_of(verb)).Config
     return made
 
 
-VERB_OPTIONS = [(verb, option) for verb in VERBS for option in options_of(config_of(verb))]
+WITH_CONFIG = [verb for verb in VERBS if verb != "predict"]  # that one stands alone, with argparse
+VERB_OPTIONS = [(verb, option) for verb in WITH_CONFIG for option in options_of(config_of(verb))]
 
 
 def spellings(option: Option) -> list[str]:
@@ -81,13 +82,14 @@ def test_unknown_verb_is_a_usage_error(refused: Refused, typed: str, said: str) 
 def test_there_is_a_module_for_every_verb() -> None:
     """And no module that no verb leads to."""
     folder = Path(resnet_dist.__file__).parent / "verbs"
-    assert {file.stem for file in folder.glob("*.py")} - {"__init__"} == {verb.replace("-", "_") for verb in VERBS}
+    modules = {f"resnet_dist.verbs.{file.stem}" for file in folder.glob("*.py")} - {"resnet_dist.verbs.__init__"}
+    assert modules | {"export.command", "export.predict"} == {module_of(verb) for verb in VERBS}
 
 
 # Help
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", WITH_CONFIG)
 def test_help_names_every_option_with_its_docstring(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = help_of(verb, capsys)
     assert squeezed(inspect.getdoc(config_of(verb)) or "no docstring") in squeezed(out)
@@ -114,12 +116,12 @@ def strings_below_fields(module: str) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize(("verb", "option"), VERB_OPTIONS, ids=lambda value: getattr(value, "name", value))
 def test_help_text_is_a_sentence_below_the_field(verb: str, option: Option) -> None:
-    sources = strings_below_fields("resnet_dist.config") | strings_below_fields(f"resnet_dist.verbs.{verb}")
+    sources = strings_below_fields("resnet_dist.config") | strings_below_fields(module_of(verb))
     assert (option.name, option.help) in sources
     assert len(option.help) >= 4 and option.help[-1] in ".)"
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", WITH_CONFIG)
 def test_default_in_the_help_is_the_one_that_is_taken(verb: str) -> None:
     """A verb may have other defaults than `train`: then its help says so."""
     made = config_of(verb)()
@@ -135,7 +137,7 @@ def test_printing_help_imports_nothing_heavy() -> None:
 import sys
 from resnet_dist.cli import main
 main([])
-for verb in {list(VERBS)}:
+for verb in {WITH_CONFIG}:
     try:
         main([verb, "--help"])
     except SystemExit as left:
@@ -283,7 +285,7 @@ def test_unknown_recipe_is_a_usage_error(refused: Refused) -> None:
 
 def words_of_all_verbs() -> set[str]:
     found = {flag for _, option in VERB_OPTIONS for flag in spellings(option)}
-    for verb in VERBS:  # the options that no field has: --recipe, --config, --phase
+    for verb in WITH_CONFIG:  # the options that no field has: --recipe, --config, --phase
         parser = make_parser(config_of(verb), "x", (lambda: []) if verb in cli.WITH_RECIPES else None)
         found |= {flag for action in parser._actions for flag in action.option_strings}
     return found | {flag.replace("-", "_").replace("__", "--", 1) for flag in found if flag.startswith("--")}

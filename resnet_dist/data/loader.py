@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from export.predict import Preprocessing, fit
+from export.predict import Preprocessing
 from resnet_dist import launcher
 from resnet_dist.config import AugmentConfig
-from resnet_dist.data.decode import load_image
+from resnet_dist.data.decode import load_fitted, load_image, naming_the_file
 from resnet_dist.data.index import ImageTable
 from resnet_dist.data.transforms import Batch, augment, mix_of_pair, sample_key, training_pixels
 from resnet_dist.errors import DataError, UsageError
@@ -95,7 +95,8 @@ class TrainImages(Dataset[Batch]):
         sample_keys = [sample_key(self.seed, epoch, index) for epoch, index in keys]
         for row, (_, index) in enumerate(keys):
             image = load_image(self.table, index)
-            images[row], flip = training_pixels(image, sample_keys[row], self.transform, self.cfg, self.spec)
+            with naming_the_file(self.table, index):
+                images[row], flip = training_pixels(image, sample_keys[row], self.transform, self.cfg, self.spec)
             flips.append(flip)
         batch = _batch_of(self.table, images, [index for _, index in keys], sample_keys)
         batch.flip = torch.tensor(flips) if any(flips) else None
@@ -114,7 +115,7 @@ class EvalImages(Dataset[Batch]):
     def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
         """The batch, or the error instead of it (see TrainImages)."""
         try:
-            images = np.stack([fit(load_image(self.table, index), self.spec) for index in positions])
+            images = np.stack([load_fitted(self.table, index, self.spec) for index in positions])
         except DataError as error:
             return error
         return _batch_of(self.table, images, positions, [0] * len(positions))
@@ -186,7 +187,10 @@ def _as_it_is(batch: Any) -> Any:
 def _checked(loader: DataLoader[Batch]) -> Iterator[Batch]:
     for batch in loader:
         if isinstance(batch, DataError):
-            raise batch
+            try:
+                raise batch
+            finally:
+                del batch  # else the error keeps the loader, and its processes are waited for in vain
         yield batch
 
 

@@ -40,9 +40,23 @@ def assign(
                 for index in members:
                     parts[index] = part
                 missing.subtract(counts)
+        _give_to_absent(labels, parts, ordered, part)
     if group_by is not None:
         _check_groups(labels, parts, ["train", *wanted])
     return parts
+
+
+def _give_to_absent(labels: Sequence[str], parts: list[str], ordered: Sequence[Sequence[int]], part: str) -> None:
+    """Where groups are so large that a class got none in `part`, give it the smallest that train can spare."""
+    for label in sorted(set(labels)):
+        if any(labels[index] == label for index, name in enumerate(parts) if name == part):
+            continue
+        in_train = [group for group in ordered if parts[group[0]] == "train"]
+        left = Counter(name for group in in_train for name in {labels[index] for index in group})
+        spare = [group for group in in_train if all(left[labels[index]] > 1 for index in group)]
+        having = [group for group in spare if any(labels[index] == label for index in group)]
+        for index in min(having, key=len, default=()):
+            parts[index] = part
 
 
 def _group(path: str, pattern: str | None) -> str:

@@ -85,10 +85,11 @@ def mix_of_pair(key: int, cfg: AugmentConfig, size: int) -> tuple[float, int, in
     share = max(share, 1 - share)
     if not use_cutmix:
         return share, 0, 0, 0, 0
-    side = size * math.sqrt(1 - share)
+    side = math.floor(size * math.sqrt(1 - share))
     x, y = draw.random() * size, draw.random() * size
-    left, right = (min(max(round(x + half), 0), size) for half in (-side / 2, side / 2))
-    top, bottom = (min(max(round(y + half), 0), size) for half in (-side / 2, side / 2))
+    x, y = round(x - side / 2), round(y - side / 2)
+    left, right = max(x, 0), max(min(x + side, size), 0)
+    top, bottom = max(y, 0), max(min(y + side, size), 0)
     return 1 - (right - left) * (bottom - top) / size**2, left, top, right, bottom
 
 

@@ -60,14 +60,14 @@ def main(cfg: Config) -> int:
 
 def export_and_predict(images: Path, run: Path) -> int:
     """Export the best checkpoint through the gate and label a few digits with the file. Returns the exit code."""
-    from export import command, predict
+    from resnet_dist.cli import run as run_verb
 
     print("\nexporting to ONNX")
-    command.main(command.Config(run=str(run)))
+    run_verb("export", [str(run)])
     few = [str(next(iter(sorted((images / str(digit)).iterdir())))) for digit in range(10)]
     print("\npredicting ten digits with onnxruntime alone")
     grid = ["--save-grid", str(run / "digits.png"), "--format", "table", "--top-k", "2"]
-    return predict.main([str(run), *few, *grid], "resnet-dist predict")
+    return run_verb("predict", [str(run), *few, *grid])
 
 
 def settings(images: Path, run: Path, epochs: int) -> TrainConfig:

@@ -1,8 +1,6 @@
 """`resnet-dist split`: train, val and test parts of a folder, as a manifest, links or copies."""
 
-import csv
-import io
-import os
+import itertools
 import re
 import shutil
 from collections import Counter
@@ -81,15 +79,21 @@ def main(cfg: Config) -> int:
 
 def _write_manifest(source: Path, out: Path, rows: Sequence[Row]) -> None:
     """Paths relative to the manifest where the images lie below its folder, absolute elsewhere."""
-    from resnet_dist.run_folder import write_atomically
+    from resnet_dist.run_folder import to_csv, write_atomically
 
     base, root = out.absolute().parent, source.absolute()
     prefix = root.relative_to(base) if root.is_relative_to(base) else root
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(("path", "label", "split"))
-    writer.writerows((os.fspath(prefix / path), label, part) for path, label, part in rows)
-    write_atomically(out, stream.getvalue())
+    write_atomically(
+        out, to_csv(("path", "label", "split"), [(prefix / path, label, part) for path, label, part in rows])
+    )
+
+
+def _free_name(target: Path, taken: set[Path]) -> Path:
+    """The name itself, or with the first number behind its stem that makes it free."""
+    if target not in taken:
+        return target
+    numbered = (target.with_stem(f"{target.stem}-{number}") for number in itertools.count(2))
+    return next(name for name in numbered if name not in taken)
 
 
 def _write_folders(source: Path, out: Path, rows: Sequence[Row], how: str) -> None:
@@ -99,7 +103,7 @@ def _write_folders(source: Path, out: Path, rows: Sequence[Row], how: str) -> No
         for path, label, part in rows:
             target = out / part / label / Path(path).name
             if target in taken:
-                target = target.with_name("_".join(Path(path).parts))
+                target = _free_name(target.with_name("_".join(Path(path).parts)), taken)
             taken.add(target)
             target.parent.mkdir(parents=True, exist_ok=True)
             if how == "link":

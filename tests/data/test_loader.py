@@ -25,7 +25,7 @@ from resnet_dist.data.loader import (
     default_workers,
     epoch_order,
 )
-from resnet_dist.data.transforms import Batch, sample_key
+from resnet_dist.data.transforms import Batch, mix_of_pair, sample_key
 from resnet_dist.errors import DataError, UsageError
 from tests.conftest import write_image
 
@@ -159,6 +159,15 @@ def test_samples_do_not_depend_on_their_batch_or_their_past(table: ImageTable) -
         for name in ("images", "targets", "index", "keys", "mix"):
             parts = torch.cat([getattr(half[step][0], name) for half in halves])
             assert torch.equal(parts, getattr(batch, name)), name
+
+
+def test_a_pair_is_mixed_one_way(table: ImageTable) -> None:
+    """Neighbours of the order of the epoch, by the key of the first; and the pairs differ."""
+    for batch in chain(*train_loader(table, Share(4, 3)).epoch(2)):
+        assert batch.mix is not None
+        expected = [mix_of_pair(int(key), RANDOM, 16) for key in batch.keys[::2] for _ in range(2)]
+        assert torch.equal(batch.mix, torch.tensor(expected, dtype=torch.float32))
+        assert not torch.equal(batch.mix[0], batch.mix[2])
 
 
 def test_nothing_is_drawn_where_nothing_is_asked_for(table: ImageTable) -> None:

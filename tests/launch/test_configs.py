@@ -41,7 +41,8 @@ def test_command_on_one_machine(
 @pytest.mark.matrix  # between two network namespaces, test_two_machines.py always runs them
 def test_commands_for_two_nodes(photos: Path, tmp_path: Path) -> None:
     """Both commands at once on this machine, each with one process."""
-    stand_ins = {"photos": str(photos), "runs/photos": str(tmp_path / "run"), "10.0.0.1": "127.0.0.1", "eth0": "lo"}
+    here = {"10.0.0.1": "127.0.0.1", "10.0.0.2": "127.0.0.1", "eth0": "lo"}
+    stand_ins = {"photos": str(photos), "runs/photos": str(tmp_path / "run"), **here}
     launcher = [*TWO, "--main_process_port", str(free_port())]
     said = finish(*(replaced(command, stand_ins, launcher).start() for command in commands("Two nodes by hand")))
     assert_trained(tmp_path / "run", "\n".join(said), processes=2)

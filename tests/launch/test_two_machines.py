@@ -4,9 +4,12 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.launch.helpers import assert_trained, commands, finish, replaced
@@ -43,12 +46,38 @@ def machines() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def test_two_machines_train_one_model(machines: tuple[str, str], photos: Path, tmp_path: Path) -> None:
-    """The README's two commands, as they stand: one process per machine, gradients over the cable, one run."""
-    stand_ins = {"photos": str(photos), "runs/photos": str(tmp_path / "run")}
+def start(machines: tuple[str, str], run: Path, photos: Path, *options: str) -> list[subprocess.Popen[str]]:
+    """The README's two commands, as they stand but for one process per machine and a training of seconds."""
+    stand_ins = {"photos": str(photos), "runs/photos": str(run)}
     nodes = [replaced(command, stand_ins, ["--num_processes", "2"]) for command in commands("Two nodes by hand")]
-    said = finish(*(node.start("ip", "netns", "exec", machine) for node, machine in zip(nodes, machines, strict=True)))
+    return [
+        replace(node, arguments=[*node.arguments, *options]).start("ip", "netns", "exec", machine)
+        for node, machine in zip(nodes, machines, strict=True)
+    ]
+
+
+def test_two_machines_train_one_model(machines: tuple[str, str], photos: Path, tmp_path: Path) -> None:
+    """One run, whose gradients went over the cable."""
+    said = finish(*start(machines, tmp_path / "run", photos))
     assert_trained(tmp_path / "run", "\n".join(said), processes=2)
     for machine in machines:
         (link,) = json.loads(ip("-n", machine, "-json", "-stats", "link", "show", "eth0"))
         assert link["stats64"]["rx"]["bytes"] > 2 * 4 * PARAMETERS_OF_RESNET18, "less than two steps' gradients came"
+
+
+@pytest.mark.matrix
+def test_machine_that_loses_its_process_recovers(machines: tuple[str, str], photos: Path, tmp_path: Path) -> None:
+    """Both launchers start anew, and the run goes on from its last checkpoint: every epoch once, in order."""
+    epochs = tmp_path / "run/metrics.csv"
+    processes = start(machines, tmp_path / "run", photos, "--epochs", "12")
+    try:
+        end_of_wait = time.monotonic() + 100
+        while not (epochs.exists() and len(epochs.read_text().splitlines()) > 3) and time.monotonic() < end_of_wait:
+            time.sleep(0.1)
+        (training,) = psutil.Process(processes[1].pid).children()
+        training.kill()
+    finally:
+        said = finish(*processes)
+    assert any("resuming" in text for text in said)
+    numbers = [line.split(",")[0] for line in epochs.read_text().splitlines()]
+    assert numbers == ["epoch", *map(str, range(1, 13))]
