@@ -1,9 +1,11 @@
 """`resnet-dist VERB ...`: find the verb, read its options, run it; an error is one line and an exit code."""
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from resnet_dist import __version__, launcher
 from resnet_dist.errors import ResnetDistError, UsageError
@@ -24,6 +26,14 @@ VERBS = {  # verb: what it does; its module is resnet_dist.verbs.<verb> unless M
 }
 MODULES = {"export": "export.command", "predict": "export.predict"}
 WITH_RECIPES = ("train", "summary")
+
+
+def entry() -> NoReturn:
+    """The console command: run it, and leave without waiting for loader processes that ignore signals."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

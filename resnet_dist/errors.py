@@ -5,7 +5,8 @@ ResnetDistError            1   (not raised itself; an exception outside this tre
 ├── DataError              3   the images, labels or manifest are wrong
 ├── MachineError           4   disk, permission, network, device or launcher
 ├── NonFiniteError         5   the loss or a gradient became NaN or infinite
-└── ArtifactError          6   a checkpoint, weights file or exported model is not what it should be
+├── ArtifactError          6   a checkpoint, weights file or exported model is not what it should be
+└── Preempted             75   told to stop by a signal; a checkpoint to resume from is written (EX_TEMPFAIL)
 """
 
 from collections.abc import Sequence
@@ -50,3 +51,10 @@ class ArtifactError(ResnetDistError):
     """A checkpoint, weights file or exported model is not what it should be."""
 
     exit_code = 6
+
+
+class Preempted(ResnetDistError):  # noqa: N818 - not a mistake of anybody's
+    """Told to stop by a signal; a checkpoint to resume from is written."""
+
+    exit_code = 75
+    shared = True

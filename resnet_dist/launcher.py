@@ -20,6 +20,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
 
 
+def is_distributed() -> bool:
+    """Whether a launcher started this process as one of a job."""
+    return "WORLD_SIZE" in os.environ
+
+
 def is_launched() -> bool:
     """Whether accelerate launch or torchrun started this process."""
     return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_dist.errors import MachineError, UsageError
+from resnet_dist.errors import MachineError, ResnetDistError, UsageError
 
 FORMAT_VERSION = 1
 
@@ -115,6 +115,14 @@ class RunFolder:
         if self.active:
             known = read_facts(self.path) if (self.path / "run.json").exists() else {}
             self.write("run.json", to_json(known | fields))
+
+    def end(self, status: str, exit_code: int, reason: str) -> None:
+        """Record how the run ended, on whichever process knows it; the first one to say so is believed."""
+        try:
+            if read_facts(self.path).get("status") == "running":
+                RunFolder(self.path).update(status=status, exit_code=exit_code, reason=reason)
+        except ResnetDistError as error:
+            print(f"WARNING: {error}", file=sys.stderr)
 
     def append_step(self, row: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""

@@ -20,6 +20,7 @@ HEAVY = ("torch", "torchvision", "accelerate", "safetensors", "sklearn", "matplo
 FLOORS = (
     {"export.predict"},
     {"errors", "duration", "wording", "launcher", "recipes"},
+    {"stop"},
     {"config"},
     {"options", "run_folder"},
     {"data", "model"},

@@ -1,5 +1,6 @@
 """Batches for one process: which samples, in which order, loaded by how many helpers."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +16,8 @@ from resnet_dist.config import AugmentConfig
 from resnet_dist.data.decode import load_fitted, load_image, naming_the_file
 from resnet_dist.data.index import ImageTable
 from resnet_dist.data.transforms import Batch, augment, mix_of_pair, sample_key, training_pixels
-from resnet_dist.errors import DataError, UsageError
+from resnet_dist.errors import DataError, MachineError, UsageError
+from resnet_dist.stop import shield_loader
 
 Key = tuple[int, int]  # (epoch, position in the table): what the sampler sends to the loader processes
 
@@ -160,10 +162,10 @@ class EvalLoader:
     ) -> None:
         self.samples = len(images.table)
         self.per_process = -(-self.samples // world)
+        self.rounds = -(-self.per_process // batch_size)  # batches of the process that has most
         positions = range(self.samples)[rank * self.per_process : (rank + 1) * self.per_process]
         batches = [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
         self._loader = _loader(images, min(workers, len(batches)), pin_memory, batch_sampler=batches)
-        self.batches = len(batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return _checked(self._loader)
@@ -177,6 +179,9 @@ def _loader(images: Dataset[Batch], workers: int, pin_memory: bool, batch_sample
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        worker_init_fn=shield_loader,
+        # A process that is being spawned cannot yet ignore a signal; a forked one can, and it shares the index.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
 
 
@@ -185,7 +190,17 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _checked(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise MachineError(f"a loader process ended ({reason}); if memory ran out, lower --workers") from None
         if isinstance(batch, DataError):
             try:
                 raise batch

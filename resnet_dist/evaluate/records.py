@@ -1,6 +1,6 @@
 """Exact evaluation: one fixed-width record per sample, gathered once, each sample counted once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,12 +48,13 @@ def evaluate(
     to_input: ToInput,
     num_classes: int,
     full_precision: bool,
+    check: Callable[[], None] = lambda: None,
 ) -> Records:
     """The records of every sample of the loader's table; every process must call this, and each gets all records.
 
     `model` is the unwrapped module: a DDP wrapper would wait in its forward for processes that have no batch left.
-    With `full_precision`, float32 without TF32; else under the run's mixed precision. Raises RuntimeError if a sample
-    is missing or double.
+    With `full_precision`, float32 without TF32; else under the run's mixed precision. `check` is called before each
+    batch, equally often on every process, and may raise. Raises RuntimeError if a sample is missing or double.
     """
     k = min(TOP_K, num_classes)
     # A process without a batch gathers too, so there is an empty row of the right width to begin with.
@@ -61,7 +62,12 @@ def evaluate(
     real = [torch.empty(0, 1 + k, dtype=torch.float32, device=accelerator.device)]
     model.eval()
     with torch.inference_mode(), _float32() if full_precision else accelerator.autocast():
-        for batch in loader:
+        batches = iter(loader)
+        for _ in range(loader.rounds):
+            check()
+            batch = next(batches, None)
+            if batch is None:  # this process has less than another
+                continue
             batch = batch.to(accelerator.device)
             logits = model(to_input(batch)).float()
             loss = F.cross_entropy(logits, batch.targets, reduction="none")

@@ -40,7 +40,7 @@ def finish(job: Job, state: State) -> dict[str, float]:
     if job.accelerator.num_processes > 1:
         broadcast(dict(model.state_dict()))
     classes = job.index.classes
-    records = evaluate(job.accelerator, model, job.val_loader, job.to_input, len(classes), full_precision=True)
+    records = evaluate(job.accelerator, model, job.val_loader, job.to_input, len(classes), True, job.stop.check)
     return on_main(job.accelerator, lambda: write_results(job.run, job, best, records))
 
 

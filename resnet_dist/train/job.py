@@ -30,6 +30,7 @@ from resnet_dist.model.resnet import Architecture, build, empty
 from resnet_dist.model.trainable import updating_batch_norms
 from resnet_dist.options import portable
 from resnet_dist.run_folder import RunFolder
+from resnet_dist.stop import StopRequests
 from resnet_dist.train.checkpoint import Description
 from resnet_dist.train.ema import Ema
 from resnet_dist.train.losses import Loss, class_weights
@@ -55,6 +56,7 @@ class Job:
     to_input: ToInput
     run: RunFolder
     display: Display
+    stop: StopRequests
 
     def described(self, best: Best) -> Description:
         """What the best checkpoint says of itself."""
@@ -139,7 +141,9 @@ def _weights_preprocessing(cfg: ModelConfig) -> Preprocessing:
     return weights.preprocessing_in(Path(cfg.weights))
 
 
-def build_job(accelerator: Accelerator, blueprint: Blueprint, run: RunFolder, display: Display) -> Job:
+def build_job(
+    accelerator: Accelerator, blueprint: Blueprint, run: RunFolder, display: Display, stop: StopRequests
+) -> Job:
     """Build the network, load its weights and open the data. Raises what reading weights can raise."""
     cfg, index, spec = blueprint.cfg, blueprint.index, blueprint.spec
     device = accelerator.device
@@ -182,6 +186,7 @@ def build_job(accelerator: Accelerator, blueprint: Blueprint, run: RunFolder, di
         to_input=ToInput(spec, device),
         run=run,
         display=display,
+        stop=stop,
     )
 
 

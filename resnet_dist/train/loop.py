@@ -13,11 +13,12 @@ from torch import nn
 from resnet_dist.config import BEST_METRICS, Phase
 from resnet_dist.data.transforms import Batch
 from resnet_dist.distributed import averaged_statistics, check_in_step, on_main, wrap
-from resnet_dist.errors import NonFiniteError
+from resnet_dist.errors import NonFiniteError, Preempted
 from resnet_dist.evaluate.metrics import headline
 from resnet_dist.evaluate.records import evaluate
 from resnet_dist.model.head import set_sample_keys
 from resnet_dist.model.trainable import set_trainable, train_mode
+from resnet_dist.stop import StopRequested
 from resnet_dist.train.checkpoint import save_best
 from resnet_dist.train.job import Job
 from resnet_dist.train.optim import build_optimizer, param_groups
@@ -28,25 +29,39 @@ from resnet_dist.train.state import Best, State
 
 @dataclass
 class Learner:
-    """What a phase has of its own: the wrapped network, the optimizer and the schedule."""
+    """What a phase has of its own: the wrapped network, the optimizer and the schedule.
+
+    `window`, float32 (4,) on the device, is what this process adds up between two polls: the sums of losses, of
+    weights, of correct predictions and of samples.
+    """
 
     phase: Phase
     net: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
+    window: torch.Tensor
 
 
 def train(job: Job, resumed: Resumed | None = None) -> State:
-    """Run every phase in order, from the start or from where a run was interrupted, and keep the best checkpoint."""
+    """Run every phase in order, from the start or from where a run was interrupted, and keep the best checkpoint.
+
+    Raises Preempted where a signal asked to stop: the state is then saved, and this function goes on from it.
+    """
     state = resumed.state if resumed else State()
-    while state.phase < len(job.cfg.phase):
+    while True:
         learner = begin_phase(job, job.cfg.phase[state.phase])
         if resumed:
-            restore_learner(resumed, job, learner.optimizer, learner.schedule)
+            restore_learner(resumed, job, learner.optimizer, learner.schedule, learner.window)
             resumed = None
-        while state.epoch_in_phase < (learner.phase.epochs or 0) and state.stopped_by is None:
-            train_one_epoch(job, learner, state)
-            finish_epoch(job, learner, state)
+        try:
+            while state.epoch_in_phase < (learner.phase.epochs or 0) and state.stopped_by is None:
+                train_one_epoch(job, learner, state)
+                finish_epoch(job, learner, state)
+        except StopRequested:
+            save(job, learner, state)
+            raise Preempted(
+                f"stopped by a signal after {state.steps_done} optimizer steps; a checkpoint is written"
+            ) from None
         end_phase(job, learner)
         is_last = state.phase + 1 == len(job.cfg.phase)
         if is_last or state.stopped_by == "time limit":
@@ -63,7 +78,7 @@ def begin_phase(job: Job, phase: Phase) -> Learner:
     # The schedule is not prepared: Accelerate would step it once per process.
     built = build_optimizer(groups, job.cfg.optim)
     net, optimizer = wrap(job.accelerator, job.model, built, job.cfg.optim.grad_accum)
-    return Learner(phase, net, optimizer, schedule)
+    return Learner(phase, net, optimizer, schedule, torch.zeros(4, device=job.accelerator.device))
 
 
 def end_phase(job: Job, learner: Learner) -> None:
@@ -77,34 +92,39 @@ def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
     """The optimizer steps of one epoch, from the step where the state stands."""
     steps = job.train_loader.steps_per_epoch
     started = time.monotonic() - state.epoch_seconds
-    window = torch.zeros(4, device=job.accelerator.device)
     train_mode(job.model, learner.phase)
     with job.display.epoch(f"epoch {state.epochs_done + 1}/{job.cfg.run.epochs}", steps):
         for batches in job.train_loader.epoch(state.epochs_done, state.step_in_epoch):
             factor = learner.schedule.factor(state.epoch_in_phase * steps + state.step_in_epoch)
             set_rates(learner.optimizer, factor)
-            train_step(job, learner, batches, window)
+            train_step(job, learner, batches)
             state.step_in_epoch += 1
             state.steps_done += 1
             state.epoch_seconds = time.monotonic() - started
-            save_due = job.cfg.run.save_every.unit == "steps" and state.steps_done % job.cfg.run.save_every.value == 0
-            if state.step_in_epoch % job.cfg.run.log_every == 0 or state.step_in_epoch == steps or save_due:
-                poll(job, learner, state, window)
-            if save_due:
-                save_state(job, learner.optimizer, learner.schedule, state)
+            if state.step_in_epoch % job.cfg.run.log_every == 0 or state.step_in_epoch == steps:
+                poll(job, learner, state)
+            if job.cfg.run.save_every.unit == "steps" and state.steps_done % job.cfg.run.save_every.value == 0:
+                save(job, learner, state)
+            job.stop.check()
             if state.stopped_by is not None:
                 break
 
 
-def train_step(job: Job, learner: Learner, batches: Sequence[Batch], window: torch.Tensor) -> None:
+def save(job: Job, learner: Learner, state: State) -> None:
+    """Write a checkpoint to resume from; every process must call this."""
+    save_state(job, learner.optimizer, learner.schedule, learner.window, state)
+
+
+def train_step(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
     """One optimizer step over the micro-batches of this process.
 
     The loss is the mean over the global batch, all micro-batches and processes together, whatever the weights of its
-    samples. Adds to `window`, float32 (4,): the sums of losses, of weights, of correct predictions, of samples.
+    samples. Adds what there is to know of the step to the learner's window.
     """
     accelerator = job.accelerator
     batches = [batch.to(accelerator.device) for batch in batches]
     mine, total = denominator(job, batches)
+    window = learner.window
     for number, batch in enumerate(batches):
         set_sample_keys(job.model, batch.keys)
         is_last = number == len(batches) - 1
@@ -142,13 +162,13 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
-def poll(job: Job, learner: Learner, state: State, window: torch.Tensor) -> None:
+def poll(job: Job, learner: Learner, state: State) -> None:
     """Read the sums of the steps since the last poll, over all processes; show them and write them down.
 
     This is the only wait for the device within an epoch. Raises NonFiniteError if the loss is no longer finite.
     """
-    values: list[float] = job.accelerator.reduce(window, "sum").tolist()
-    window.zero_()
+    values: list[float] = job.accelerator.reduce(learner.window.clone(), "sum").tolist()
+    learner.window.zero_()
     state.sums = [a + b for a, b in zip(state.sums, values, strict=True)]
     loss, weight, correct, count = values
     rates = {group["name"].partition("/")[0]: group["lr"] for group in learner.optimizer.param_groups}
@@ -185,15 +205,16 @@ def finish_epoch(job: Job, learner: Learner, state: State) -> None:
         state.stopped_by = state.stopped_by or "patience"
     report_epoch(job, state, row, scores, is_best)
     every = job.cfg.run.save_every
-    if every.unit == "epochs" and state.epochs_done % every.value == 0:
-        save_state(job, learner.optimizer, learner.schedule, state)
+    is_end = state.epochs_done == job.cfg.run.epochs or state.stopped_by is not None
+    if is_end or (every.unit == "epochs" and state.epochs_done % every.value == 0):
+        save(job, learner, state)
 
 
 def validate(job: Job, model: nn.Module) -> dict[str, float]:
     """The headline metrics on the validation images, under the run's precision; computed once, the same everywhere."""
     classes = job.architecture.num_classes
     with averaged_statistics(job.accelerator, model):
-        records = evaluate(job.accelerator, model, job.val_loader, job.to_input, classes, full_precision=False)
+        records = evaluate(job.accelerator, model, job.val_loader, job.to_input, classes, False, job.stop.check)
     return on_main(job.accelerator, lambda: headline(records))
 
 

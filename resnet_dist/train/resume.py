@@ -42,7 +42,9 @@ class Resumed:
     facts: Mapping[str, Any]
 
 
-def save_state(job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, state: State) -> None:
+def save_state(
+    job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, window: torch.Tensor, state: State
+) -> None:
     """Write a checkpoint to resume from. Every process must call this; the main one writes."""
     check_in_step(job.accelerator, job.model)
     tensors = {f"model/{name}": tensor for name, tensor in job.model.state_dict().items()}
@@ -52,6 +54,7 @@ def save_state(job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, s
     tensors |= statistics_of_all(job)
     facts = {
         "state": state.to_dict(),
+        "windows": job.accelerator.gather(window[None]).tolist(),
         "schedule": schedule.state,
         "ema_steps": job.ema.steps if job.ema is not None else 0,
         "processes": job.accelerator.num_processes,
@@ -107,16 +110,22 @@ def restore_model(resumed: Resumed, job: Job) -> None:
         job.ema.steps = resumed.facts["ema_steps"]
 
 
-def restore_learner(resumed: Resumed, job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+def restore_learner(
+    resumed: Resumed, job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, window: torch.Tensor
+) -> None:
     """Put the optimizer's and the schedule's state back, into those of the phase where the run stood.
 
     Each process also gets its own running statistics again, now that wrapping has made them equal; with another number
     of processes, all keep those of the first.
     """
+    windows, process = torch.tensor(resumed.facts["windows"]), job.accelerator.process_index
     if resumed.facts["processes"] == job.accelerator.num_processes:
+        window.copy_(windows[process])
         own = _under(f"statistics/{job.accelerator.process_index}/", resumed.tensors)
         for name, buffer in all_statistics(job).items():
             buffer.copy_(own[name])
+    elif process == 0:
+        window.copy_(windows.sum(dim=0))
     restore_optimizer(job.model, optimizer, resumed.tensors)
     schedule.state = dict(resumed.facts["schedule"])
 

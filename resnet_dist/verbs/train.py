@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resnet_dist.config import TrainConfig
-from resnet_dist.errors import ResnetDistError
+from resnet_dist.errors import Preempted, ResnetDistError
+from resnet_dist.stop import StopRequested, StopRequests, stop_requests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,39 +30,50 @@ def main(cfg: TrainConfig) -> int:
 
 def train(cfg: TrainConfig) -> Path | None:
     """The whole job. Returns the run folder; None on a dry run. Raises ResnetDistError, recorded in run.json."""
-    from resnet_dist.distributed import on_main, start
-    from resnet_dist.run_folder import RunFolder
-    from resnet_dist.train.job import draw
-    from resnet_dist.train.progress import Display
+    with stop_requests() as stop:  # from the first moment on, before torch is imported
+        from resnet_dist.distributed import on_main, start
+        from resnet_dist.run_folder import RunFolder
+        from resnet_dist.train.job import draw
+        from resnet_dist.train.progress import Display
 
-    accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
-    display = Display(accelerator.is_main_process)
-    path, resuming = on_main(accelerator, lambda: where(cfg))
-    run = RunFolder(path, active=accelerator.is_main_process)
-    if resuming and on_main(accelerator, lambda: is_complete(path, cfg)):
-        display.say(f"{path}: this run is complete; for more, give --epochs above {cfg.run.epochs}, or --init-from")
-        return path
-    if not resuming:
-        on_main(accelerator, lambda: RunFolder.check(path, cfg.run.overwrite))
-    blueprint = draw(accelerator, cfg)
-    for text in (line, *blueprint.lines()):
-        display.say(text)
-    if cfg.run.dry_run:
-        return None
-    if resuming:
-        resumed = reopen(accelerator, run, blueprint, display)
-    else:
+        accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
+        stop.connect()
+        display = Display(accelerator.is_main_process)
+        path, resuming = on_main(accelerator, lambda: where(cfg))
+        run = RunFolder(path, active=accelerator.is_main_process)
+        if resuming and on_main(accelerator, lambda: is_complete(path, cfg)):
+            display.say(f"{path}: this run is complete; for more, give --epochs above {cfg.run.epochs}, or --init-from")
+            return path
+        if not resuming:
+            on_main(accelerator, lambda: RunFolder.check(path, cfg.run.overwrite))
+        blueprint = draw(accelerator, cfg)
+        for text in (line, *blueprint.lines()):
+            display.say(text)
+        if cfg.run.dry_run:
+            return None
         resumed = None
-        on_main(accelerator, lambda: open_run(path, blueprint))
-    display.log_to(path / "train.log")
-    try:
-        _train_and_report(accelerator, blueprint, run, display, resumed)
-    except BaseException as error:
+        if resuming:
+            resumed = reopen(accelerator, run, blueprint, display)
+        else:
+            on_main(accelerator, lambda: open_run(path, blueprint))
+        display.log_to(path / "train.log")
+        try:
+            _train_and_report(accelerator, blueprint, run, display, stop, resumed)
+        except BaseException as error:
+            record_end(run, error)
+            raise
+        stop.finish()
+        accelerator.end_training()
+        return path
+
+
+def record_end(run: "RunFolder", error: BaseException) -> None:
+    """Write into run.json why the run ended, on whichever process it was noticed first."""
+    if isinstance(error, Preempted):
+        run.update(status="preempted", exit_code=error.exit_code, reason=str(error))
+    else:
         code = error.exit_code if isinstance(error, ResnetDistError) else 1
-        run.update(status="failed", exit_code=code, reason=str(error) or type(error).__name__)
-        raise
-    accelerator.end_training()
-    return path
+        run.end("failed", code, str(error) or type(error).__name__)
 
 
 def where(cfg: TrainConfig) -> tuple[Path, bool]:
@@ -135,6 +147,7 @@ def _train_and_report(
     blueprint: "Blueprint",
     run: "RunFolder",
     display: "Display",
+    stop: "StopRequests",
     resumed: "Resumed | None",
 ) -> None:
     from resnet_dist.distributed import on_main, start_trackers
@@ -145,14 +158,19 @@ def _train_and_report(
     from resnet_dist.train.resume import restore_model
 
     start_trackers(accelerator, run.path / "tracker", kept(blueprint.cfg))
-    job = build_job(accelerator, blueprint, run, display)
+    job = build_job(accelerator, blueprint, run, display, stop)
     if resumed is None:
         file = run.plots / "samples_train.png"
         on_main(accelerator, lambda: plot_samples(file, job.train_loader.images, job.index.classes, job.spec))
     else:
         restore_model(resumed, job)
     state = train_phases(job, resumed)
-    metrics = finish(job, state)
+    try:
+        metrics = finish(job, state)
+    except StopRequested:
+        raise Preempted(
+            "stopped by a signal while the best checkpoint was evaluated; resume to do that again"
+        ) from None
     rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
     rows = [("run folder", str(run.path)), ("best checkpoint", str(run.best)), *rows]
     rows.append(("best epoch", f"{state.best.epoch} of {state.epochs_done}" if state.best else "none"))

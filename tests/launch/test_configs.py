@@ -1,6 +1,5 @@
 """The commands of launch/README.md on one machine, and the files that they name."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -59,12 +58,13 @@ def config_file(command: Command) -> str | None:
     return Path(words[words.index("--config_file") + 1]).name if "--config_file" in words else None
 
 
-@pytest.mark.parametrize("name", ["README.md", "train.sbatch", "kubernetes-job.yaml"])
-def test_restarts_come_with_a_rendezvous_that_recovers(name: str) -> None:
-    """With the default, static one a restarted process never finds the others."""
-    text = (LAUNCH / name).read_text().replace("\\\n", " ")
-    for line in re.findall(r"^.*(?:max_restarts|max-restarts) .*$", text, re.MULTILINE):
-        assert "--rdzv_backend c10d" in line or "torchrun --standalone" in line, line
+@pytest.mark.parametrize("section", ["torchrun", "Two nodes by hand"])
+def test_restarts_come_with_what_makes_them_work(section: str) -> None:
+    """With the static rendezvous a restarted process never finds the others, with a shared store only sometimes."""
+    for command in commands(section):
+        assert {"--max-restarts", "--max_restarts"} & set(command.arguments)
+        assert {"--standalone", "c10d"} & set(command.arguments)
+        assert command.variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
 @pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.yaml")), ids=lambda file: file.name)

@@ -7,6 +7,7 @@ from resnet_dist.distributed import start
 from resnet_dist.options import parse
 from resnet_dist.recipes import layers
 from resnet_dist.run_folder import RunFolder
+from resnet_dist.stop import StopRequests
 from resnet_dist.train.job import Job, build_job, draw
 from resnet_dist.train.progress import Display
 
@@ -22,4 +23,4 @@ def job_of(run: Path, *arguments: str | Path) -> Job:
     cfg = config_of(*arguments)
     accelerator, _ = start(cfg.system, cfg.run.seed)
     (run / "checkpoints").mkdir(parents=True)
-    return build_job(accelerator, draw(accelerator, cfg), RunFolder(run), Display(enabled=False))
+    return build_job(accelerator, draw(accelerator, cfg), RunFolder(run), Display(enabled=False), StopRequests())
