@@ -141,7 +141,7 @@ def take_turns(contestants: Mapping[str, Callable[[], Step]], rounds: int, repea
 
 
 def serve(line: Connection, make: Callable[[], Step]) -> None:
-    """One contestant: warms up, then takes as many steps as it is told, and answers with the median of their seconds."""
+    """One contestant: warms up, then takes as many steps as it is told, and answers with their median in seconds."""
     step = make()
     step()
     line.send("ready")

@@ -7,6 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,13 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+def write_program(file: Path, script: str) -> None:
+    """An executable of these shell lines."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,20 @@ def finish(*processes: subprocess.Popen[str]) -> list[str]:
             end(process)
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
     return said
+
+
+def kill_training(launcher: subprocess.Popen[str], run: Path, after_epochs: int) -> None:
+    """Kill the first process that it started, without warning, once so many epochs are done."""
+    table, end_of_wait = run / "metrics.csv", time.monotonic() + 100
+    while not (table.exists() and len(table.read_text().splitlines()) > after_epochs):
+        assert time.monotonic() < end_of_wait and launcher.poll() is None
+        time.sleep(0.1)
+    psutil.Process(launcher.pid).children()[0].kill()
+
+
+def assert_every_epoch_once(run: Path, epochs: int) -> None:
+    numbers = [line.split(",")[0] for line in (run / "metrics.csv").read_text().splitlines()]
+    assert numbers == ["epoch", *map(str, range(1, epochs + 1))]
 
 
 def end(process: subprocess.Popen[str]) -> None:

@@ -1,5 +1,6 @@
 """The commands of launch/README.md on one machine, and the files that they name."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,17 @@ import yaml
 
 from resnet_dist.cli import main
 from tests.conftest import TINY
-from tests.launch.helpers import LAUNCH, Command, assert_trained, commands, finish, free_port, replaced
+from tests.launch.helpers import (
+    LAUNCH,
+    Command,
+    assert_every_epoch_once,
+    assert_trained,
+    commands,
+    finish,
+    free_port,
+    kill_training,
+    replaced,
+)
 
 TWO = ["--num_processes", "2"]
 # Section, which of its commands, what the machine forces on the launcher, processes, precision that must come of it.
@@ -35,6 +46,20 @@ def test_command_on_one_machine(
     (said,) = finish(replaced(commands(section)[number], stand_ins, launcher).start())
     assert_trained(tmp_path / "run", said, processes)
     assert precision is None or f"precision {precision} (as accelerate launch says" in said
+
+
+@pytest.mark.matrix
+def test_torchrun_starts_anew(photos: Path, tmp_path: Path) -> None:
+    """After a process was killed the run goes on from its last checkpoint: every epoch once, in order."""
+    stand_ins = {"photos": str(photos), "runs/photos": str(tmp_path / "run")}
+    command = replaced(commands("torchrun")[0], stand_ins, ["--nproc_per_node", "2"])
+    process = replace(command, arguments=[*command.arguments, "--epochs", "12"]).start()
+    try:
+        kill_training(process, tmp_path / "run", after_epochs=3)
+    finally:
+        (said,) = finish(process)
+    assert "resuming" in said
+    assert_every_epoch_once(tmp_path / "run", 12)
 
 
 @pytest.mark.matrix  # between two network namespaces, test_two_machines.py always runs them

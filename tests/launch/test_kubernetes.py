@@ -1,5 +1,7 @@
 """The Kubernetes manifests: valid, consistent, and their commands train with the environment that they would get."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
-from tests.launch.helpers import LAUNCH, TRAIN, Command, assert_trained, finish, free_port
+from tests.launch.helpers import LAUNCH, TRAIN, Command, assert_trained, environment, finish, free_port, write_program
 
 SERVICE, JOB = yaml.safe_load_all((LAUNCH / "kubernetes-job.yaml").read_text())
 POD = JOB["spec"]["template"]["spec"]
@@ -62,21 +64,29 @@ def test_what_an_exit_code_means(code: int, action: str) -> None:
     assert action == "Count"
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_job_command(index: int, tmp_path: Path) -> None:
+    """Which pod it is reaches the launcher, the arguments reach training, and a preempted run is not a failure."""
+    preempted = """printf '%s\\n' "$@" > $RUN/seen; echo '{"status": "preempted"}' > $RUN/run.json; exit 1"""
+    write_program(tmp_path / "bin" / "accelerate", preempted)
+    pod = job_command(tmp_path, index, {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{environment()['PATH']}"})
+    with pod.start() as process:
+        assert process.wait(60) == 75
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert seen[seen.index("--machine_rank") + 1] == str(index)
+    assert seen[seen.index("--rdzv_conf") + 1].startswith(f"is_host={1 - index},"), "pod 0 keeps the rendezvous"
+    training = ["-m", "resnet_dist", "train", *CONTAINER["args"], "-o", str(tmp_path), "--resume", "auto"]
+    assert seen[seen.index("-m") :] == training
+
+
+@pytest.mark.matrix
 def test_job_trains(photos: Path, tmp_path: Path) -> None:
     """The container's command as two pods would run it, here on one network, each with one process."""
-    places = {
-        "/launch/": f"{LAUNCH}/",
-        "29500": str(free_port()),
-        "/data/photos": str(photos),
-    }
-    here = {"RUN": str(tmp_path / "run"), "MAIN_HOST": "127.0.0.1", "PROCESSES": "2", "PET_LOCAL_ADDR": "127.0.0.1"}
-    here["GLOO_SOCKET_IFNAME"] = "lo"
-    words = [placed(word, places) for word in (*CONTAINER["command"], *CONTAINER["args"])]
-    pods = [
-        Command([*words, *TRAIN, *SHORTEST], {**values(), **here, "JOB_COMPLETION_INDEX": str(index)})
-        for index in range(JOB["spec"]["completions"])
-    ]
-    said = finish(*(pod.start() for pod in pods))
+    places = {"29500": str(free_port()), "/data/photos": str(photos)}
+    here = {"MAIN_HOST": "127.0.0.1", "PROCESSES": "2", "PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    pods = [job_command(tmp_path / "run", index, here) for index in range(JOB["spec"]["completions"])]
+    tiny = [[*(placed(word, places) for word in pod.arguments), *TRAIN, *SHORTEST] for pod in pods]
+    said = finish(*(replace(pod, arguments=words).start() for pod, words in zip(pods, tiny, strict=True)))
     assert_trained(tmp_path / "run", "\n".join(said), processes=2)
 
 
@@ -93,6 +103,12 @@ def test_train_job_trains(photos: Path, tmp_path: Path) -> None:
     ]
     said = finish(*(node.start() for node in nodes))
     assert_trained(tmp_path / "run", "\n".join(said), processes=2)
+
+
+def job_command(run: Path, index: int, here: dict[str, str]) -> Command:
+    """What pod number `index` does, with the variables that Kubernetes sets and some that differ here."""
+    words = [placed(word, {"/launch/": f"{LAUNCH}/"}) for word in (*CONTAINER["command"], *CONTAINER["args"])]
+    return Command(words, {**values(), "RUN": str(run), "JOB_COMPLETION_INDEX": str(index), **here})
 
 
 def values() -> dict[str, str]:

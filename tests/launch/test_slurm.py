@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch.helpers import LAUNCH, ROOT, TRAIN, assert_trained, environment, free_port
+from tests.launch.helpers import LAUNCH, ROOT, TRAIN, assert_trained, environment, free_port, write_program
 
 SCRIPT = LAUNCH / "train.sbatch"
 # Stand-ins: srun runs its program once, as task 0 would be; scontrol and accelerate write down what they are asked for.
 SRUN = """while [ "${1#--}" != "$1" ]; do shift; done; SLURM_NODEID=0 SLURMD_NODENAME=node1 "$@" """
 SCONTROL = """if [ "$1" = show ]; then printf 'node1\\nnode2\\n'; else echo "$*" >> "$SEEN/scontrol"; fi"""
-ACCELERATE = """printf '%s\\n' "$@" > "$SEEN/accelerate"; eval "$TRAINING" """
+ACCELERATE = """printf '%s\\n' "$@" > "$SEEN/accelerate"; env > "$SEEN/environment"; eval "$TRAINING" """
 
 
 @pytest.fixture
@@ -26,12 +26,6 @@ def seen(tmp_path: Path) -> Path:
     for name, script in (("srun", SRUN), ("scontrol", SCONTROL), ("accelerate", ACCELERATE)):
         write_program(tmp_path / "bin" / name, script)
     return tmp_path
-
-
-def write_program(file: Path, script: str) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(f"#!/bin/sh\n{script}\n")
-    file.chmod(0o755)
 
 
 def run_script(seen: Path, training: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -100,6 +94,15 @@ def test_arguments_reach_training_as_they_are(seen: Path) -> None:
     assert words[start : start + 5] == ["resnet_dist", "train", *awkward]
     assert words[words.index("--num_processes") + 1] == "16" and words[words.index("--num_machines") + 1] == "2"
     assert not list(ROOT.glob("evil")), "a shell read an argument"
+
+
+def test_restarts_come_with_what_makes_them_work(seen: Path) -> None:
+    """See the test of this name in test_configs.py; and USR1 is for the processes, it must not end the launcher."""
+    run_script(seen, says("done", 0), "photos")
+    words, variables = ((seen / name).read_text().splitlines() for name in ("accelerate", "environment"))
+    assert words[words.index("--rdzv_backend") + 1] == "c10d" and "--max_restarts" in words
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in variables
+    assert any(line.startswith("PET_SIGNALS_TO_HANDLE=") and "SIGUSR1" in line for line in variables)
 
 
 def test_one_process_needs_no_launcher(seen: Path) -> None:

@@ -4,15 +4,13 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.launch.helpers import assert_trained, commands, finish, replaced
+from tests.launch.helpers import assert_every_epoch_once, assert_trained, commands, finish, kill_training, replaced
 
 PARAMETERS_OF_RESNET18 = 11_000_000
 
@@ -68,16 +66,10 @@ def test_two_machines_train_one_model(machines: tuple[str, str], photos: Path, t
 @pytest.mark.matrix
 def test_machine_that_loses_its_process_recovers(machines: tuple[str, str], photos: Path, tmp_path: Path) -> None:
     """Both launchers start anew, and the run goes on from its last checkpoint: every epoch once, in order."""
-    epochs = tmp_path / "run/metrics.csv"
     processes = start(machines, tmp_path / "run", photos, "--epochs", "12")
     try:
-        end_of_wait = time.monotonic() + 100
-        while not (epochs.exists() and len(epochs.read_text().splitlines()) > 3) and time.monotonic() < end_of_wait:
-            time.sleep(0.1)
-        (training,) = psutil.Process(processes[1].pid).children()
-        training.kill()
+        kill_training(processes[1], tmp_path / "run", after_epochs=3)
     finally:
         said = finish(*processes)
     assert any("resuming" in text for text in said)
-    numbers = [line.split(",")[0] for line in epochs.read_text().splitlines()]
-    assert numbers == ["epoch", *map(str, range(1, 13))]
+    assert_every_epoch_once(tmp_path / "run", 12)
