@@ -21,18 +21,18 @@ from resnet_dist.model.trainable import set_trainable, train_mode
 from resnet_dist.stop import StopRequested
 from resnet_dist.train.checkpoint import save_best
 from resnet_dist.train.job import Job
-from resnet_dist.train.optim import build_optimizer, param_groups
+from resnet_dist.train.optim import build_optimizer, param_groups, step_if_finite
 from resnet_dist.train.resume import Resumed, restore_learner, save_state
 from resnet_dist.train.schedule import Schedule
-from resnet_dist.train.state import Best, State
+from resnet_dist.train.state import Best, State, newest_state
 
 
 @dataclass
 class Learner:
     """What a phase has of its own: the wrapped network, the optimizer and the schedule.
 
-    `window`, float32 (4,) on the device, is what this process adds up between two polls: the sums of losses, of
-    weights, of correct predictions and of samples.
+    `window`, float32 (5,) on the device, is what this process adds up between two polls: the sums of losses, of
+    weights, of correct predictions and of samples; and whether a gradient was not finite.
     """
 
     phase: Phase
@@ -78,7 +78,7 @@ def begin_phase(job: Job, phase: Phase) -> Learner:
     # The schedule is not prepared: Accelerate would step it once per process.
     built = build_optimizer(groups, job.cfg.optim)
     net, optimizer = wrap(job.accelerator, job.model, built, job.cfg.optim.grad_accum)
-    return Learner(phase, net, optimizer, schedule, torch.zeros(4, device=job.accelerator.device))
+    return Learner(phase, net, optimizer, schedule, torch.zeros(5, device=job.accelerator.device))
 
 
 def end_phase(job: Job, learner: Learner) -> None:
@@ -111,7 +111,8 @@ def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
 
 
 def save(job: Job, learner: Learner, state: State) -> None:
-    """Write a checkpoint to resume from; every process must call this."""
+    """Write a checkpoint to resume from; every process must call this. Raises NonFiniteError if it would be spoilt."""
+    check_finite(job, learner, state)
     save_state(job, learner.optimizer, learner.schedule, learner.window, state)
 
 
@@ -137,10 +138,28 @@ def train_step(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
         window[2] += (logits.detach().argmax(1) == batch.targets).sum()
         window[3] += len(batch.targets)
     window[1] += mine
-    if job.cfg.optim.clip_grad is not None:
-        accelerator.clip_grad_norm_(learner.net.parameters(), job.cfg.optim.clip_grad)
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
+    update(job, learner)
+
+
+def update(job: Job, learner: Learner) -> None:
+    """Take the step, unless the gradient is not finite: then the parameters stay as they are until the next poll.
+
+    DDP has averaged the gradients, so all processes decide alike, and nobody waits for the device. Under fp16, where
+    an overflow is part of the method, GradScaler decides.
+    """
+    accelerator, optimizer, clip = job.accelerator, learner.optimizer, job.cfg.optim.clip_grad
+    if accelerator.scaler is not None:
+        if clip is not None:
+            accelerator.clip_grad_norm_(learner.net.parameters(), clip)
+        optimizer.step()
+    else:
+        gradients = [p.grad for p in learner.net.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if clip is not None:
+            nn.utils.clip_grads_with_norm_(learner.net.parameters(), clip, norm)
+        learner.window[4] = torch.maximum(learner.window[4], (~torch.isfinite(norm)).float())
+        step_if_finite(optimizer, learner.window[4])
+    optimizer.zero_grad()
     if job.ema is not None:
         job.ema.update(job.model)
 
@@ -165,18 +184,13 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def poll(job: Job, learner: Learner, state: State) -> None:
     """Read the sums of the steps since the last poll, over all processes; show them and write them down.
 
-    This is the only wait for the device within an epoch. Raises NonFiniteError if the loss is no longer finite.
+    This is the only wait for the device within an epoch. Raises NonFiniteError.
     """
-    values: list[float] = job.accelerator.reduce(learner.window.clone(), "sum").tolist()
+    values = check_finite(job, learner, state)
     learner.window.zero_()
     state.sums = [a + b for a, b in zip(state.sums, values, strict=True)]
     loss, weight, correct, count = values
     rates = {group["name"].partition("/")[0]: group["lr"] for group in learner.optimizer.param_groups}
-    if not math.isfinite(loss):
-        raise NonFiniteError(
-            f"the loss became {loss} within the {job.cfg.run.log_every} steps before step {state.steps_done} "
-            f"(lr {' '.join(f'{name}={lr:g}' for name, lr in rates.items())}); lower --lr or set --clip-grad"
-        )
     shown = {"loss": f"{loss / weight:.4f}", "top1": f"{correct / count:.4f}"}
     job.display.advance(state.step_in_epoch, shown, int(count))
     row = {"step": state.steps_done, "epoch": state.epochs_done + 1, "phase": state.phase + 1}
@@ -186,6 +200,21 @@ def poll(job: Job, learner: Learner, state: State) -> None:
     limit = job.cfg.run.time_limit
     if limit is not None and on_main(job.accelerator, lambda: time.monotonic() - state.started > 60 * limit):
         state.stopped_by = "time limit"
+
+
+def check_finite(job: Job, learner: Learner, state: State) -> list[float]:
+    """The sums of the window over all processes. Raises NonFiniteError on all of them if something is not finite."""
+    sums: list[float] = job.accelerator.reduce(learner.window.clone(), "sum").tolist()
+    *values, bad = sums
+    if bad or not math.isfinite(values[0]):
+        what = "a gradient" if math.isfinite(values[0]) else "the loss"
+        newest = newest_state(job.run.path / "checkpoints")
+        saved = f"the last checkpoint ({newest}) is finite" if newest else "no checkpoint was written yet"
+        raise NonFiniteError(
+            f"{what} became infinite or NaN in the steps before step {state.steps_done}; it did not reach the "
+            f"parameters, and {saved}; lower --lr or set --clip-grad"
+        )
+    return values
 
 
 def finish_epoch(job: Job, learner: Learner, state: State) -> None:

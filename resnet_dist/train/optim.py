@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from resnet_dist.config import STAGES, OptimConfig, Phase
@@ -80,12 +81,29 @@ def _by_decay(
 
 
 def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """torch's optimizer of that name over the groups."""
+    """torch's optimizer of that name over the groups; fused where there is such a one, for it can skip a bad step."""
     momentum = cfg.momentum or 0.0
+    device = groups[0]["params"][0].device.type
+    fused = True if device in ("cpu", "cuda") else None
     if cfg.opt == "sgd":
-        return torch.optim.SGD(groups, momentum=momentum, nesterov=cfg.nesterov)
+        return torch.optim.SGD(groups, momentum=momentum, nesterov=cfg.nesterov, fused=fused)
     if cfg.opt == "rmsprop":
         return torch.optim.RMSprop(groups, momentum=momentum)
     if cfg.opt == "adagrad":
-        return torch.optim.Adagrad(groups)
-    return torch.optim.AdamW(groups) if cfg.opt == "adamw" else torch.optim.Adam(groups)
+        return torch.optim.Adagrad(groups, fused=fused)
+    return (torch.optim.AdamW if cfg.opt == "adamw" else torch.optim.Adam)(groups, fused=fused)
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
+    """An optimizer step, unless `bad`, a float32 on the device, is 1: then nothing changes, counters included.
+
+    Fused optimizers look at it on the device (the protocol that GradScaler uses); for the others the host looks.
+    """
+    plain: Any = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    if not plain.defaults.get("fused"):
+        if not bool(bad):
+            optimizer.step()
+        return
+    plain.found_inf = bad
+    optimizer.step()
+    del plain.found_inf

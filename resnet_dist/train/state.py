@@ -106,9 +106,12 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         if kind == "optimizer":
             entry, _, name = rest.partition("/")
             parameter = parameters[name]
-            # Counters of steps stay where torch keeps them: on the CPU, unless the optimizer is capturable or fused.
-            device = value.device if entry == "step" else parameter.device
-            optimizer.state[parameter][entry] = value.to(device).clone()
+            if value.shape == parameter.shape:
+                # In the parameter's memory layout: fused optimizers go through both side by side.
+                restored = torch.empty_like(parameter).copy_(value)
+            else:  # a counter of steps: fused optimizers keep it on the device, the others on the CPU
+                restored = value.to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
+            optimizer.state[parameter][entry] = restored
 
 
 def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], keep: int) -> Path:
@@ -146,6 +149,11 @@ def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
 def _states(folder: Path) -> list[Path]:
     """The states in a folder, the newest first."""
     return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The newest state in a folder, by its name alone."""
+    return next(iter(_states(folder)), None)
 
 
 def read_newest_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[str]]:

@@ -98,12 +98,16 @@ def finish(*processes: subprocess.Popen[str]) -> list[str]:
     return said
 
 
-def kill_training(launcher: subprocess.Popen[str], run: Path, after_epochs: int) -> None:
-    """Kill the first process that it started, without warning, once so many epochs are done."""
+def wait_for_epochs(run: Path, epochs: int) -> None:
+    """Until so many epochs are in the run's table."""
     table, end_of_wait = run / "metrics.csv", time.monotonic() + 100
-    while not (table.exists() and len(table.read_text().splitlines()) > after_epochs):
-        assert time.monotonic() < end_of_wait and launcher.poll() is None
+    while not (table.exists() and len(table.read_text().splitlines()) > epochs):
+        assert time.monotonic() < end_of_wait, f"{epochs} epochs were never done"
         time.sleep(0.1)
+
+
+def kill_training(launcher: subprocess.Popen[str]) -> None:
+    """Kill the first process that it started, without warning."""
     psutil.Process(launcher.pid).children()[0].kill()
 
 

@@ -18,6 +18,7 @@ from tests.launch.helpers import (
     free_port,
     kill_training,
     replaced,
+    wait_for_epochs,
 )
 
 TWO = ["--num_processes", "2"]
@@ -55,7 +56,8 @@ def test_torchrun_starts_anew(photos: Path, tmp_path: Path) -> None:
     command = replaced(commands("torchrun")[0], stand_ins, ["--nproc_per_node", "2"])
     process = replace(command, arguments=[*command.arguments, "--epochs", "12"]).start()
     try:
-        kill_training(process, tmp_path / "run", after_epochs=3)
+        wait_for_epochs(tmp_path / "run", 3)
+        kill_training(process)
     finally:
         (said,) = finish(process)
     assert "resuming" in said

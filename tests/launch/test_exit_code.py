@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.launch.helpers import LAUNCH
+from tests.launch.helpers import LAUNCH, TRAIN, Command, assert_every_epoch_once, end, finish, wait_for_epochs
 
 
 @pytest.fixture
@@ -86,6 +86,25 @@ def test_passes_signals_on(number: signal.Signals, tmp_path: Path) -> None:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(number)
         assert process.wait(20) == 75
+
+
+@pytest.mark.matrix
+def test_training_that_is_told_to_stop_goes_on(photos: Path, tmp_path: Path) -> None:
+    """SIGTERM to the first process of a container: 75; the same command again finishes, every epoch once, in order."""
+    run = tmp_path / "run"
+    launcher = ["accelerate", "launch", "--config_file", str(LAUNCH / "cpu.yaml"), "-m", "resnet_dist", "train"]
+    training = [str(photos), "-o", str(run), "--resume", "auto", *TRAIN, "--epochs", "25"]
+    command = Command([sys.executable, str(LAUNCH / "exit_code.py"), str(run), *launcher, *training])
+    process = command.start()
+    try:
+        wait_for_epochs(run, 3)
+        process.terminate()
+        said = process.communicate(timeout=100)[0]
+    finally:
+        end(process)
+    assert process.returncode == 75, said
+    finish(command.start())
+    assert_every_epoch_once(run, 25)
 
 
 def test_without_a_command(exit_code: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch.helpers import LAUNCH, ROOT, TRAIN, assert_trained, environment, free_port, write_program
+from tests.launch.helpers import (
+    LAUNCH,
+    ROOT,
+    TRAIN,
+    assert_every_epoch_once,
+    assert_trained,
+    environment,
+    free_port,
+    wait_for_epochs,
+    write_program,
+)
 
 SCRIPT = LAUNCH / "train.sbatch"
 # Stand-ins: srun runs its program once, as task 0 would be; scontrol and accelerate write down what they are asked for.
@@ -160,17 +170,16 @@ def test_trains_on_a_cluster(nodes: int, gpus: int, cluster: dict[str, str], pho
 
 
 @pytest.mark.matrix
-def test_requeued_job_goes_on(cluster: dict[str, str], seen: Path) -> None:
-    """SLURM takes the job back, starts it again, and the log has both parts."""
-    for name in ("srun", "scontrol"):
-        (seen / "bin" / name).unlink()
-    (seen / "run").mkdir()
-    log = seen / "log"
-    training = f"if [ $SLURM_RESTART_COUNT ]; then {says('done', 0)}; else {says('preempted', 75)}; exit 1; fi"
-    variables = {"PATH": f"{seen / 'bin'}{os.pathsep}{cluster['PATH']}", "RUN": str(seen / "run"), "SEEN": str(seen)}
-    job = submit(cluster, log, ["--nodes=2", "--gpus-per-node=1"], "photos", TRAINING=training, **variables)
+def test_job_whose_time_is_up_goes_on_later(cluster: dict[str, str], photos: Path, tmp_path: Path) -> None:
+    """USR1, as SLURM sends it before the end: all save, the job is requeued, and goes on: every epoch once, in order."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    options = ["--nodes=2", "--gpus-per-node=1"]
+    job = submit(cluster, log, options, str(photos), *TRAIN, "--epochs", "25", RUN=str(run))
+    wait_for_epochs(run, 3)
+    slurm(cluster, "scancel", "--signal=USR1", job)
     wait_for(cluster, job, "Restarts=1", log)
+    assert json.loads((run / "run.json").read_text())["status"] == "preempted"
     slurm(cluster, "scontrol", "update", f"JobId={job}", "StartTime=now")  # or SLURM lets it wait for two minutes
     wait_for(cluster, job, "JobState=COMPLETED", log)
-    assert json.loads((seen / "run" / "run.json").read_text())["status"] == "done"
     assert "requeue 1 of 20" in log.read_text()
+    assert_every_epoch_once(run, 25)

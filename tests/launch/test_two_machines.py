@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.helpers import assert_every_epoch_once, assert_trained, commands, finish, kill_training, replaced
+from tests.launch.helpers import (
+    assert_every_epoch_once,
+    assert_trained,
+    commands,
+    finish,
+    kill_training,
+    replaced,
+    wait_for_epochs,
+)
 
 PARAMETERS_OF_RESNET18 = 11_000_000
 
@@ -68,7 +76,8 @@ def test_machine_that_loses_its_process_recovers(machines: tuple[str, str], phot
     """Both launchers start anew, and the run goes on from its last checkpoint: every epoch once, in order."""
     processes = start(machines, tmp_path / "run", photos, "--epochs", "12")
     try:
-        kill_training(processes[1], tmp_path / "run", after_epochs=3)
+        wait_for_epochs(tmp_path / "run", 3)
+        kill_training(processes[1])
     finally:
         said = finish(*processes)
     assert any("resuming" in text for text in said)
