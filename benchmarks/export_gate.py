@@ -12,6 +12,7 @@ are for trying it out.
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -164,6 +165,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": launcher.cores(),
+        "load_before": round(os.getloadavg()[0], 2),
         "vnni": bool({"avx512_vnni", "avx_vnni"} & launcher.cpu_flags()),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},

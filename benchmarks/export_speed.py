@@ -8,7 +8,8 @@ Every contestant lives in a process of its own that works only when it is its tu
 the load of the machine nor one runtime's threads that wait for work favour another; cold start and peak memory are of
 fresh processes, in turns too. A ratio is the median over the rounds of that round's ratio, with the lowest and the
 highest beside it. A markdown table with the targets goes to stdout, what was measured to the JSON file of `--out`.
-Takes about half an hour on two cores; `--networks`, `--rounds`, `--photos` and `--train-options` are for trying it out.
+Takes about a quarter of an hour on two cores; `--networks`, `--rounds`, `--photos`, `--train-options` are for trying it
+out.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -124,34 +126,38 @@ def measure(network: str, options: argparse.Namespace, folder: Path, photos: Seq
 
 def take_turns(contestants: Mapping[str, Callable[[], Step]], rounds: int, repeats: int) -> Measured:
     """Seconds of a step of each, the median of the repeats in every round; all are started and warm before."""
-    context, lines = get_context("spawn"), {}
-    for name, make in contestants.items():
-        lines[name], other = context.Pipe()
-        context.Process(target=serve, args=(other, make)).start()
-        other.close()
-        lines[name].recv()
+    context = get_context("spawn")
     found: Measured = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, line in lines.items():
-            line.send(repeats)
-            found[name].append(line.recv())
-    for line in lines.values():
-        line.send(0)
+    with ExitStack() as closed_at_the_end:
+        lines = {}
+        for name, make in contestants.items():
+            line, other = context.Pipe()
+            context.Process(target=serve, args=(other, make)).start()
+            other.close()
+            lines[name] = closed_at_the_end.enter_context(line)
+            line.recv()
+        for _ in range(rounds):
+            for name, line in lines.items():
+                line.send(repeats)
+                found[name].append(line.recv())
     return found
 
 
 def serve(line: Connection, make: Callable[[], Step]) -> None:
-    """One contestant: warms up, then takes as many steps as it is told, and answers with their median in seconds."""
+    """One contestant: warms up, takes steps when it is told, and answers with their median in seconds."""
     step = make()
     step()
     line.send("ready")
-    while repeats := line.recv():
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - start)
-        line.send(statistics.median(seconds))
+    with suppress(EOFError):  # the line is closed: the end
+        while repeats := line.recv():
+            line.send(statistics.median(seconds_of(step) for _ in range(repeats)))
+
+
+def seconds_of(step: Step) -> float:
+    """How long a step takes."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 def torch_batch(checkpoint: Path, batch: int, threads: int) -> Step:

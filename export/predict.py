@@ -24,7 +24,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TextIO
@@ -36,6 +36,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 # Pillow hands those to external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 MAX_PIXELS = 64_000_000
+ORIENTATION = 0x0112  # the Exif field
 TURNS = dict(enumerate((None, *(Image.Transpose(t) for t in (0, 3, 1, 5, 4, 6, 2))), 1))  # by Exif orientation
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -140,12 +141,19 @@ def decode(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
     Of an animation, the first frame. Raises ImageError for whatever cannot be used, before decoding where the header
     already says so. A file that cannot be opened at all raises OSError.
     """
+    with opened(source, max_pixels) as image:
+        image.load()
+        return to_rgb(upright(image))
+
+
+@contextmanager
+def opened(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """An image whose header was read and is acceptable. What goes wrong then or within is raised as ImageError."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError(f"{image.width}x{image.height} pixels, more than the limit of {max_pixels}")
-            image.load()
-            return to_rgb(upright(image))
+            yield image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(f"more pixels than the limit of {max_pixels}") from None
     except UnidentifiedImageError:
@@ -161,7 +169,7 @@ def decode(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
 def upright(image: Image.Image) -> Image.Image:
     """The image turned as its Exif says it is to be shown."""
     # Not ImageOps.exif_transpose: that writes all Exif fields anew, and fails where one of them is odd.
-    turn = TURNS.get(image.getexif().get(0x0112, 1))
+    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     return image if turn is None else image.transpose(turn)
 
 

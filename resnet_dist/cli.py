@@ -18,6 +18,7 @@ VERBS = {  # verb: what it does; its module is resnet_dist.verbs.<verb> unless M
     "eval": "evaluate a run or a checkpoint, exactly, with one line per image",
     "export": "turn the best checkpoint into ONNX files that prove themselves",
     "predict": "label images with an exported model, without torch",
+    "check": "look at every image: unusable, odd, duplicate, leaking between splits",
     "split": "split a folder into train, val and test, as a manifest, links or copies",
     "summary": "layers, shapes, parameters and FLOPs of a model",
     "recipes": "list the named techniques, or print one",

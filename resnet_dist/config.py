@@ -50,6 +50,12 @@ class DataConfig:
     """Seed of that split."""
     group_by: str | None = None
     """Regular expression on the relative path; images whose matches are equal stay on one side of the split."""
+    check: Literal["headers", "full"] = "headers"
+    """Before training, look at the header of every image, or decode them all."""
+    bad_images: Literal["error", "skip"] = "error"
+    """What to do with images that this finds unusable; skipped ones are listed in bad_images.txt."""
+    max_bad_share: float = 0.01
+    """More than this share of unusable images is an error even with --bad-images skip."""
     batch_size: int = option(32, "-b", "--per-device-train-batch-size")
     """Images in a batch, per process."""
     global_batch_size: int | None = None
@@ -69,6 +75,7 @@ class DataConfig:
             yield f"--val-split {self.val_split:g}: must be between 0 and 1"
         yield from out_of_range(self, 1, math.inf, "batch_size", "global_batch_size", "eval_batch_size")
         yield from out_of_range(self, 0, 1024, "workers")
+        yield from out_of_range(self, 0, 1, "max_bad_share")
         if self.group_by is not None:
             try:
                 re.compile(self.group_by)

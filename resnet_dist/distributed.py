@@ -226,6 +226,25 @@ def check_in_step(accelerator: Accelerator, model: nn.Module) -> None:
         )
 
 
+@contextmanager
+def machine_errors(accelerator: Accelerator, batch_size: int, accumulate: int) -> Iterator[None]:
+    """Within it, memory that does not suffice and a process that is gone are MachineErrors with a way out."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        smaller = f"--batch-size {max(1, batch_size // 2)} --grad-accum {2 * accumulate}"
+        raise MachineError(
+            f"{accelerator.device}: out of memory with {batch_size} images per process; try {smaller}"
+        ) from None
+    except (RuntimeError, torch.distributed.DistError) as error:
+        # gloo and NCCL have a dozen words for it, but each names itself or the connection.
+        lost = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
+        if accelerator.num_processes == 1 or not any(word in str(error) for word in lost):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise MachineError(f"another process of the run ended or hangs: {reason[:200]}") from None
+
+
 @dataclass(frozen=True)
 class Sync:
     """Whether BatchNorm is computed over all processes, and why."""

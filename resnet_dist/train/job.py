@@ -11,7 +11,8 @@ from torch import nn
 
 from export.predict import Preprocessing
 from resnet_dist import launcher
-from resnet_dist.config import ModelConfig, PreprocessConfig, TrainConfig
+from resnet_dist.config import ModelConfig, TrainConfig
+from resnet_dist.data.check import Finding, usable
 from resnet_dist.data.index import ImageIndex, read_index
 from resnet_dist.data.loader import (
     EvalImages,
@@ -22,6 +23,7 @@ from resnet_dist.data.loader import (
     TrainLoader,
     default_workers,
 )
+from resnet_dist.data.preprocess import preprocessing
 from resnet_dist.data.transforms import ToInput
 from resnet_dist.distributed import choose_sync_bn, on_main
 from resnet_dist.errors import UsageError
@@ -71,22 +73,6 @@ class Job:
         )
 
 
-def preprocessing(cfg: PreprocessConfig, base: Preprocessing) -> Preprocessing:
-    """The preprocessing of the weights, with what the config changes."""
-    img_size = cfg.img_size or base.img_size
-    resize = cfg.resize or round(base.resize * img_size / base.img_size)
-    mean, std = (cfg.mean or base.mean), (cfg.std or base.std)
-    return Preprocessing(
-        img_size=img_size,
-        resize_mode=cfg.resize_mode,
-        resize=resize if cfg.resize_mode == "crop" else img_size,
-        interpolation=cfg.interpolation,
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
-        fill=(round(255 * mean[0]), round(255 * mean[1]), round(255 * mean[2])),
-    )
-
-
 @dataclass(frozen=True)
 class Blueprint:
     """Everything that is decided before memory is taken: what `--dry-run` prints and what a Job is built from."""
@@ -97,6 +83,7 @@ class Blueprint:
     spec: Preprocessing
     batches: TrainBatches
     reasons: tuple[str, ...]
+    bad_images: tuple[Finding, ...] = ()
 
     def lines(self) -> list[str]:
         """The plan in words: data, phases, learning rates."""
@@ -105,19 +92,20 @@ class Blueprint:
         parts = f"{share.batch_size} per process x {share.world} processes x {share.accumulate} accumulated"
         batch = f"global batch {share.global_batch} = {parts}"
         plans = plan(self.cfg, empty(self.architecture), self.batches.steps_per_epoch)
-        return [data, *index.notes, batch, *self.reasons, *plan_lines(plans, self.cfg)]
+        bad = [f"WARNING: {len(self.bad_images)} unusable images are left out"] if self.bad_images else []
+        return [data, *index.notes, *bad, batch, *self.reasons, *plan_lines(plans, self.cfg)]
 
 
 def draw(accelerator: Accelerator, cfg: TrainConfig) -> Blueprint:
     """Find the images, decide what is automatic, and check that it fits together. Raises UsageError, DataError."""
-    index = on_main(accelerator, lambda: read_index(cfg.data))
+    index, bad = on_main(accelerator, lambda: usable(read_index(cfg.data), cfg.data))
     architecture = Architecture.of(cfg.model, len(index.classes))
     cfg = with_batch_size(cfg, accelerator.num_processes)
     share = Share(cfg.data.batch_size, cfg.optim.grad_accum, accelerator.num_processes, accelerator.process_index)
     cfg, reasons = resolve(cfg, empty(architecture), share.global_batch)
     batches = TrainBatches(len(index.train), cfg.run.seed, share, cfg.data.drop_last)
     spec = on_main(accelerator, lambda: preprocessing(cfg.preprocess, _weights_preprocessing(cfg.model)))
-    return Blueprint(cfg, index, architecture, spec, batches, tuple(reasons))
+    return Blueprint(cfg, index, architecture, spec, batches, tuple(reasons), tuple(bad))
 
 
 def with_batch_size(cfg: TrainConfig, processes: int) -> TrainConfig:

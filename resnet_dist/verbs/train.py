@@ -31,7 +31,7 @@ def main(cfg: TrainConfig) -> int:
 def train(cfg: TrainConfig) -> Path | None:
     """The whole job. Returns the run folder; None on a dry run. Raises ResnetDistError, recorded in run.json."""
     with stop_requests() as stop:  # from the first moment on, before torch is imported
-        from resnet_dist.distributed import on_main, start
+        from resnet_dist.distributed import machine_errors, on_main, start
         from resnet_dist.run_folder import RunFolder
         from resnet_dist.train.job import draw
         from resnet_dist.train.progress import Display
@@ -58,7 +58,8 @@ def train(cfg: TrainConfig) -> Path | None:
             on_main(accelerator, lambda: open_run(path, blueprint))
         display.log_to(path / "train.log")
         try:
-            _train_and_report(accelerator, blueprint, run, display, stop, resumed)
+            with machine_errors(accelerator, blueprint.cfg.data.batch_size, blueprint.cfg.optim.grad_accum):
+                _train_and_report(accelerator, blueprint, run, display, stop, resumed)
         except BaseException as error:
             record_end(run, error)
             raise
@@ -140,6 +141,8 @@ def open_run(path: Path, blueprint: "Blueprint") -> None:
     run.write("classes.txt", "".join(f"{name}\n" for name in index.classes))
     run.write("preprocess.json", to_json(blueprint.spec.to_dict()))
     write_manifest(path / "data" / "manifest.csv", index)
+    if blueprint.bad_images:
+        run.write("bad_images.txt", "".join(f"{f.path}\t{f.error}\n" for f in blueprint.bad_images))
 
 
 def _train_and_report(

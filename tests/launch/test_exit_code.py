@@ -93,7 +93,7 @@ def test_training_that_is_told_to_stop_goes_on(photos: Path, tmp_path: Path) -> 
     """SIGTERM to the first process of a container: 75; the same command again finishes, every epoch once, in order."""
     run = tmp_path / "run"
     launcher = ["accelerate", "launch", "--config_file", str(LAUNCH / "cpu.yaml"), "-m", "resnet_dist", "train"]
-    training = [str(photos), "-o", str(run), "--resume", "auto", *TRAIN, "--epochs", "25"]
+    training = [str(photos), "-o", str(run), "--resume", "auto", *TRAIN, "--epochs", "15"]
     command = Command([sys.executable, str(LAUNCH / "exit_code.py"), str(run), *launcher, *training])
     process = command.start()
     try:
@@ -104,7 +104,7 @@ def test_training_that_is_told_to_stop_goes_on(photos: Path, tmp_path: Path) -> 
         end(process)
     assert process.returncode == 75, said
     finish(command.start())
-    assert_every_epoch_once(run, 25)
+    assert_every_epoch_once(run, 15)
 
 
 def test_without_a_command(exit_code: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,10 +171,10 @@ def test_trains_on_a_cluster(nodes: int, gpus: int, cluster: dict[str, str], pho
 
 @pytest.mark.matrix
 def test_job_whose_time_is_up_goes_on_later(cluster: dict[str, str], photos: Path, tmp_path: Path) -> None:
-    """USR1, as SLURM sends it before the end: all save, the job is requeued, and goes on: every epoch once, in order."""
+    """USR1, as SLURM sends it before the end: all save, the job is requeued and goes on, every epoch once, in order."""
     log, run = tmp_path / "log", tmp_path / "run"
     options = ["--nodes=2", "--gpus-per-node=1"]
-    job = submit(cluster, log, options, str(photos), *TRAIN, "--epochs", "25", RUN=str(run))
+    job = submit(cluster, log, options, str(photos), *TRAIN, "--epochs", "15", RUN=str(run))
     wait_for_epochs(run, 3)
     slurm(cluster, "scancel", "--signal=USR1", job)
     wait_for(cluster, job, "Restarts=1", log)
@@ -182,4 +182,4 @@ def test_job_whose_time_is_up_goes_on_later(cluster: dict[str, str], photos: Pat
     slurm(cluster, "scontrol", "update", f"JobId={job}", "StartTime=now")  # or SLURM lets it wait for two minutes
     wait_for(cluster, job, "JobState=COMPLETED", log)
     assert "requeue 1 of 20" in log.read_text()
-    assert_every_epoch_once(run, 25)
+    assert_every_epoch_once(run, 15)

@@ -1,0 +1,292 @@
+"""What is wrong or odd with the images of a data set, before an hour of training finds it out."""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from export.predict import ORIENTATION, ImageError, Preprocessing, decode, opened
+from resnet_dist import launcher
+from resnet_dist.config import DataConfig
+from resnet_dist.data.index import ImageIndex, ImageTable, PathTable
+from resnet_dist.errors import DataError, MachineError
+from resnet_dist.run_folder import write_atomically
+
+TINY = 32  # pixels of the short side below which an image is called tiny
+NEAR = 3  # bits of 64 in which the hashes of near duplicates may differ
+NEAR_COLOUR = 6  # levels of 256 by which their 4x4 thumbnails may differ on average
+EXTENSION_OF = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "TIFF": (".tif", ".tiff")}
+EXTENSION_OF["PPM"] = (".ppm", ".pgm", ".pbm", ".pnm")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one file is. `error` says why it cannot be used; the hashes are empty unless it was decoded."""
+
+    path: str
+    label: str
+    split: str
+    error: str = ""
+    format: str = ""
+    mode: str = ""
+    width: int = 0
+    height: int = 0
+    rotated: bool = False
+    wrong_extension: bool = False
+    sha256: str = ""
+    dhash: int = 0
+    thumbnail: str = ""  # hex of 4x4 RGB
+
+
+def look(root: Path, path: str, label: str, split: str, full: bool) -> Finding:
+    """One file: its header, and with `full` every pixel (a truncated file shows only then) and its hashes."""
+    file = root / path
+    try:
+        with opened(file) as image:
+            facts: dict[str, Any] = {"format": image.format or "", "mode": image.mode}
+            facts |= {"width": image.width, "height": image.height}
+            if full:  # of a PNG this reads the whole file
+                facts["rotated"] = image.getexif().get(ORIENTATION, 1) != 1
+        usual = EXTENSION_OF.get(facts["format"], (f".{facts['format'].lower()}",))
+        facts["wrong_extension"] = file.suffix.lower() not in usual
+        if full:
+            data = file.read_bytes()
+            decoded = decode(data)
+            thumbnail = decoded.resize((4, 4), Image.Resampling.BOX).tobytes().hex()
+            facts |= {
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "dhash": difference_hash(decoded),
+                "thumbnail": thumbnail,
+            }
+    except ImageError as error:
+        return Finding(path, label, split, error=str(error))
+    except OSError as error:
+        return Finding(path, label, split, error=f"cannot be opened ({error.strerror})")
+    return Finding(path, label, split, **facts)
+
+
+def difference_hash(image: Image.Image) -> int:
+    """64 bits that say where a 9x8 grey copy gets darker from left to right (dHash, Krawetz 2013)."""
+    small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR))
+    return int.from_bytes(np.packbits(small[:, 1:] < small[:, :-1]).tobytes(), "big")
+
+
+def look_at_all(
+    index: ImageIndex, full: bool, cache: "Cache | None" = None, advance: Callable[[], None] = lambda: None
+) -> list[Finding]:
+    """Every file of an index, in its order, by a pool of threads (Pillow decodes without the interpreter's lock)."""
+    jobs = [
+        (path, index.classes[target], split)
+        for split in ("train", "val", "test")
+        for path, target in zip(index.part(split).paths, index.part(split).targets.tolist(), strict=True)
+    ]
+
+    def one(job: tuple[str, str, str]) -> Finding:
+        finding = cache.get(index.root, job) if cache else None
+        if finding is None:
+            finding = look(index.root, *job, full)
+            if cache:
+                cache.put(index.root, finding)
+        return finding
+
+    found = []
+    with ThreadPoolExecutor(launcher.cores()) as pool:
+        for finding in pool.map(one, jobs):
+            found.append(finding)
+            advance()
+    return found
+
+
+class Cache:
+    """Findings of complete looks at files, kept from one check to the next by path, size and time of change."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.entries: dict[str, list[Any]] = {}
+        try:
+            loaded = json.loads(file.read_text())
+            self.entries = loaded if isinstance(loaded, dict) else {}
+        except (OSError, ValueError, RecursionError):
+            pass  # none yet, or a damaged one: everything is looked at again
+
+    def get(self, root: Path, job: tuple[str, str, str]) -> Finding | None:
+        """What was found, if the file has not changed since."""
+        entry = self.entries.get(str((root / job[0]).absolute()))
+        try:
+            if entry is None or entry[0] != self._stamp(root / job[0]):
+                return None
+            return Finding(*job, **entry[1])
+        except (OSError, TypeError, IndexError, KeyError):
+            return None
+
+    def put(self, root: Path, finding: Finding) -> None:
+        """Keep what was found."""
+        path = root / finding.path
+        facts = {name: value for name, value in asdict(finding).items() if name not in ("path", "label", "split")}
+        if path.exists():
+            self.entries[str(path.absolute())] = [self._stamp(path), facts]
+
+    def save(self) -> None:
+        """Write the findings down; a cache that cannot be written is none."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.file, json.dumps(self.entries))
+        except (OSError, MachineError):
+            pass
+
+    @staticmethod
+    def _stamp(path: Path) -> list[int]:
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns]
+
+
+def without(index: ImageIndex, bad: Sequence[Finding]) -> ImageIndex:
+    """The index without files that cannot be used."""
+    gone = {(finding.path, finding.split) for finding in bad}
+
+    def kept(split: str) -> ImageTable:
+        table = index.part(split)
+        rows = [row for row, path in enumerate(table.paths) if (path, split) not in gone]
+        return ImageTable(table.root, PathTable([table.paths[row] for row in rows]), table.targets[rows])
+
+    return replace(index, train=kept("train"), val=kept("val"), test=kept("test"))
+
+
+@dataclass
+class Report:
+    """What was found in all. `errors` make images unusable; the rest is for a person to judge."""
+
+    findings: list[Finding]
+    errors: list[Finding] = field(default_factory=list)
+    duplicates: list[list[Finding]] = field(default_factory=list)
+    near_duplicates: list[tuple[Finding, Finding]] = field(default_factory=list)
+
+    @property
+    def leaks(self) -> list[list[Finding]]:
+        """Groups of the same bytes in several splits."""
+        return [group for group in self.duplicates if len({f.split for f in group}) > 1]
+
+    @property
+    def near_leaks(self) -> list[tuple[Finding, Finding]]:
+        """Pairs that look alike in several splits."""
+        return [(a, b) for a, b in self.near_duplicates if a.split != b.split]
+
+    @property
+    def contradictions(self) -> list[list[Finding]]:
+        """Groups of the same bytes under several labels."""
+        return [group for group in self.duplicates if len({f.label for f in group}) > 1]
+
+
+def report_on(findings: Sequence[Finding]) -> Report:
+    """Put the findings together: exact duplicates by sha256, near ones by hashes and colours that hardly differ."""
+    by_digest: dict[str, list[Finding]] = defaultdict(list)
+    for finding in findings:
+        if finding.sha256:
+            by_digest[finding.sha256].append(finding)
+    duplicates = [group for group in by_digest.values() if len(group) > 1]
+    firsts = [group[0] for group in by_digest.values()]
+    return Report(
+        findings=list(findings),
+        errors=[finding for finding in findings if finding.error],
+        duplicates=duplicates,
+        near_duplicates=[
+            (firsts[a], firsts[b])
+            for a, b in near_pairs([f.dhash for f in firsts])
+            if colour_distance(firsts[a], firsts[b]) <= NEAR_COLOUR
+        ],
+    )
+
+
+def colour_distance(a: Finding, b: Finding) -> float:
+    """Mean absolute difference of the thumbnails, 0..255: round things on white have one hash whatever they are."""
+    one, two = (np.frombuffer(bytes.fromhex(f.thumbnail), np.uint8).astype(int) for f in (a, b))
+    return float(np.abs(one - two).mean())
+
+
+def near_pairs(hashes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Pairs of positions whose 64-bit hashes differ in 1..3 bits or in none, each once, in order.
+
+    Two such hashes are equal in at least one of four 16-bit parts, so only those that share a part are compared. A
+    hash of one value throughout (an even surface) says nothing and is left out.
+    """
+    found = set()
+    for part in range(4):
+        buckets: dict[int, list[int]] = defaultdict(list)
+        for position, value in enumerate(hashes):
+            if value not in (0, (1 << 64) - 1):
+                buckets[(value >> (16 * part)) & 0xFFFF].append(position)
+        for positions in buckets.values():
+            for a, b in combinations(positions, 2):
+                if (hashes[a] ^ hashes[b]).bit_count() <= NEAR:
+                    found.add((a, b))
+    return iter(sorted(found))
+
+
+def lost_by_cropping(findings: Sequence[Finding], spec: Preprocessing) -> tuple[float, int]:
+    """The mean share of an image's area that evaluation's crop cuts away, and of how many images it cuts a half."""
+    shares = []
+    for finding in findings:
+        if not finding.error and spec.resize_mode == "crop":
+            short, long = sorted((finding.width, finding.height))
+            seen = (spec.img_size / spec.resize) ** 2 * short / long
+            shares.append(1 - seen)
+    return (float(np.mean(shares)) if shares else 0.0), sum(share > 0.5 for share in shares)
+
+
+def summary(report: Report, spec: Preprocessing) -> dict[str, Any]:
+    """The report as plain JSON values."""
+    good = [finding for finding in report.findings if not finding.error]
+    shorts = sorted(min(f.width, f.height) for f in good)
+    ratios = sorted(max(f.width, f.height) / min(f.width, f.height) for f in good)
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for finding in report.findings:
+        counts[finding.split][finding.label] += 1
+    lost, half = lost_by_cropping(good, spec)
+    return {
+        "images": len(report.findings),
+        "errors": [{"path": f.path, "error": f.error} for f in report.errors],
+        "per_class": {split: dict(sorted(labels.items())) for split, labels in counts.items()},
+        "imbalance": {split: max(c.values()) / min(c.values()) for split, c in counts.items()},
+        "formats": dict(Counter(f.format for f in good)),
+        "modes": dict(Counter(f.mode for f in good)),
+        "wrong_extension": [f.path for f in good if f.wrong_extension],
+        "rotated": sum(f.rotated for f in good),
+        "tiny": [f.path for f in good if min(f.width, f.height) < TINY],
+        "short_side": {"min": shorts[0], "median": shorts[len(shorts) // 2], "max": shorts[-1]} if shorts else {},
+        "aspect_ratio": {"median": ratios[len(ratios) // 2], "max": ratios[-1]} if ratios else {},
+        "crop": {"mean_share_cut": lost, "images_cut_by_half": half},
+        "duplicates": [[_named(f) for f in group] for group in report.duplicates],
+        "near_duplicates": [[_named(a), _named(b)] for a, b in report.near_duplicates],
+        "leaks": len(report.leaks),
+        "near_leaks": len(report.near_leaks),
+        "contradictions": len(report.contradictions),
+    }
+
+
+def _named(finding: Finding) -> dict[str, str]:
+    return {"path": finding.path, "label": finding.label, "split": finding.split}
+
+
+def usable(index: ImageIndex, cfg: DataConfig) -> tuple[ImageIndex, list[Finding]]:
+    """The index without files that cannot be used (by their headers, or with --check full by every pixel), and those.
+
+    Raises DataError if there are any and they are not to be skipped, or if they are more than --max-bad-share.
+    """
+    bad = [finding for finding in look_at_all(index, full=cfg.check == "full") if finding.error]
+    total = len(index.train) + len(index.val) + len(index.test)
+    if bad and (cfg.bad_images == "error" or len(bad) > cfg.max_bad_share * total):
+        first = "; ".join(f"{index.root / finding.path}: {finding.error}" for finding in bad[:3])
+        more = f"; and {len(bad) - 3} more (`resnet-dist check` lists them)" if len(bad) > 3 else ""
+        way_out = "remove or replace them, or --bad-images skip"
+        if cfg.bad_images == "skip":
+            way_out = f"that is more than --max-bad-share {cfg.max_bad_share:g} of {total}"
+        raise DataError(f"{len(bad)} images cannot be used: {first}{more}; {way_out}")
+    return (without(index, bad) if bad else index), bad
