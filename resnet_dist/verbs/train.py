@@ -44,8 +44,9 @@ def train(cfg: TrainConfig) -> Path | None:
         if resuming and on_main(accelerator, lambda: is_complete(path, cfg)):
             display.say(f"{path}: this run is complete; for more, give --epochs above {cfg.run.epochs}, or --init-from")
             return path
+        overwrite = cfg.run.overwrite or cfg.run.resume == "auto"  # a run without a checkpoint begins anew
         if not resuming:
-            on_main(accelerator, lambda: RunFolder.check(path, cfg.run.overwrite))
+            on_main(accelerator, lambda: RunFolder.check(path, overwrite))
         blueprint = draw(accelerator, cfg)
         for text in (line, *blueprint.lines()):
             display.say(text)
@@ -55,7 +56,7 @@ def train(cfg: TrainConfig) -> Path | None:
         if resuming:
             resumed = reopen(accelerator, run, blueprint, display)
         else:
-            on_main(accelerator, lambda: open_run(path, blueprint))
+            on_main(accelerator, lambda: open_run(path, blueprint, overwrite))
         display.log_to(path / "train.log")
         try:
             with machine_errors(accelerator, blueprint.cfg.data.batch_size, blueprint.cfg.optim.grad_accum):
@@ -83,7 +84,12 @@ def where(cfg: TrainConfig) -> tuple[Path, bool]:
         return Path(cfg.run.resume), True
     name = f"{cfg.model.model}-{cfg.recipe or 'train'}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = Path(cfg.run.output_dir or f"runs/{name}")
-    return path, cfg.run.resume == "auto" and (path / "run.json").exists()
+    return path, cfg.run.resume == "auto" and has_state(path)
+
+
+def has_state(path: Path) -> bool:
+    """Whether a run folder holds something to go on from; one that ended before its first checkpoint does not."""
+    return (path / "run.json").exists() and any((path / "checkpoints").glob("step-*"))
 
 
 def is_complete(path: Path, cfg: TrainConfig) -> bool:
@@ -113,7 +119,7 @@ def reopen(accelerator: "Accelerator", run: "RunFolder", blueprint: "Blueprint",
     return resumed
 
 
-def open_run(path: Path, blueprint: "Blueprint") -> None:
+def open_run(path: Path, blueprint: "Blueprint", overwrite: bool) -> None:
     """Make the run folder and write down all that is known before training. On the main process."""
     from resnet_dist.data.index import write_manifest
     from resnet_dist.model.resnet import empty
@@ -125,7 +131,7 @@ def open_run(path: Path, blueprint: "Blueprint") -> None:
     # The best checkpoint, its successor while it is written, and the checkpoints to resume from: weights, two
     # moments of an Adam and an average in each.
     needed = weights * (2 + 4 * (cfg.run.keep_last + 1))
-    run = RunFolder.create(path, cfg.run.overwrite, needed)
+    run = RunFolder.create(path, overwrite, needed)
     run.update(
         status="running",
         exit_code=None,

@@ -171,6 +171,18 @@ def test_resume_refuses_another_run(run: Path, folder: Path, refused: Callable[.
     assert refused(2, "train", "--resume", run, "--recipe", "bn-only").count("keeps its recipe") == 1
 
 
+def test_resume_auto_begins_anew_where_there_is_no_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """A first attempt that died before its first checkpoint must not stand in the way of the next."""
+    path = tmp_path / "run"
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "run.json").write_text(json.dumps({"status": "failed", "exit_code": 4}))
+    arguments = ["train", str(folder), *SHORT, "--epochs", "1", "-o", str(path), "--resume", "auto"]
+    assert main(arguments) == 0
+    assert json.loads((path / "run.json").read_text())["status"] == "done"
+    assert main([*arguments[:-4], "-o", str(path), "--resume", "auto", "--epochs", "2"]) == 0
+    assert [row["epoch"] for row in rows(path / "metrics.csv")] == ["1", "2"]
+
+
 def test_a_used_folder_is_refused_and_overwrite_replaces_it(
     folder: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
