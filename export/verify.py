@@ -1,6 +1,5 @@
 """The gate: a file gets its name only once it is shown to equal training on real images, from files to labels."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from resnet_dist.data.index import ImageTable
 from resnet_dist.data.loader import EvalImages
 from resnet_dist.data.transforms import ToInput
 from resnet_dist.errors import DataError
+from resnet_dist.evaluate.intervals import paired_drop, wilson
 
 LOGITS, PROBABILITIES = 1e-4, 1e-4  # the first as a share of max(1, the largest logit)
 FP16_AGREEMENT = 0.995
@@ -192,18 +192,3 @@ def compare_smaller(full: Path, small: Path, table: ImageTable, labelled: bool, 
                 f"int8 loses {drop:.2f} points of top-1 on {n} images, more than {max_accuracy_drop:g}"
             )
     return found
-
-
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a share (Wilson 1927), 95 % by default."""
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def paired_drop(lost: int, won: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval of the drop in accuracy, from the images that only one of two got right (Newcombe 1998, method 1)."""
-    drop = (lost - won) / n
-    half = z * math.sqrt(max(0.0, lost + won - (lost - won) ** 2 / n)) / n
-    return drop - half, drop + half

@@ -14,10 +14,8 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
-from scipy.stats import binomtest
 
 from export.predict import Predictor
-from export.verify import paired_drop, wilson
 from resnet_dist.cli import main
 from resnet_dist.train.checkpoint import load_checkpoint
 from tests.conftest import CLASSES, make_folder
@@ -309,21 +307,6 @@ def test_checkpoint_with_another_head_than_it_says(small_run: Path, tmp_path: Pa
     save_file(load_file(best), tmp_path / "x.safetensors", metadata={"resnet_dist": json.dumps(values)})
     said = refused(6, "export", tmp_path / "x.safetensors", "-o", tmp_path / "out")
     assert "its tensors are not those of the network that it describes" in said and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (10, 10), (640, 644), (1, 2)])
-def test_wilson_interval_equals_scipy(k: int, n: int) -> None:
-    expected = binomtest(k, n).proportion_ci(0.95, method="wilson")
-    assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
-
-
-def test_interval_of_a_paired_drop_by_simulation() -> None:
-    """Of 2,000 simulated pairs of classifiers, the interval holds the true drop in about 95 %."""
-    random = np.random.default_rng(0)
-    shares = [0.06, 0.03, 0.91]  # only the first right, only the second, both or none
-    counts = random.multinomial(400, shares, size=2000)
-    inside = [low <= 0.03 <= high for low, high in (paired_drop(int(a), int(b), 400) for a, b, _ in counts)]
-    assert 0.93 < np.mean(inside) < 0.97
 
 
 def test_run_module_is_the_same_command(small_run: Path, tmp_path: Path) -> None:

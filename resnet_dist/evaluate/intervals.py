@@ -1,0 +1,38 @@
+"""How far a number may be from the truth: 95 % intervals of shares, of differences, and of any statistic."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+Interval = tuple[float, float]
+Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
+RESAMPLES = 1000
+
+
+def wilson(successes: int, n: int, z: float = Z95) -> Interval:
+    """The score interval of a share of `n` > 0 independent cases, in 0..1 (Wilson 1927); 95 % by default."""
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_drop(lost: int, won: int, n: int, z: float = Z95) -> Interval:
+    """Interval of the drop in accuracy, from the images that only one of two got right (Newcombe 1998, method 1)."""
+    drop = (lost - won) / n
+    half = z * math.sqrt(max(0.0, lost + won - (lost - won) ** 2 / n)) / n
+    return drop - half, drop + half
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], n: int, resamples: int = RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """The 2.5 % and 97.5 % points of statistics over resamples of `n` images (Efron 1979), float64 (2, statistics).
+
+    `statistic` takes how often each image is counted, int64 (n,), and gives float64 (statistics,). Seeded: the same
+    images always give the same interval.
+    """
+    random = np.random.default_rng(seed)
+    drawn = [statistic(np.bincount(random.integers(0, n, n), minlength=n)) for _ in range(resamples)]
+    return np.asarray(np.quantile(np.stack(drawn), [0.025, 0.975], axis=0))
