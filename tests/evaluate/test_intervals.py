@@ -38,7 +38,11 @@ def test_bootstrap_of_a_mean_equals_scipy() -> None:
 
 def test_bootstrap_counts_every_image_and_repeats_itself() -> None:
     seen = []
-    first = bootstrap(lambda weights: seen.append(weights) or np.array([float(weights[0])]), 7, resamples=20)
-    assert all(weights.sum() == 7 and len(weights) == 7 for weights in seen)
-    assert np.array_equal(first, bootstrap(lambda weights: np.array([float(weights[0])]), 7, resamples=20))
-    assert not np.array_equal(first, bootstrap(lambda w: np.array([float(w[0])]), 7, resamples=20, seed=1))
+
+    def weighted(weights: np.ndarray) -> np.ndarray:
+        seen.append(weights)
+        return np.array([weights @ np.arange(50.0)])
+
+    first, again, other = (bootstrap(weighted, 50, resamples=20, seed=seed) for seed in (0, 0, 1))
+    assert len(seen) == 60 and all(weights.sum() == 50 and len(weights) == 50 for weights in seen)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
