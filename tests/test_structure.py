@@ -22,7 +22,7 @@ FLOORS = (
     {"errors", "duration", "wording", "launcher", "recipes"},
     {"stop"},
     {"config"},
-    {"options", "run_folder"},
+    {"options", "run_folder", "provenance"},
     {"data", "model"},
     {"distributed"},
     {"evaluate"},
@@ -150,6 +150,7 @@ def heavy_at_import(module: str, seen: frozenset[str] = frozenset()) -> set[str]
 
 
 LIGHT = {"cli", "config", "options", "errors", "recipes", "verbs", "launcher", "run_folder", "wording", "__main__"}
+LIGHT |= {"provenance"}
 
 
 @pytest.mark.parametrize(
