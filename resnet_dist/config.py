@@ -50,6 +50,8 @@ class DataConfig:
     """Seed of that split."""
     group_by: str | None = None
     """Regular expression on the relative path; images whose matches are equal stay on one side of the split."""
+    exclude_list: str | None = None
+    """Images to leave out: a CSV with a column path, or one path per line, relative to DATA as in predictions.csv."""
     check: Literal["headers", "full"] = "headers"
     """Before training, look at the header of every image, or decode them all."""
     bad_images: Literal["error", "skip"] = "error"
@@ -91,10 +93,11 @@ class PreprocessConfig:
     """Side of the square input in pixels (default: what the weights were trained for, 224)."""
     resize: int | None = option(None, "--eval-resize", "--val-resize-size")
     """Short side before the central crop, for --resize-mode crop (default: from the weights)."""
-    resize_mode: Literal["crop", "squash", "pad"] = "crop"
-    """crop: resize the short side and cut the centre; squash: ignore the aspect ratio; pad: fit the long side."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Filter of the (antialiased) resize."""
+    resize_mode: Literal["crop", "squash", "pad"] | None = None
+    """crop: resize the short side and cut the centre; squash: ignore the aspect ratio; pad: fit the long side
+    (default: from the weights, crop)."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Filter of the (antialiased) resize (default: from the weights, bilinear)."""
     mean: tuple[float, ...] | None = None
     """Mean of the three channels, 0..1 (default: from the weights, ImageNet's)."""
     std: tuple[float, ...] | None = None
@@ -109,7 +112,7 @@ class PreprocessConfig:
                 yield f"--{name} has {len(values)} values: three are needed, one per channel"
         yield from out_of_range(self, 0, 1, "mean")
         yield from out_of_range(self, 0, 1, "std", open_low=True)
-        if self.resize is not None and self.resize_mode != "crop":
+        if self.resize is not None and self.resize_mode not in (None, "crop"):
             yield f"--resize applies to --resize-mode crop only, not to {self.resize_mode}"
         if self.resize is not None and self.img_size is not None and self.resize < self.img_size:
             yield f"--resize {self.resize} is below --img-size {self.img_size}: the crop would not fit"
@@ -307,6 +310,8 @@ class RunConfig:
     """Optimizer steps between two lines of metrics.jsonl."""
     output_dir: str | None = option(None, "-o", "--output")
     """The run folder (default: runs/<model>-<recipe>-<time>)."""
+    init_from: str | None = None
+    """A new run from the best weights of an old one: its folder, or a checkpoint (.safetensors); replaces --weights."""
     resume: str | None = option(None, "--resume-from-checkpoint")
     """Go on with an interrupted run: its folder, or auto (the run that --output-dir holds, or a new one)."""
     overwrite: bool = option(False, "--overwrite-output-dir")
@@ -346,6 +351,8 @@ class SystemConfig:
     """BatchNorm over the batches of all processes; auto: on GPUs when it trains on under 16 images per process."""
     ddp_comm_hook: Literal["none", "bf16"] = "none"
     """bf16: send gradients between processes in 16 bits (for slow networks)."""
+    cache_features: str = "auto"
+    """auto: keep what frozen stages make of images that are the same in every epoch; off; or a number of random views."""
     dist_timeout: float = 30.0
     """Minutes after which a process that waits for another gives up."""
     deterministic: bool = False
@@ -354,6 +361,9 @@ class SystemConfig:
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
         yield from out_of_range(self, 1, math.inf, "threads")
+        views = self.cache_features
+        if views not in ("auto", "off") and not (views.isdecimal() and int(views) > 0):
+            yield f"--cache-features {views}: must be auto, off, or a number of views such as 4"
         yield from out_of_range(self, 0, math.inf, "dist_timeout", open_low=True)
 
 
@@ -398,7 +408,7 @@ class TrainConfig:
 
     def problems(self) -> Iterator[str]:
         """Everything that is wrong, one line each."""
-        for section in dataclasses.fields(self):
+        for section in dataclasses.fields(TrainConfig):  # not those that a verb adds
             if section.name not in ("recipe", "phase"):
                 yield from getattr(self, section.name).problems()
         for number, phase in enumerate(self.phase, 1):
@@ -419,6 +429,10 @@ class TrainConfig:
         elif last.epochs not in (None, self.run.epochs - before):
             rest = self.run.epochs - before
             yield f"phase {len(self.phase)}: {last.epochs} epochs, but --epochs {self.run.epochs} leaves it {rest}"
+        if self.system.cache_features.isdecimal() and (self.augment.mixup or self.augment.cutmix):
+            yield f"--cache-features {self.system.cache_features}: MixUp and CutMix mix pixels, not features"
+        if self.run.init_from is not None and self.model.weights != "none":
+            yield f"--init-from and --weights {self.model.weights} both say where to start: give one of them"
         if self.data.global_batch_size is None:
             yield from self.problems_of_batch(self.data.batch_size)
 

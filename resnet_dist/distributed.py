@@ -1,5 +1,6 @@
 """Start Accelerate the one right way, and the few things that processes say to each other."""
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from resnet_dist.errors import MachineError, ResnetDistError, UsageError
 from resnet_dist.model.trainable import BatchNorm
 
 T = TypeVar("T")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
 
 
@@ -170,6 +172,12 @@ def wrap(
     return net, prepared
 
 
+def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give every process the running statistics of the first, as wrapping the whole network would."""
+    if accelerator.num_processes > 1:
+        broadcast(running_statistics(model))
+
+
 @contextmanager
 def averaged_statistics(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """Within it, BatchNorm's running statistics are the means over all processes; after it, each process's own again.
@@ -228,9 +236,13 @@ def check_in_step(accelerator: Accelerator, model: nn.Module) -> None:
 
 @contextmanager
 def machine_errors(accelerator: Accelerator, batch_size: int, accumulate: int) -> Iterator[None]:
-    """Within it, memory that does not suffice and a process that is gone are MachineErrors with a way out."""
+    """Within it, too little memory or disk, or a process that is gone, are MachineErrors with a way out."""
     try:
         yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise MachineError(f"{error.filename or 'a file of the run'}: cannot be written ({error.strerror})") from None
     except torch.OutOfMemoryError:
         smaller = f"--batch-size {max(1, batch_size // 2)} --grad-accum {2 * accumulate}"
         raise MachineError(

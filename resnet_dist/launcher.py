@@ -60,3 +60,16 @@ def cpu_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can still be taken: of the machine, or of the container where that has less."""
+    known = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        known += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        known += [int(limit) - int(used)] if limit.isdigit() else []
+    except OSError:
+        pass
+    return max(0, min(known, default=4 << 30))

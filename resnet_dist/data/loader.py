@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -76,6 +76,15 @@ class TrainBatches(Sampler[list[Key]]):
         return (self.steps_per_epoch - self.first_step) * self.share.accumulate
 
 
+class Samples(Protocol):
+    """What a loader takes its batches from: the samples of a table, a whole batch at a time."""
+
+    table: ImageTable
+
+    def __getitems__(self, keys: Any) -> Batch | DataError:
+        """The batch of these keys, or the error instead of it."""
+
+
 class TrainImages(Dataset[Batch]):
     """Training samples by (epoch, position), a whole batch at a time."""
 
@@ -132,14 +141,14 @@ def _batch_of(table: ImageTable, images: np.ndarray, positions: Sequence[int], k
 class TrainLoader:
     """The training batches of this process, an optimizer step at a time."""
 
-    def __init__(self, images: TrainImages, batches: TrainBatches, workers: int, pin_memory: bool) -> None:
+    def __init__(self, samples: Samples, batches: TrainBatches, workers: int, pin_memory: bool) -> None:
         if batches.steps_per_epoch == 0:
             raise UsageError(
                 f"--drop-last leaves nothing: {batches.samples} training images do not fill one global batch "
                 f"of {batches.share.global_batch}"
             )
-        self.images, self.batches = images, batches
-        self._loader = _loader(images, workers, pin_memory, batch_sampler=batches)
+        self.batches = batches
+        self._loader = _loader(samples, workers, pin_memory, batch_sampler=batches)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -158,22 +167,22 @@ class EvalLoader:
     """The evaluation batches of this process: a contiguous part of the table, maybe none, every sample once."""
 
     def __init__(
-        self, images: EvalImages, batch_size: int, workers: int, pin_memory: bool, world: int = 1, rank: int = 0
+        self, samples: Samples, batch_size: int, workers: int, pin_memory: bool, world: int = 1, rank: int = 0
     ) -> None:
-        self.samples = len(images.table)
+        self.samples = len(samples.table)
         self.per_process = -(-self.samples // world)
         self.rounds = -(-self.per_process // batch_size)  # batches of the process that has most
         positions = range(self.samples)[rank * self.per_process : (rank + 1) * self.per_process]
         batches = [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
-        self._loader = _loader(images, min(workers, len(batches)), pin_memory, batch_sampler=batches)
+        self._loader = _loader(samples, min(workers, len(batches)), pin_memory, batch_sampler=batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return _checked(self._loader)
 
 
-def _loader(images: Dataset[Batch], workers: int, pin_memory: bool, batch_sampler: Any) -> DataLoader[Batch]:
+def _loader(samples: Samples, workers: int, pin_memory: bool, batch_sampler: Any) -> DataLoader[Batch]:
     return DataLoader(
-        images,
+        samples,  # type: ignore[arg-type]
         batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=_as_it_is,

@@ -1,6 +1,7 @@
 """What a run works with, built from its config: data, model, loaders, run folder."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from torch import nn
 
 from export.predict import Preprocessing
 from resnet_dist import launcher
-from resnet_dist.config import ModelConfig, TrainConfig
+from resnet_dist.config import TrainConfig
 from resnet_dist.data.check import Finding, usable
 from resnet_dist.data.index import ImageIndex, read_index
 from resnet_dist.data.loader import (
     EvalImages,
     EvalLoader,
+    Samples,
     Share,
     TrainBatches,
     TrainImages,
@@ -27,13 +29,14 @@ from resnet_dist.data.preprocess import preprocessing
 from resnet_dist.data.transforms import ToInput
 from resnet_dist.distributed import choose_sync_bn, on_main
 from resnet_dist.errors import UsageError
+from resnet_dist.header import best_of
 from resnet_dist.model import weights
 from resnet_dist.model.resnet import Architecture, build, empty
 from resnet_dist.model.trainable import updating_batch_norms
 from resnet_dist.options import portable
 from resnet_dist.run_folder import RunFolder
 from resnet_dist.stop import StopRequests
-from resnet_dist.train.checkpoint import Description
+from resnet_dist.train.checkpoint import Description, start_from
 from resnet_dist.train.ema import Ema
 from resnet_dist.train.losses import Loss, class_weights
 from resnet_dist.train.phases import plan, plan_lines, resolve
@@ -53,8 +56,10 @@ class Job:
     model: nn.Module
     ema: Ema | None
     loss: Loss
+    train_images: TrainImages
     train_loader: TrainLoader
     val_loader: EvalLoader
+    workers: int
     to_input: ToInput
     run: RunFolder
     display: Display
@@ -104,35 +109,48 @@ def draw(accelerator: Accelerator, cfg: TrainConfig) -> Blueprint:
     share = Share(cfg.data.batch_size, cfg.optim.grad_accum, accelerator.num_processes, accelerator.process_index)
     cfg, reasons = resolve(cfg, empty(architecture), share.global_batch)
     batches = TrainBatches(len(index.train), cfg.run.seed, share, cfg.data.drop_last)
-    spec = on_main(accelerator, lambda: preprocessing(cfg.preprocess, _weights_preprocessing(cfg.model)))
+    spec = on_main(accelerator, lambda: preprocessing(cfg.preprocess, _weights_preprocessing(cfg)))
     return Blueprint(cfg, index, architecture, spec, batches, tuple(reasons), tuple(bad))
 
 
 def with_batch_size(cfg: TrainConfig, processes: int) -> TrainConfig:
-    """The config with --global-batch-size, if given, divided into batches. Raises UsageError where it is not exact."""
-    wanted = cfg.data.global_batch_size
-    if wanted is None:
-        return cfg
+    """The config with a batch size that fits the global one, if that is given, else the other way round.
+
+    The global one is kept with the run: resumed by another number of processes, it is divided among those. Raises
+    UsageError where it is not a multiple.
+    """
     parts = processes * cfg.optim.grad_accum
+    wanted = cfg.data.global_batch_size or cfg.data.batch_size * parts
     if wanted % parts:
         how = f"{processes} processes x {cfg.optim.grad_accum} accumulated batches"
         raise UsageError(f"--global-batch-size {wanted}: not a multiple of {parts} ({how})")
     problems = list(cfg.problems_of_batch(wanted // parts))
     if problems:
         raise UsageError(problems)
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=wanted // parts))
+    data = dataclasses.replace(cfg.data, batch_size=wanted // parts, global_batch_size=wanted)
+    return dataclasses.replace(cfg, data=data)
 
 
-def _weights_preprocessing(cfg: ModelConfig) -> Preprocessing:
-    if cfg.weights == "none" or cfg.weights in weights.NAMES:
-        return weights.preprocessing_of(weights.named_weights(cfg))
-    return weights.preprocessing_in(Path(cfg.weights))
+def _weights_preprocessing(cfg: TrainConfig) -> Preprocessing:
+    if cfg.run.init_from is not None:
+        return weights.preprocessing_in(best_of(cfg.run.init_from))
+    if cfg.model.weights == "none" or cfg.model.weights in weights.NAMES:
+        return weights.preprocessing_of(weights.named_weights(cfg.model))
+    return weights.preprocessing_in(Path(cfg.model.weights))
 
 
 def build_job(
-    accelerator: Accelerator, blueprint: Blueprint, run: RunFolder, display: Display, stop: StopRequests
+    accelerator: Accelerator,
+    blueprint: Blueprint,
+    run: RunFolder,
+    display: Display,
+    stop: StopRequests,
+    resumed: bool = False,
 ) -> Job:
-    """Build the network, load its weights and open the data. Raises what reading weights can raise."""
+    """Build the network, load its weights (a resumed run has its own) and open the data.
+
+    Raises what reading weights can raise.
+    """
     cfg, index, spec = blueprint.cfg, blueprint.index, blueprint.spec
     device = accelerator.device
     torch.manual_seed(cfg.run.seed)
@@ -142,7 +160,9 @@ def build_job(
     if sync.on:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         display.say(f"BatchNorm over all processes ({sync.why})")
-    on_main(accelerator, lambda: _load_weights(model, cfg.model, blueprint.architecture))
+    if not resumed:
+        loaded = on_main(accelerator, lambda: _load_weights(model, cfg, blueprint.architecture, index.classes))
+        display.say(loaded)
     model.to(device)
     if accelerator.num_processes > 1:  # only the main process read the weights
         broadcast(dict(model.state_dict()))
@@ -151,6 +171,7 @@ def build_job(
         workers = default_workers(device, launcher.local_world_size())
     on_gpu = device.type == "cuda"
     balance = class_weights(cfg.loss, index.classes, index.train.targets)
+    train_images = TrainImages(index.train, spec, cfg.augment, cfg.run.seed)
     return Job(
         accelerator=accelerator,
         cfg=cfg,
@@ -160,17 +181,10 @@ def build_job(
         model=model,
         ema=Ema(model, cfg.run.ema_decay) if cfg.run.ema else None,
         loss=Loss(cfg.loss, None if balance is None else balance.to(device)),
-        train_loader=TrainLoader(
-            TrainImages(index.train, spec, cfg.augment, cfg.run.seed), blueprint.batches, workers, pin_memory=on_gpu
-        ),
-        val_loader=EvalLoader(
-            EvalImages(index.val, spec),
-            cfg.data.eval_batch_size or cfg.data.batch_size,
-            workers,
-            pin_memory=on_gpu,
-            world=accelerator.num_processes,
-            rank=accelerator.process_index,
-        ),
+        train_images=train_images,
+        train_loader=TrainLoader(train_images, blueprint.batches, workers, pin_memory=on_gpu),
+        val_loader=eval_loader(accelerator, cfg, EvalImages(index.val, spec), workers),
+        workers=workers,
         to_input=ToInput(spec, device),
         run=run,
         display=display,
@@ -178,8 +192,25 @@ def build_job(
     )
 
 
-def _load_weights(model: nn.Module, cfg: ModelConfig, architecture: Architecture) -> None:
-    named = weights.named_weights(cfg)
-    if cfg.weights != "none":
-        file = weights.download(named.url) if named is not None else Path(cfg.weights)
-        weights.load_backbone(model, weights.read_tensors(file), architecture, str(file))
+def eval_loader(accelerator: Accelerator, cfg: TrainConfig, samples: Samples, workers: int) -> EvalLoader:
+    """This process's part of the samples, in the order of their table."""
+    return EvalLoader(
+        samples,
+        cfg.data.eval_batch_size or cfg.data.batch_size,
+        workers,
+        pin_memory=accelerator.device.type == "cuda",
+        world=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+
+
+def _load_weights(model: nn.Module, cfg: TrainConfig, architecture: Architecture, classes: Sequence[str]) -> str:
+    """Put the weights that the config names into the network. Returns a line that says which."""
+    if cfg.run.init_from is not None:
+        return start_from(best_of(cfg.run.init_from), model, architecture, classes)
+    if cfg.model.weights == "none":
+        return "weights: random"
+    named = weights.named_weights(cfg.model)
+    file = weights.download(named.url) if named is not None else Path(cfg.model.weights)
+    weights.load_backbone(model, weights.read_tensors(file), architecture, str(file))
+    return f"weights: backbone of {file}, new head"

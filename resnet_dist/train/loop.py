@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from resnet_dist.config import BEST_METRICS, Phase
+from resnet_dist.data.loader import EvalLoader
 from resnet_dist.data.transforms import Batch
-from resnet_dist.distributed import averaged_statistics, check_in_step, on_main, wrap
+from resnet_dist.distributed import averaged_statistics, check_in_step, on_main, share_statistics, wrap
 from resnet_dist.errors import NonFiniteError, Preempted
 from resnet_dist.evaluate.metrics import headline
 from resnet_dist.evaluate.records import evaluate
@@ -20,6 +21,7 @@ from resnet_dist.model.head import set_sample_keys
 from resnet_dist.model.trainable import set_trainable, train_mode
 from resnet_dist.stop import StopRequested
 from resnet_dist.train.checkpoint import save_best
+from resnet_dist.train.features import Input, Source, source
 from resnet_dist.train.job import Job
 from resnet_dist.train.optim import build_optimizer, param_groups, step_if_finite
 from resnet_dist.train.resume import Resumed, restore_learner, save_state
@@ -29,13 +31,14 @@ from resnet_dist.train.state import Best, State, newest_state
 
 @dataclass
 class Learner:
-    """What a phase has of its own: the wrapped network, the optimizer and the schedule.
+    """What a phase has of its own: where its samples come from, the wrapped network, the optimizer and the schedule.
 
     `window`, float32 (5,) on the device, is what this process adds up between two polls: the sums of losses, of
     weights, of correct predictions and of samples; and whether a gradient was not finite.
     """
 
     phase: Phase
+    source: Source
     net: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -54,6 +57,7 @@ def train(job: Job, resumed: Resumed | None = None) -> State:
             restore_learner(resumed, job, learner.optimizer, learner.schedule, learner.window)
             resumed = None
         try:
+            learner.source.fill(job)
             while state.epoch_in_phase < (learner.phase.epochs or 0) and state.stopped_by is None:
                 train_one_epoch(job, learner, state)
                 finish_epoch(job, learner, state)
@@ -77,14 +81,16 @@ def begin_phase(job: Job, phase: Phase) -> Learner:
     groups = param_groups(job.model, job.cfg.optim, phase)
     # The schedule is not prepared: Accelerate would step it once per process.
     built = build_optimizer(groups, job.cfg.optim)
-    net, optimizer = wrap(job.accelerator, job.model, built, job.cfg.optim.grad_accum)
-    return Learner(phase, net, optimizer, schedule, torch.zeros(5, device=job.accelerator.device))
+    share_statistics(job.accelerator, job.model)
+    chosen = source(job, phase)
+    net, optimizer = wrap(job.accelerator, chosen.train_module, built, job.cfg.optim.grad_accum)
+    return Learner(phase, chosen, net, optimizer, schedule, torch.zeros(5, device=job.accelerator.device))
 
 
 def end_phase(job: Job, learner: Learner) -> None:
     """Unwrap the network: a wrapper that stayed would be wrapped again by the next phase."""
     check_in_step(job.accelerator, job.model)
-    job.model = job.accelerator.unwrap_model(learner.net, keep_fp32_wrapper=False)
+    job.accelerator.unwrap_model(learner.net, keep_fp32_wrapper=False)
     job.accelerator.free_memory(learner.net, learner.optimizer)
 
 
@@ -94,7 +100,7 @@ def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
     started = time.monotonic() - state.epoch_seconds
     train_mode(job.model, learner.phase)
     with job.display.epoch(f"epoch {state.epochs_done + 1}/{job.cfg.run.epochs}", steps):
-        for batches in job.train_loader.epoch(state.epochs_done, state.step_in_epoch):
+        for batches in learner.source.train_loader.epoch(state.epochs_done, state.step_in_epoch):
             factor = learner.schedule.factor(state.epoch_in_phase * steps + state.step_in_epoch)
             set_rates(learner.optimizer, factor)
             train_step(job, learner, batches)
@@ -130,7 +136,7 @@ def train_step(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
         set_sample_keys(job.model, batch.keys)
         is_last = number == len(batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(learner.net):
-            logits = learner.net(job.to_input(batch))
+            logits = learner.net(learner.source.train_input(batch))
             numerator = job.loss.numerators(logits, batch).sum()
             # DDP averages gradients over the processes, so each brings its part times their number.
             accelerator.backward(numerator * (accelerator.num_processes / total))
@@ -219,9 +225,10 @@ def check_finite(job: Job, learner: Learner, state: State) -> list[float]:
 
 def finish_epoch(job: Job, learner: Learner, state: State) -> None:
     """Validate, keep the best, write the epoch down, and save what is needed to go on from here."""
-    scores = {"raw": validate(job, job.model)}
+    own = learner.source
+    scores = {"raw": validate(job, own.val_module, own.val_loader, own.val_input)}
     if job.ema is not None:
-        scores["ema"] = validate(job, job.ema.module)
+        scores["ema"] = validate(job, job.ema.module, job.val_loader, job.to_input)
     learner.schedule.end_epoch(scores["raw"]["loss"])
     row = state.end_epoch()
     kind = max(scores, key=lambda kind: goodness(job, scores[kind]))
@@ -239,11 +246,11 @@ def finish_epoch(job: Job, learner: Learner, state: State) -> None:
         save(job, learner, state)
 
 
-def validate(job: Job, model: nn.Module) -> dict[str, float]:
+def validate(job: Job, model: nn.Module, loader: EvalLoader, to_input: Input) -> dict[str, float]:
     """The headline metrics on the validation images, under the run's precision; computed once, the same everywhere."""
     classes = job.architecture.num_classes
     with averaged_statistics(job.accelerator, model):
-        records = evaluate(job.accelerator, model, job.val_loader, job.to_input, classes, False, job.stop.check)
+        records = evaluate(job.accelerator, model, loader, to_input, classes, False, job.stop.check)
     return on_main(job.accelerator, lambda: headline(records))
 
 

@@ -3,7 +3,6 @@
 import shlex
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,60 +30,98 @@ def main(cfg: TrainConfig) -> int:
 def train(cfg: TrainConfig) -> Path | None:
     """The whole job. Returns the run folder; None on a dry run. Raises ResnetDistError, recorded in run.json."""
     with stop_requests() as stop:  # from the first moment on, before torch is imported
-        from resnet_dist.distributed import machine_errors, on_main, start
+        from resnet_dist.distributed import on_main, start
         from resnet_dist.run_folder import RunFolder
-        from resnet_dist.train.job import draw
         from resnet_dist.train.progress import Display
 
         accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
-        stop.connect()
+        stop.connect(cfg.system.dist_timeout)
         display = Display(accelerator.is_main_process)
-        path, resuming = on_main(accelerator, lambda: where(cfg))
+        path = on_main(accelerator, lambda: where(cfg))
         run = RunFolder(path, active=accelerator.is_main_process)
-        if resuming and on_main(accelerator, lambda: is_complete(path, cfg)):
+        if on_main(accelerator, lambda: is_complete(path, cfg)):
             display.say(f"{path}: this run is complete; for more, give --epochs above {cfg.run.epochs}, or --init-from")
             return path
-        overwrite = cfg.run.overwrite or cfg.run.resume == "auto"  # a run without a checkpoint begins anew
-        if not resuming:
-            on_main(accelerator, lambda: RunFolder.check(path, overwrite))
-        blueprint = draw(accelerator, cfg)
-        for text in (line, *blueprint.lines()):
-            display.say(text)
-        if cfg.run.dry_run:
-            return None
-        resumed = None
-        if resuming:
-            resumed = reopen(accelerator, run, blueprint, display)
-        else:
-            on_main(accelerator, lambda: open_run(path, blueprint, overwrite))
-        display.log_to(path / "train.log")
         try:
-            with machine_errors(accelerator, blueprint.cfg.data.batch_size, blueprint.cfg.optim.grad_accum):
-                _train_and_report(accelerator, blueprint, run, display, stop, resumed)
-        except BaseException as error:
-            record_end(run, error)
-            raise
-        stop.finish()
-        accelerator.end_training()
-        return path
+            resuming = on_main(accelerator, lambda: claim(run, cfg))
+            display.say(line)
+            return _train_in(accelerator, cfg, run, resuming, display, stop)
+        finally:
+            run.unlock()
 
 
-def record_end(run: "RunFolder", error: BaseException) -> None:
-    """Write into run.json why the run ended, on whichever process it was noticed first."""
+def _train_in(
+    accelerator: "Accelerator",
+    cfg: TrainConfig,
+    run: "RunFolder",
+    resuming: bool,
+    display: "Display",
+    stop: "StopRequests",
+) -> Path | None:
+    from resnet_dist.distributed import machine_errors, on_main
+    from resnet_dist.train.job import draw
+
+    blueprint = draw(accelerator, cfg)
+    for text in blueprint.lines():
+        display.say(text)
+    if cfg.run.dry_run:
+        return None
+    resumed = None
+    if resuming:
+        resumed = reopen(accelerator, run, blueprint, display)
+    else:
+        on_main(accelerator, lambda: open_run(run, blueprint, may_replace(cfg)))
+    display.log_to(run.path / "train.log")
+    try:
+        with machine_errors(accelerator, blueprint.cfg.data.batch_size, blueprint.cfg.optim.grad_accum):
+            _train_and_report(accelerator, blueprint, run, display, stop, resumed)
+            stop.finish()
+    except BaseException as error:
+        record_end(accelerator, run, error)
+        raise
+    accelerator.end_training()
+    return run.path
+
+
+def record_end(accelerator: "Accelerator", run: "RunFolder", error: BaseException) -> None:
+    """Write into run.json why the run ended, on whichever process it was noticed first.
+
+    Where all stop by request nobody leaves before it is written: the launcher would end the others.
+    """
+    from resnet_dist.distributed import on_main
+
     if isinstance(error, Preempted):
-        run.update(status="preempted", exit_code=error.exit_code, reason=str(error))
+        facts = {"status": "preempted", "exit_code": error.exit_code, "reason": str(error)}
+        on_main(accelerator, lambda: run.update(**facts))
     else:
         code = error.exit_code if isinstance(error, ResnetDistError) else 1
         run.end("failed", code, str(error) or type(error).__name__)
 
 
-def where(cfg: TrainConfig) -> tuple[Path, bool]:
-    """The run folder, and whether the run that it holds is to go on."""
+def where(cfg: TrainConfig) -> Path:
+    """The run folder."""
     if cfg.run.resume is not None and cfg.run.resume != "auto":
-        return Path(cfg.run.resume), True
+        return Path(cfg.run.resume)
     name = f"{cfg.model.model}-{cfg.recipe or 'train'}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path(cfg.run.output_dir or f"runs/{name}")
-    return path, cfg.run.resume == "auto" and has_state(path)
+    return Path(cfg.run.output_dir or f"runs/{name}")
+
+
+def claim(run: "RunFolder", cfg: TrainConfig) -> bool:
+    """Whether the run that the folder holds goes on, now that no other process writes it. On the main process.
+
+    Raises UsageError or MachineError where that, or beginning a run there, is impossible.
+    """
+    if (run.path / "run.json").exists() and not cfg.run.dry_run:
+        run.lock()
+    resuming = cfg.run.resume is not None and (cfg.run.resume != "auto" or has_state(run.path))
+    if not resuming:
+        run.check(may_replace(cfg))
+    return resuming
+
+
+def may_replace(cfg: TrainConfig) -> bool:
+    """Whether a run that does not go on may be replaced; with `--resume auto` it has no checkpoint to go on from."""
+    return cfg.run.overwrite or cfg.run.resume == "auto"
 
 
 def has_state(path: Path) -> bool:
@@ -93,9 +130,11 @@ def has_state(path: Path) -> bool:
 
 
 def is_complete(path: Path, cfg: TrainConfig) -> bool:
-    """Whether the run is done, and no more epochs are asked for than it was to have."""
+    """Whether the run that is to go on is done, and no more epochs are asked for than it was to have."""
     from resnet_dist.run_folder import read_facts
 
+    if cfg.run.resume is None or (cfg.run.resume == "auto" and not has_state(path)):
+        return False
     facts = read_facts(path)
     return facts.get("status") == "done" and cfg.run.epochs <= facts.get("epochs", 0)
 
@@ -103,7 +142,6 @@ def is_complete(path: Path, cfg: TrainConfig) -> bool:
 def reopen(accelerator: "Accelerator", run: "RunFolder", blueprint: "Blueprint", display: "Display") -> "Resumed":
     """The state to go on from, once it is clear that it is the same run. Raises UsageError, ArtifactError."""
     from resnet_dist.distributed import on_main
-    from resnet_dist.options import to_toml
     from resnet_dist.train.resume import changes, read_resumed
 
     resumed, warnings = read_resumed(accelerator, run)
@@ -113,25 +151,40 @@ def reopen(accelerator: "Accelerator", run: "RunFolder", blueprint: "Blueprint",
         display.say(line)
     state = resumed.state
     display.say(f"resuming {run.path} in epoch {state.epochs_done + 1} after {state.steps_done} optimizer steps")
-    run.cut_back(state.steps_done)
-    run.write("config.toml", to_toml(blueprint.cfg))
-    run.update(status="running", exit_code=None, reason="", epochs=blueprint.cfg.run.epochs)
+    if on_main(accelerator, lambda: write_reopened(run, blueprint, state.steps_done)):
+        state.stopped_by = None  # it was done, and is given more epochs
     return resumed
 
 
-def open_run(path: Path, blueprint: "Blueprint", overwrite: bool) -> None:
+def write_reopened(run: "RunFolder", blueprint: "Blueprint", steps: int) -> bool:
+    """Let the run folder say that the run goes on after so many steps; returns whether it was done."""
+    from resnet_dist.options import to_toml
+    from resnet_dist.run_folder import read_facts
+    from resnet_dist.train.facts import this_launch
+
+    facts = read_facts(run.path)
+    was_done: bool = facts.get("status") == "done"
+    run.cut_back(steps)
+    run.write("config.toml", to_toml(blueprint.cfg))
+    launches = [*facts.get("launches", []), this_launch()]
+    run.update(status="running", exit_code=None, reason="", epochs=blueprint.cfg.run.epochs, launches=launches)
+    return was_done
+
+
+def open_run(run: "RunFolder", blueprint: "Blueprint", overwrite: bool) -> None:
     """Make the run folder and write down all that is known before training. On the main process."""
     from resnet_dist.data.index import write_manifest
     from resnet_dist.model.resnet import empty
     from resnet_dist.options import to_toml
-    from resnet_dist.run_folder import RunFolder, to_json
+    from resnet_dist.run_folder import to_json
+    from resnet_dist.train.facts import this_launch, what_is_trained
 
     cfg, index = blueprint.cfg, blueprint.index
     weights = sum(p.numel() * p.element_size() for p in empty(blueprint.architecture).parameters())
     # The best checkpoint, its successor while it is written, and the checkpoints to resume from: weights, two
     # moments of an Adam and an average in each.
     needed = weights * (2 + 4 * (cfg.run.keep_last + 1))
-    run = RunFolder.create(path, overwrite, needed)
+    run.create(overwrite, needed)
     run.update(
         status="running",
         exit_code=None,
@@ -140,13 +193,14 @@ def open_run(path: Path, blueprint: "Blueprint", overwrite: bool) -> None:
         data_root=str(index.root.absolute()),
         classes=len(index.classes),
         images={split: len(index.part(split)) for split in ("train", "val", "test")},
-        versions={name: version(name) for name in ("resnet-dist", "torch", "torchvision", "accelerate", "pillow")},
+        **what_is_trained(blueprint),
+        launches=[this_launch()],
     )
     run.write("command.txt", shlex.join(["resnet-dist", *sys.argv[1:]]) + "\n")
     run.write("config.toml", to_toml(cfg))
     run.write("classes.txt", "".join(f"{name}\n" for name in index.classes))
     run.write("preprocess.json", to_json(blueprint.spec.to_dict()))
-    write_manifest(path / "data" / "manifest.csv", index)
+    write_manifest(run.path / "data" / "manifest.csv", index)
     if blueprint.bad_images:
         run.write("bad_images.txt", "".join(f"{f.path}\t{f.error}\n" for f in blueprint.bad_images))
 
@@ -161,26 +215,31 @@ def _train_and_report(
 ) -> None:
     from resnet_dist.distributed import on_main, start_trackers
     from resnet_dist.options import kept
+    from resnet_dist.provenance import forget_peak_memory
     from resnet_dist.report.training import finish, plot_samples
+    from resnet_dist.train.facts import largest_peak_memory
     from resnet_dist.train.job import build_job
     from resnet_dist.train.loop import train as train_phases
     from resnet_dist.train.resume import restore_model
 
+    forget_peak_memory()
     start_trackers(accelerator, run.path / "tracker", kept(blueprint.cfg))
-    job = build_job(accelerator, blueprint, run, display, stop)
+    job = build_job(accelerator, blueprint, run, display, stop, resumed is not None)
     if resumed is None:
         file = run.plots / "samples_train.png"
-        on_main(accelerator, lambda: plot_samples(file, job.train_loader.images, job.index.classes, job.spec))
+        on_main(accelerator, lambda: plot_samples(file, job.train_images, job.index.classes, job.spec))
     else:
         restore_model(resumed, job)
     state = train_phases(job, resumed)
+    peak = largest_peak_memory(accelerator)
+    run.update(seconds=round(state.elapsed(), 3), peak_memory=peak)
     try:
         metrics = finish(job, state)
     except StopRequested:
         raise Preempted(
             "stopped by a signal while the best checkpoint was evaluated; resume to do that again"
         ) from None
-    rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
+    rows = [(name, str(metric)) for name, metric in metrics.items()]
     rows = [("run folder", str(run.path)), ("best checkpoint", str(run.best)), *rows]
     rows.append(("best epoch", f"{state.best.epoch} of {state.epochs_done}" if state.best else "none"))
     rows.append(("stopped by", state.stopped_by or "the last epoch"))

@@ -1,0 +1,32 @@
+"""A network cut in two before a stage: the frozen first part, whose outputs can be kept, and the part that learns."""
+
+from torch import nn
+
+from resnet_dist.config import STAGES, Phase
+from resnet_dist.model.resnet import stage_of
+from resnet_dist.model.trainable import select, updating_batch_norms
+
+# The order of torchvision's ResNet.forward; the pooled features are flattened before `fc`.
+_ORDER = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc")
+_FIRST = {"layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7, "head": 9}
+
+
+def first_changing_stage(model: nn.Module, phase: Phase) -> str:
+    """The first stage of which a parameter learns, or whose BatchNorm statistics update, in a phase.
+
+    What comes before it gives the same output for the same input throughout the phase: dropout is in the head only.
+    """
+    changing = {stage_of(name) for name in (*select(model, phase.trainable), *updating_batch_norms(model, phase))}
+    return next(stage for stage in STAGES if stage in changing)
+
+
+def cut(model: nn.Module, stage: str) -> tuple[nn.Sequential, nn.Sequential]:
+    """The network before `stage` (layer1..layer4 or head) and from there on; both share the model's modules.
+
+    The first gives (B, C, H, W), before the head the pooled and flattened features (B, F).
+    """
+    children = dict(model.named_children())
+    modules: list[nn.Module] = [children[name] for name in _ORDER]
+    modules.insert(_FIRST["head"], nn.Flatten(1))
+    place = _FIRST[stage] + (stage == "head")
+    return nn.Sequential(*modules[:place]), nn.Sequential(*modules[place:])

@@ -1,0 +1,67 @@
+"""A network cut in two gives what it gave whole, and the first part is really the one that does not change."""
+
+import pytest
+import torch
+
+from resnet_dist.config import ARCHITECTURES, ModelConfig, Phase
+from resnet_dist.model.parts import cut, first_changing_stage
+from resnet_dist.model.resnet import Architecture, build, empty, stage_of
+from resnet_dist.model.trainable import set_trainable, train_mode
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("head", ["linear", "concat-pool"])
+def test_both_parts_together_are_the_network(name: str, head: str) -> None:
+    torch.manual_seed(0)
+    stem = "small" if head == "concat-pool" else "standard"
+    model = build(Architecture.of(ModelConfig(model=name, head=head, stem=stem, weights="none"), 3)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        whole = model(images)
+        for stage in ("layer1", "layer2", "layer3", "layer4", "head"):
+            prefix, rest = cut(model, stage)
+            assert torch.equal(rest(prefix(images)), whole), stage
+            ids = {id(parameter) for part in (prefix, rest) for parameter in part.parameters()}
+            assert ids == {id(parameter) for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("phase", "stage"),
+    [
+        (Phase(trainable="head"), "head"),
+        (Phase(trainable="head", batch_norm_stats="update"), "stem"),
+        (Phase(trainable="head layer4"), "layer4"),
+        (Phase(trainable="layer3.1.* head", batch_norm_stats="frozen"), "layer3"),
+        (Phase(trainable="head batchnorm"), "stem"),
+        (Phase(trainable="all -batchnorm", batch_norm_stats="frozen"), "stem"),
+    ],
+)
+def test_first_changing_stage(phase: Phase, stage: str) -> None:
+    assert first_changing_stage(empty(Architecture.of(ModelConfig(weights="none"), 2)), phase) == stage
+
+
+@pytest.mark.parametrize("trainable", ["head", "layer4 head", "layer2 layer3 layer4 head"])
+def test_nothing_before_that_stage_changes_or_is_kept_for_the_backward_pass(trainable: str) -> None:
+    """Brute force: a real step, all tensors before and after; and the memory that autograd holds on to."""
+    torch.manual_seed(0)
+    model = build(Architecture.of(ModelConfig(model="resnet18", weights="none"), 2))
+    phase = Phase(trainable=trainable)
+    set_trainable(model, phase)
+    train_mode(model, phase)
+    prefix, rest = cut(model, first_changing_stage(model, phase))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(4, 3, 64, 64)
+
+    def kept(network: torch.nn.Module, inputs: torch.Tensor) -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            network(inputs).sum().backward()
+        return sum(sizes)
+
+    whole = kept(model, images)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    stages = {stage_of(name) for name in (*changed, *(n for n, p in model.named_parameters() if p.grad is not None))}
+    assert stages == set(trainable.split())
+    with torch.no_grad():
+        features = prefix(images)
+    assert kept(rest, features) == whole
