@@ -1,8 +1,11 @@
 """What is on disk for a run, and how it gets there: whole or not at all."""
 
 import csv
+import errno
+import fcntl
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -13,6 +16,7 @@ from typing import Any
 from resnet_dist.errors import MachineError, ResnetDistError, UsageError
 
 FORMAT_VERSION = 1
+LOCK = ".lock"  # a file of a run folder that whoever writes the run holds locked
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
@@ -68,42 +72,74 @@ class RunFolder:
         self.plots = path / "plots"
         self.best = path / "checkpoints" / "best.safetensors"
         self._warned = False
+        self._lock: int | None = None
 
-    @staticmethod
-    def check(path: Path, overwrite: bool) -> None:
+    def lock(self) -> None:
+        """Keep other processes from writing this run, until `unlock` or the end of this process, whatever ends it.
+
+        Raises UsageError where another process writes it, MachineError where it cannot be written.
+        """
+        if not self.active or self._lock is not None:
+            return
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise MachineError(f"{self.path}: the run folder cannot be written")
+        try:
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            # Not flock: loader processes would inherit it, and hold it longer than their training process lives.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                print(f"WARNING: {self.path}: no locks here; see that only one process writes it", file=sys.stderr)
+                return
+            is_open = self._lock is not None
+            self.unlock()
+            if is_open:
+                raise UsageError(
+                    f"{self.path}: another process writes this run; wait for its end, or choose another --output-dir"
+                ) from None
+            raise MachineError(f"{self.path}: the run folder cannot be written ({error.strerror})") from None
+
+    def unlock(self) -> None:
+        """Let others write this run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def check(self, overwrite: bool) -> None:
         """See, before any work is done, that the folder can be made. Raises what `create` would."""
         try:
-            if _is_used(path):
-                _check_replaceable(path, overwrite)
-            above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+            if _is_used(self.path):
+                _check_replaceable(self.path, overwrite)
+            above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         except OSError as error:
-            raise MachineError(f"{path}: cannot be made into a run folder ({error.strerror})") from None
+            raise MachineError(f"{self.path}: cannot be made into a run folder ({error.strerror})") from None
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             raise MachineError(
-                f"{path}: cannot be made into a run folder ({above} is not a folder that can be written)"
+                f"{self.path}: cannot be made into a run folder ({above} is not a folder that can be written)"
             )
 
-    @classmethod
-    def create(cls, path: Path, overwrite: bool, needed_bytes: int) -> "RunFolder":
-        """A new run folder, with the space that the run will need.
+    def create(self, overwrite: bool, needed_bytes: int) -> None:
+        """Make the folder, locked, with the space that the run will need.
 
         Raises UsageError if the folder is in use (with `overwrite`: by anything but a run), MachineError if it cannot
         be made or the disk is too small.
         """
+        self.check(overwrite)
         try:
-            if _is_used(path):
-                _check_replaceable(path, overwrite)
-                shutil.rmtree(path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            self.check(overwrite)  # again: another run may have begun before the lock was ours
+            for entry in _entries(self.path):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             for name in ("checkpoints", "plots", "data"):
-                (path / name).mkdir(parents=True)
-            free = shutil.disk_usage(path).free
+                (self.path / name).mkdir()
+            free = shutil.disk_usage(self.path).free
         except OSError as error:
-            raise MachineError(f"{path}: cannot be made into a run folder ({error.strerror})") from None
+            raise MachineError(f"{self.path}: cannot be made into a run folder ({error.strerror})") from None
         if free < needed_bytes:
             raise MachineError(
-                f"{path}: needs {needed_bytes >> 20} MiB for checkpoints, the disk has {free >> 20} MiB free"
+                f"{self.path}: needs {needed_bytes >> 20} MiB for checkpoints, the disk has {free >> 20} MiB free"
             )
-        return cls(path)
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file of the run folder, whole or not at all."""
@@ -140,14 +176,16 @@ class RunFolder:
             return
         file = self.path / "metrics.jsonl"
         if file.exists():
-            lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= steps]
+            lines = [line for line in _lines(file) if _step_of(line) <= steps]
             self.write("metrics.jsonl", "".join(f"{line}\n" for line in lines))
         file = self.path / "metrics.csv"
         if file.exists():
-            header, *rows = file.read_text().splitlines()
-            column = header.split(",").index("step")
-            kept = [row for row in rows if int(row.split(",")[column]) <= steps]
-            self.write("metrics.csv", "".join(f"{line}\n" for line in (header, *kept)))
+            header, *rows = _lines(file) or [""]
+            names = header.split(",")
+            cells = [row.split(",") for row in rows]
+            whole = [dict(zip(names, row, strict=True)) for row in cells if len(row) == len(names)]
+            kept = [row.values() for row in whole if row.get("step", "").isdecimal() and int(row["step"]) <= steps]
+            self.write("metrics.csv", "".join(f"{','.join(row)}\n" for row in (names, *kept)))
 
     def _append(self, name: str, text: str) -> None:
         """Add to a log. One that cannot be written is worth a warning, not the run."""
@@ -162,8 +200,28 @@ class RunFolder:
             self._warned = True
 
 
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise MachineError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _step_of(line: str) -> float:
+    """The optimizer step of a line of metrics.jsonl; of one that a full disk cut off, infinity."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+
+
+def _entries(path: Path) -> list[Path]:
+    """What is in a folder, apart from the lock."""
+    return [entry for entry in path.iterdir() if entry.name != LOCK]
+
+
 def _is_used(path: Path) -> bool:
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+    return path.exists() and (not path.is_dir() or bool(_entries(path)))
 
 
 def _check_replaceable(path: Path, overwrite: bool) -> None:

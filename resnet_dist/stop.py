@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -37,12 +38,15 @@ class StopRequests:
         self._group: Any = None
         self._pending: tuple[Any, Any] | None = None
 
-    def connect(self) -> None:
-        """Share the requests with the other processes from now on; every process calls this."""
+    def connect(self, minutes: float) -> None:
+        """Share the requests with the other processes from now on; every process calls this.
+
+        One that is waited for longer than so many minutes is taken as lost (RuntimeError).
+        """
         import torch.distributed as dist
 
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
 
     def note(self, number: int, _: FrameType | None = None) -> None:
         """The signal handler: remember the first; leave at once on another that comes over a second later."""

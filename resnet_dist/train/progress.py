@@ -1,5 +1,6 @@
 """What the user sees while training: a bar on a terminal, plain lines elsewhere, and the same lines in train.log."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ class Display:
         self.console = Console(highlight=False, soft_wrap=True)
         self._log: Path | None = None
         self._early: list[str] = []
+        self._warned = False
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._last_line = 0.0
@@ -51,8 +53,13 @@ class Display:
         if self._log is None:
             self._early.append(text)
         elif text:
-            with self._log.open("a", encoding="utf-8", errors="surrogateescape") as stream:
-                stream.write(text)
+            try:
+                with self._log.open("a", encoding="utf-8", errors="surrogateescape") as stream:
+                    stream.write(text)
+            except OSError as error:  # worth a warning, not the run
+                if not self._warned:
+                    print(f"WARNING: {self._log}: cannot be written ({error.strerror})", file=sys.stderr)
+                self._warned = True
 
     # An epoch is a `with display.epoch(...)`; `advance` is called at every poll.
 

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from resnet_dist.config import TrainConfig
 from resnet_dist.distributed import check_in_step, on_main, running_statistics, share_tensors
 from resnet_dist.errors import UsageError
-from resnet_dist.options import kept
 from resnet_dist.run_folder import RunFolder
+from resnet_dist.stored import kept
 from resnet_dist.train.job import Job
 from resnet_dist.train.schedule import Schedule
 from resnet_dist.train.state import (
@@ -92,7 +92,8 @@ def read_resumed(accelerator: Accelerator, run: RunFolder) -> tuple[Resumed, lis
     read: dict[str, torch.Tensor] = {}
 
     def facts_and_warnings() -> tuple[dict[str, Any], list[str]]:
-        remove_leftovers(run.path / "checkpoints")
+        for folder in (run.path, run.path / "checkpoints"):
+            remove_leftovers(folder)
         tensors, facts, warnings = read_newest_state(run.path / "checkpoints")
         read.update(tensors)
         return facts, warnings

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from resnet_dist.errors import ArtifactError, MachineError
 from resnet_dist.run_folder import sync_folder, to_json
 
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+REPLACED = ".replaced"  # ends the name of a state while another of the same step takes its place
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
     It appears under its name only once everything is on the disk. Raises MachineError; older states are then as before.
     """
     final = folder / f"step-{facts['state']['steps_done']:09d}"
+    replaced = final.with_name(final.name + REPLACED)
     temporary = folder / f".tmp-{os.getpid()}"
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     contents = {TENSORS: save(plain), FACTS: to_json(facts).encode()}
@@ -132,8 +134,9 @@ def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
                 stream.flush()
                 os.fsync(stream.fileno())
         sync_folder(temporary)
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # of the same step: aside, not away, until the new one stands there
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         temporary.rename(final)
         sync_folder(folder)
     except OSError as error:
@@ -141,14 +144,15 @@ def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
         raise MachineError(
             f"{final}: the checkpoint cannot be written ({error.strerror}); older ones are intact"
         ) from None
-    for old in _states(folder)[keep:]:
+    for old in (replaced, *_states(folder)[keep:]):
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def _states(folder: Path) -> list[Path]:
     """The states in a folder, the newest first."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+    found = (path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(found, key=lambda path: (path.name.removesuffix(REPLACED), path.suffix != REPLACED), reverse=True)
 
 
 def newest_state(folder: Path) -> Path | None:
@@ -165,7 +169,7 @@ def read_newest_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
     for path in _states(folder):
         try:
             tensors, facts = _read_state(path)
-        except (OSError, ValueError, KeyError, SafetensorError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError) as error:
             warnings.append(f"WARNING: {path}: passed over, it does not verify ({error})")
         else:
             return tensors, facts, warnings
@@ -178,17 +182,18 @@ def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     for name, data in contents.items():
         if hashlib.sha256(data).hexdigest() != manifest[name]:
             raise ValueError(f"{name} is not what its manifest says")
-    return load(contents[TENSORS]), json.loads(contents[FACTS])
+    facts = json.loads(contents[FACTS])
+    State.from_dict(facts["state"])
+    return load(contents[TENSORS]), facts
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what an interrupted writer left."""
-    for path in _leftovers(folder):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _leftovers(folder: Path) -> Iterator[Path]:
-    return folder.glob(".tmp-*")
+    """Remove what a writer that was killed left in a folder. Raises MachineError where that is not allowed."""
+    try:
+        for path in folder.glob(".tmp-*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise MachineError(f"{folder}: leftovers of a killed run cannot be removed ({error.strerror})") from None

@@ -43,7 +43,7 @@ def main(cfg: Config) -> int:
 
     folder = Path(cfg.output_dir)
     images, run = folder / "digits", folder / "run"
-    RunFolder.check(run, overwrite=True)
+    RunFolder(run).check(overwrite=True)
     print(f"writing 1,797 scans of handwritten digits to {images}")
     write_digits(images)
     train(settings(images, run, cfg.epochs))

@@ -158,7 +158,7 @@ def reopen(accelerator: "Accelerator", run: "RunFolder", blueprint: "Blueprint",
 
 def write_reopened(run: "RunFolder", blueprint: "Blueprint", steps: int) -> bool:
     """Let the run folder say that the run goes on after so many steps; returns whether it was done."""
-    from resnet_dist.options import to_toml
+    from resnet_dist.stored import to_toml
     from resnet_dist.run_folder import read_facts
     from resnet_dist.train.facts import this_launch
 
@@ -175,7 +175,7 @@ def open_run(run: "RunFolder", blueprint: "Blueprint", overwrite: bool) -> None:
     """Make the run folder and write down all that is known before training. On the main process."""
     from resnet_dist.data.index import write_manifest
     from resnet_dist.model.resnet import empty
-    from resnet_dist.options import to_toml
+    from resnet_dist.stored import to_toml
     from resnet_dist.run_folder import to_json
     from resnet_dist.train.facts import this_launch, what_is_trained
 
@@ -214,7 +214,7 @@ def _train_and_report(
     resumed: "Resumed | None",
 ) -> None:
     from resnet_dist.distributed import on_main, start_trackers
-    from resnet_dist.options import kept
+    from resnet_dist.stored import kept
     from resnet_dist.provenance import forget_peak_memory
     from resnet_dist.report.training import finish, plot_samples
     from resnet_dist.train.facts import largest_peak_memory
