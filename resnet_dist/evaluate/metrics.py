@@ -1,12 +1,27 @@
 """Numbers from records, through scikit-learn where it has them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from resnet_dist.evaluate.calibrate import BINS, bins_of, reliability
+from resnet_dist.evaluate.intervals import bootstrap, wilson
 from resnet_dist.evaluate.records import Records
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
 def headline(records: Records) -> dict[str, float]:
@@ -25,6 +40,50 @@ def headline(records: Records) -> dict[str, float]:
         "top5": float((records.classes == records.target[:, None]).any(axis=1).mean()),
         "macro_f1": float(f1),
     }
+
+
+def measured(records: Records) -> dict[str, Measured]:
+    """The headline and the expected calibration error `ece` (0..1), each with its 95 % interval.
+
+    Accuracies have Wilson's, loss and macro_f1 the bootstrap's over images. A bootstrap of the ece alone would be
+    wrong: resampling makes any set look worse calibrated, so that for a perfectly calibrated model its percentiles
+    never hold the truth. Its upper distance is taken to both sides instead, which errs on the wide side. And no
+    bootstrap knows of mistakes that a small set has not shown, so macro_f1 and ece are at least as uncertain to the
+    bad side as top1 is.
+    """
+    values = {**headline(records), "ece": reliability(records).error}
+    n = len(records)
+    (loss, f1, _), (worst_loss, best_f1, worst_ece) = bootstrap(_resampled(records), n).tolist()
+    top1, top5 = (wilson(round(values[name] * n), n) for name in ("top1", "top5"))
+    unseen = values["top1"] - top1[0]
+    intervals = {
+        "loss": (loss, worst_loss),
+        "top1": top1,
+        "top5": top5,
+        "macro_f1": (max(0.0, min(f1, values["macro_f1"] - unseen)), best_f1),
+        "ece": (max(0.0, 2 * values["ece"] - worst_ece), min(1.0, max(worst_ece, values["ece"] + unseen))),
+    }
+    return {name: Measured(value, *intervals[name]) for name, value in values.items()}
+
+
+def _resampled(records: Records) -> Callable[[np.ndarray], np.ndarray]:
+    """loss, macro_f1 and ece as functions of how often each image is counted."""
+    loss = records.loss.astype(np.float64)
+    confidence = records.probabilities[:, 0].astype(np.float64)
+    bins, gap = bins_of(confidence), (records.prediction == records.target) - confidence
+    names, cells = np.unique(np.concatenate([records.target, records.prediction]), return_inverse=True)
+    target, prediction = np.split(cells, 2)
+    hit = prediction == target
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        n = weights.sum()
+        true = np.bincount(target, weights, len(names))
+        taken = np.bincount(prediction, weights, len(names))
+        right = np.bincount(target, weights * hit, len(names))
+        f1 = (2 * right / np.maximum(true + taken, 1))[true > 0].mean()
+        return np.array([weights @ loss / n, f1, np.abs(np.bincount(bins, weights * gap, BINS)).sum() / n])
+
+    return statistic
 
 
 def per_class(records: Records, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -47,3 +106,20 @@ def per_class(records: Records, classes: Sequence[str]) -> list[dict[str, Any]]:
 def confusion(records: Records, classes: Sequence[str]) -> np.ndarray:
     """int64 (classes, classes): rows are targets, columns predictions."""
     return np.asarray(confusion_matrix(records.target, records.prediction, labels=range(len(classes))))
+
+
+def confused_pairs(counts: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Every pair of classes that was confused, the most frequent first: target, prediction, images, and their share of
+    the target's images (0..1). `counts` is the confusion matrix."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    pairs = [(int(t), int(p)) for t, p in np.argwhere(counts > 0) if t != p]
+    pairs.sort(key=lambda pair: (-counts[pair], pair))
+    return [
+        {
+            "target": classes[t],
+            "prediction": classes[p],
+            "images": int(counts[t, p]),
+            "share_of_target": float(shares[t, p]),
+        }
+        for t, p in pairs
+    ]

@@ -1,37 +1,63 @@
 """An evaluation on disk: predictions.csv first, and from the same records every metric and picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from export.predict import Preprocessing
 from resnet_dist.data.decode import load_fitted
 from resnet_dist.data.index import ImageTable
-from resnet_dist.evaluate.metrics import confusion, headline, per_class
+from resnet_dist.evaluate.calibrate import reliability
+from resnet_dist.evaluate.metrics import Measured, confused_pairs, confusion, measured, per_class
 from resnet_dist.evaluate.records import Records
 from resnet_dist.report import plots
 from resnet_dist.run_folder import to_csv, to_json, write_atomically
 from resnet_dist.wording import shortened
 
 GRID = 16
+CONFUSED = ("target", "prediction", "images", "share_of_target")
 
 
 def write_evaluation(
-    folder: Path, plots_folder: Path, table: ImageTable, records: Records, classes: Sequence[str], spec: Preprocessing
-) -> dict[str, float]:
-    """predictions.csv, per_class.csv, metrics.json into `folder`, pictures into `plots_folder`; gives the headline."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plots_folder.mkdir(parents=True, exist_ok=True)
-    metrics = headline(records)
+    folder: Path,
+    plots_folder: Path,
+    table: ImageTable,
+    records: Records,
+    classes: Sequence[str],
+    spec: Preprocessing,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Measured]:
+    """Tables and numbers of an evaluation into `folder`, pictures into `plots_folder`; gives the headline.
+
+    predictions.csv, per_class.csv, confused.csv, metrics.json (with `facts` on how it was evaluated); embeddings.npy,
+    float32 (n, F) in the order of predictions.csv, where features were kept. Raises MachineError, DataError.
+    """
+    for place in (folder, plots_folder):
+        place.mkdir(parents=True, exist_ok=True)
+    metrics, counts = measured(records), confusion(records, classes)
     write_atomically(folder / "predictions.csv", predictions_csv(table, records, classes))
-    table_of_classes = per_class(records, classes)
-    rows = [list(row.values()) for row in table_of_classes]
-    write_atomically(folder / "per_class.csv", to_csv(list(table_of_classes[0]), rows))
-    write_atomically(folder / "metrics.json", to_json({"images": len(records), **metrics}))
-    plots.confusion_matrix(plots_folder / "confusion_matrix.png", confusion(records, classes), classes)
+    write_atomically(folder / "per_class.csv", table_csv(per_class(records, classes)))
+    write_atomically(folder / "confused.csv", table_csv(confused_pairs(counts, classes), CONFUSED))
+    values = {name: metric.value for name, metric in metrics.items()}
+    intervals = {name: [metric.low, metric.high] for name, metric in metrics.items()}
+    write_atomically(
+        folder / "metrics.json", to_json({"images": len(records), **values, "intervals": intervals, **facts})
+    )
+    plots.confusion_matrix(plots_folder / "confusion_matrix.png", counts, classes)
+    plots.reliability_diagram(plots_folder / "reliability.png", reliability(records))
     prediction_grid(plots_folder / "predictions.png", table, records, classes, spec)
+    if records.features is not None:
+        np.save(folder / "embeddings.npy", records.features, allow_pickle=False)
+        plots.embedding_map(plots_folder / "embeddings.png", records.features, records.target, classes)
     return metrics
+
+
+def table_csv(rows: Sequence[Mapping[str, object]], header: Sequence[str] = ()) -> str:
+    """Rows of equal keys as CSV; `header` is for a table that may have none."""
+    return to_csv(header or list(rows[0]), [list(row.values()) for row in rows])
 
 
 def predictions_csv(table: ImageTable, records: Records, classes: Sequence[str]) -> str:

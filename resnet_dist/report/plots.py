@@ -7,18 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from sklearn.decomposition import PCA
 
+from resnet_dist.evaluate.calibrate import BINS, Reliability
 from resnet_dist.wording import shortened
 
 GREEN, RED = "#1a7f37", "#cf222e"
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def _figure(
+    rows: int, columns: int, width: float, height: float, heights: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
     return figure, list(axes.flat)
 
 
@@ -51,6 +56,26 @@ def learning_rates(file: Path, steps: Sequence[Mapping[str, Any]]) -> None:
     axes.set(xlabel="optimizer step", ylabel="learning rate")
     if any(rate > 0 for row in steps for rate in row["lr"].values()):
         axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+
+
+def lr_range(
+    file: Path,
+    rates: Sequence[float],
+    losses: Sequence[float],
+    smoothed: Sequence[float],
+    suggested: Mapping[str, float],
+) -> None:
+    """Loss over the learning rate, raw and smoothed, with a mark at each suggested rate."""
+    figure, (axes,) = _figure(1, 1, 8, 4)
+    axes.plot(rates, losses, color="grey", alpha=0.4, linewidth=1, label="loss")
+    axes.plot(rates, smoothed, label="smoothed")
+    for (name, rate), marker in zip(suggested.items(), "os", strict=False):
+        axes.plot(rate, smoothed[list(rates).index(rate)], marker, markersize=9, label=f"{name}: {rate:.1e}")
+    axes.set(xlabel="learning rate", ylabel="training loss", xscale="log")
+    axes.set_ylim(top=min(max(losses), 2.5 * losses[0]))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120, bbox_inches="tight")
@@ -90,3 +115,60 @@ def image_grid(
         colour = "black" if right is None else GREEN if right[number] else RED
         place.set_title(title, fontsize=9, color=colour, parse_math=False)  # a class may be called $5
     figure.savefig(file, dpi=100, bbox_inches="tight")
+
+
+def reliability_diagram(file: Path, found: Reliability) -> None:
+    """Accuracy over confidence in 15 bins, with the gap to the diagonal, above the number of images of each bin."""
+    figure, (above, below) = _figure(2, 1, 5.5, 6.5, heights=(3, 1))
+    edges = np.arange(BINS + 1) / BINS
+    middle, width = (edges[1:] + edges[:-1]) / 2, 1 / BINS
+    there = found.images > 0
+    accuracy, confidence = found.accuracy[there], found.confidence[there]
+    above.bar(middle[there], accuracy, 0.94 * width, color="#5b8fd9", label="accuracy")
+    above.bar(
+        middle[there],
+        confidence - accuracy,
+        0.94 * width,
+        bottom=accuracy,
+        color=RED,
+        alpha=0.35,
+        label="gap to the confidence",
+    )
+    above.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
+    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"expected calibration error {found.error:.4f}")
+    above.legend(loc="upper left")
+    below.bar(middle, found.images, 0.94 * width, color="grey")
+    below.set(xlim=(0, 1), xlabel="confidence of the best class", ylabel="images")
+    figure.savefig(file, dpi=100, bbox_inches="tight")
+
+
+def embedding_map(file: Path, features: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> None:
+    """Features, float32 (n, F), on their two principal axes, coloured by class (targets, int64 (n,))."""
+    places, shares = principal_axes(features)
+    figure, (axes,) = _figure(1, 1, 8, 6.5)
+    present = np.unique(targets)
+    colours = colormaps["tab20" if len(present) > 10 else "tab10"].resampled(max(len(present), 1))
+    for number, target in enumerate(present):
+        rows = targets == target
+        name = " " + shortened(classes[target], 24)  # a label that begins with "_" would be left out
+        axes.scatter(places[rows, 0], places[rows, 1], s=14, color=colours(number), label=name, alpha=0.8, linewidths=0)
+    x, y = (f"principal axis {n}: {100 * share:.0f} % of the variance" for n, share in enumerate(shares, 1))
+    axes.set(xlabel=x, ylabel=y)
+    if len(present) <= 30:
+        legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    figure.savefig(file, dpi=100, bbox_inches="tight")
+
+
+def principal_axes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features, float (n, F), on their two principal axes, float32 (n, 2), and these axes' shares of the variance (2,).
+
+    The signs are scikit-learn's, so equal features give equal places. With one image, everything is 0.
+    """
+    if len(features) < 2:
+        return np.zeros((len(features), 2), np.float32), np.zeros(2)
+    model = PCA(2, svd_solver="full" if min(features.shape) < 500 else "randomized", random_state=0)
+    places = model.fit_transform(features.astype(np.float64))
+    shares = model.explained_variance_ / max(float(features.var(axis=0, ddof=1).sum()), 1e-30)
+    return places.astype(np.float32), shares

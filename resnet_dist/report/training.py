@@ -13,6 +13,7 @@ from resnet_dist.data.loader import TrainImages, epoch_order
 from resnet_dist.data.transforms import ToInput
 from resnet_dist.distributed import on_main
 from resnet_dist.errors import DataError, NonFiniteError
+from resnet_dist.evaluate.metrics import Measured
 from resnet_dist.evaluate.records import Records, evaluate
 from resnet_dist.model.resnet import build
 from resnet_dist.report import plots
@@ -26,7 +27,7 @@ from resnet_dist.wording import shortened
 GRID = 16
 
 
-def finish(job: Job, state: State) -> dict[str, float]:
+def finish(job: Job, state: State) -> dict[str, Measured]:
     """Evaluate the best checkpoint in float32 and write everything that belongs to a finished run.
 
     Every process must call this. Returns the headline metrics. Raises NonFiniteError if no epoch had a finite score.
@@ -44,13 +45,14 @@ def finish(job: Job, state: State) -> dict[str, float]:
     return on_main(job.accelerator, lambda: write_results(job.run, job, best, records))
 
 
-def write_results(run: RunFolder, job: Job, best: Best, records: Records) -> dict[str, float]:
+def write_results(run: RunFolder, job: Job, best: Best, records: Records) -> dict[str, Measured]:
     """The evaluation and the plots of a finished run. On the main process."""
     evaluation = run.path / "eval" / "val"
     metrics = write_evaluation(evaluation, run.plots, job.index.val, records, job.index.classes, job.spec)
     plot_run(run.path)
+    values = {name: metric.value for name, metric in metrics.items()}
     run.update(
-        status="done", exit_code=0, reason="", best={"epoch": best.epoch, "weights": best.weights_kind, **metrics}
+        status="done", exit_code=0, reason="", best={"epoch": best.epoch, "weights": best.weights_kind, **values}
     )
     return metrics
 

@@ -1,23 +1,38 @@
-"""`resnet-dist eval`: exact metrics of a run or a checkpoint, with one line per image."""
+"""`resnet-dist eval`: exact metrics of a run, a checkpoint or an exported model, with one line per image."""
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from resnet_dist.config import SystemConfig, option, out_of_range
+from resnet_dist.errors import UsageError
+from resnet_dist.wording import listed, shortened
 
 if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import nn
+
+    from export.predict import Preprocessing
     from resnet_dist.data.index import ImageTable
+    from resnet_dist.data.loader import EvalLoader
+    from resnet_dist.data.transforms import Batch
+    from resnet_dist.evaluate.calibrate import Calibration
+    from resnet_dist.evaluate.records import Records
+
+MAX_LOGITS = 1 << 28  # 1 GiB of float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Evaluate a run or a checkpoint in float32: loss, top-1, top-5, macro-F1, every class, every image."""
+    """Evaluate a run, a checkpoint or an exported model in float32: loss, accuracy, macro-F1 and calibration error with
+    95 % intervals, every class, every confusion, every image."""
 
     run: str | None = option(None, positional=True)
-    """A run folder, or a checkpoint (.safetensors) that resnet-dist wrote."""
+    """A run folder, a checkpoint (.safetensors) that resnet-dist wrote, or a model (.onnx) that it exported."""
     data: str | None = option(None, positional=True)
     """A folder or a CSV manifest of images (default: the run's own data, with the split that it used)."""
     split: Literal["train", "val", "test"] = "val"
@@ -31,37 +46,129 @@ class Config:
     output_dir: str | None = option(None, "-o", "--output")
     """Where to write (default: eval/<split>, or eval/<data>-<split> for other data, in the run folder)."""
 
+    calibrate: bool = False
+    """Fit a temperature on the validation images and write it to calibration.json beside the checkpoint, for later
+    evaluations, export and predict; the order of the classes never changes."""
+    precision: float | None = None
+    """With --calibrate: also choose for every class the smallest probability from which on so much of what is taken
+    for it is right (0..1); predict abstains below."""
+    tta: Literal["none", "flip", "crops"] = "none"
+    """Average the probabilities over an image and its mirror image, or over five crops and their mirror images."""
+    embeddings: bool = False
+    """Also write what the head takes of every image to embeddings.npy, and a map of it."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether RUN is a single file, which knows of no images and has no folder to write to."""
+        return Path(self.run or "").suffix in (".safetensors", ".onnx")
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether RUN is an exported model."""
+        return Path(self.run or "").suffix == ".onnx"
+
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
         if self.run is None:
-            yield "RUN is missing: a run folder or a checkpoint"
-        elif self.run.endswith(".safetensors") and self.data is None:
-            yield "DATA is missing: a checkpoint alone does not know where images are"
-        if self.run is not None and self.run.endswith(".safetensors") and self.output_dir is None:
-            yield "--output-dir is missing: a checkpoint alone has no run folder to write to"
+            yield "RUN is missing: a run folder, a checkpoint or an exported model"
+        if self.is_file and self.data is None:
+            yield "DATA is missing: a checkpoint or an exported model alone does not know where images are"
+        if self.is_file and self.output_dir is None:
+            yield "--output-dir is missing: a checkpoint or an exported model alone has no run folder to write to"
+        if self.is_exported and (self.calibrate or self.embeddings):
+            yield "--calibrate and --embeddings need the run or its checkpoint, not the exported model"
+        if self.tta != "none" and (self.calibrate or self.embeddings):
+            yield "--tta does not go with --calibrate or --embeddings: predict makes one view of an image"
+        if self.calibrate and self.split != "val":
+            yield f"--calibrate belongs to --split val, not {self.split}"
+        if self.precision is not None and not self.calibrate:
+            yield "--precision belongs to --calibrate"
+        yield from out_of_range(self, 0, 1, "precision")
         yield from out_of_range(self, 1, math.inf, "batch_size", "threads")
         yield from out_of_range(self, 0, 1024, "workers")
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a network or an exported model, and how its images are made and its logits read."""
+
+    model: "nn.Module"
+    classes: tuple[str, ...]
+    spec: "Preprocessing"
+    to_input: Callable[["Batch"], "torch.Tensor"]
+    temperature: float
+    thresholds: Sequence[float | None]
+
+
 def main(cfg: Config) -> int:
     """Evaluate, print and write. Returns the exit code."""
-    from resnet_dist import launcher
-    from resnet_dist.data.loader import EvalImages, EvalLoader, default_workers
-    from resnet_dist.data.transforms import ToInput
     from resnet_dist.distributed import on_main, start
-    from resnet_dist.evaluate.records import evaluate
-    from resnet_dist.report.evaluation import write_evaluation
-    from resnet_dist.train.checkpoint import load_checkpoint
+    from resnet_dist.evaluate.records import Keep, evaluate
+    from resnet_dist.evaluate.tta import Views
     from resnet_dist.train.progress import Display
 
     accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
     run = Path(cfg.run or "")
-    checkpoint = run if run.is_file() or run.suffix == ".safetensors" else run / "checkpoints" / "best.safetensors"
+    file = run if run.is_file() or cfg.is_file else run / "checkpoints" / "best.safetensors"
+    subject = load_exported(file) if cfg.is_exported else load_network(accelerator, file, cfg.calibrate)
+    table = on_main(accelerator, lambda: find_table(cfg, run, subject.classes))
+    loader = make_loader(accelerator, cfg, table, subject.spec)
+    model, temperature = subject.model.to(accelerator.device), subject.temperature
+    if cfg.tta != "none":  # it tempers every view; the mean is not tempered again
+        model, temperature = Views(model, cfg.tta, subject.spec.img_size, temperature), 1.0
+    records = evaluate(
+        accelerator,
+        model,
+        loader,
+        subject.to_input,
+        len(subject.classes),
+        full_precision=True,
+        temperature=temperature,
+        keep=Keep(logits=cfg.calibrate, features=cfg.embeddings),
+    )
+    rows = on_main(accelerator, lambda: write(cfg, file, subject, table, records))
+    title = f"{file}: {len(table)} {cfg.split} images, float32; in brackets 95 % intervals"
+    Display(accelerator.is_main_process).table(title, rows)
+    return 0
+
+
+def load_network(accelerator: "Accelerator", checkpoint: Path, anew: bool) -> Subject:
+    """The network of a checkpoint and its calibration, unless that is to be made `anew`. Raises ArtifactError."""
+    from resnet_dist.data.transforms import ToInput
+    from resnet_dist.distributed import on_main
+    from resnet_dist.evaluate.calibrate import read_calibration
+    from resnet_dist.train.checkpoint import load_checkpoint
+
     model, description = on_main(accelerator, lambda: load_checkpoint(checkpoint))
     classes, spec = description.classes, description.preprocessing
-    table = on_main(accelerator, lambda: find_table(cfg, run, classes))
+    known = on_main(accelerator, lambda: None if anew else read_calibration(checkpoint, len(classes)))
+    temperature, thresholds = (known.temperature, known.thresholds) if known else (1.0, ())
+    return Subject(model, classes, spec, ToInput(spec, accelerator.device), temperature, thresholds)
+
+
+def load_exported(file: Path) -> Subject:
+    """An exported model, with the calibration that is in it. Raises ArtifactError."""
+    import torch
+
+    from resnet_dist.evaluate.exported import Exported, as_pixels
+
+    model = Exported(str(file), torch.get_num_threads())
+    known = model.predictor
+    thresholds = known.metadata.get("thresholds", ())
+    return Subject(model, known.classes, known.preprocessing, as_pixels, known.metadata["temperature"], thresholds)
+
+
+def make_loader(accelerator: "Accelerator", cfg: Config, table: "ImageTable", spec: "Preprocessing") -> "EvalLoader":
+    """The images of this process. Raises UsageError where nothing is left to take other crops from."""
+    from resnet_dist import launcher
+    from resnet_dist.data.loader import EvalImages, EvalLoader, default_workers
+
+    if cfg.tta == "crops":
+        if spec.resize == spec.img_size:
+            raise UsageError("--tta crops: the model's preprocessing crops nothing off; take --tta flip")
+        spec = dataclasses.replace(spec, img_size=spec.resize)
     workers = default_workers(accelerator.device, launcher.local_world_size()) if cfg.workers is None else cfg.workers
-    loader = EvalLoader(
+    return EvalLoader(
         EvalImages(table, spec),
         cfg.batch_size,
         workers,
@@ -69,29 +176,90 @@ def main(cfg: Config) -> int:
         world=accelerator.num_processes,
         rank=accelerator.process_index,
     )
-    model.to(accelerator.device)
-    to_input = ToInput(spec, accelerator.device)
-    records = evaluate(accelerator, model, loader, to_input, len(classes), full_precision=True)
-    folder = output_folder(cfg, run)
-    metrics = on_main(accelerator, lambda: write_evaluation(folder, folder, table, records, classes, spec))
-    rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
-    Display(accelerator.is_main_process).table(
-        f"{checkpoint}: {len(table)} {cfg.split} images, float32", [*rows, ("written to", str(folder))]
-    )
-    return 0
 
 
 def find_table(cfg: Config, run: Path, classes: tuple[str, ...]) -> "ImageTable":
     """The images to evaluate. Raises DataError, UsageError."""
     from resnet_dist.data.index import read_part, read_run_part
 
-    if cfg.data is not None:
-        return read_part(Path(cfg.data), cfg.split, classes)
-    return read_run_part(run, cfg.split, classes)
+    if cfg.data is None:
+        table = read_run_part(run, cfg.split, classes)
+    else:
+        table = read_part(Path(cfg.data), cfg.split, classes)
+    if cfg.calibrate and len(table) * len(classes) > MAX_LOGITS:
+        raise UsageError(
+            f"--calibrate keeps the logits of all images: {len(table)} x {len(classes)} are too many; give a part of "
+            "the images as DATA"
+        )
+    return table
 
 
 def output_folder(cfg: Config, run: Path) -> Path:
     """Where the evaluation is written."""
     if cfg.output_dir is not None:
         return Path(cfg.output_dir)
-    return run / "eval" / (cfg.split if cfg.data is None else f"{Path(cfg.data).stem}-{cfg.split}")
+    name = cfg.split if cfg.data is None else f"{Path(cfg.data).stem}-{cfg.split}"
+    return run / "eval" / (name if cfg.tta == "none" else f"{name}-{cfg.tta}")
+
+
+def write(cfg: Config, file: Path, subject: Subject, table: "ImageTable", records: "Records") -> list[tuple[str, str]]:
+    """Calibrate if that was asked for, write the evaluation, and give what the terminal shows. On the main process."""
+    from resnet_dist.evaluate.calibrate import calibrate, write_calibration
+    from resnet_dist.model.weights import sha256_of
+    from resnet_dist.report.evaluation import write_evaluation
+
+    lines = []
+    if cfg.calibrate:
+        records, made = calibrate(records, subject.classes, cfg.precision, sha256_of(file))
+        subject = dataclasses.replace(subject, temperature=made.temperature, thresholds=made.thresholds)
+        lines = [*said_of(made), ("calibration", str(write_calibration(file, made)))]
+    facts = {"model": file.name, "split": cfg.split, "tta": cfg.tta, "temperature": subject.temperature}
+    folder = output_folder(cfg, Path(cfg.run or ""))
+    metrics = write_evaluation(folder, folder, table, records, subject.classes, subject.spec, facts)
+    rows = [(name, str(metric)) for name, metric in metrics.items()]
+    if subject.temperature != 1:
+        rows.append(("temperature", f"{subject.temperature:.4f}"))
+    if subject.thresholds:
+        rows.append(("abstained", said_of_abstaining(records, subject.thresholds)))
+    rows += [("most confused", line) for line in confused_lines(records, subject.classes)]
+    return [*rows, *lines, ("written to", str(folder))]
+
+
+def said_of(made: "Calibration") -> Iterator[tuple[str, str]]:
+    """What calibrating changed, as rows of the table."""
+    found = made.measured
+    if "note" in found:
+        yield "note", found["note"]
+    for name in ("loss", "ece"):
+        before, after = found[name]
+        yield f"{name} by calibrating", f"{before:.4f} before, {after:.4f} after, on the images it was fitted on"
+    if made.thresholds:
+        never = [row["class"] for row in found["classes"] if row["threshold"] is None]
+        reached = f"{len(made.thresholds) - len(never)} of {len(made.thresholds)} classes reach {found['precision']:g}"
+        yield "thresholds", reached + (f"; always abstained: {listed(never)}" if never else "")
+
+
+def said_of_abstaining(records: "Records", thresholds: Sequence[float | None]) -> str:
+    """How many images the thresholds leave aside, and how good the rest is."""
+    from resnet_dist.evaluate.calibrate import abstained
+    from resnet_dist.evaluate.intervals import wilson
+
+    kept = ~abstained(records, thresholds)
+    n, right = int(kept.sum()), int((records.prediction == records.target)[kept].sum())
+    text = f"{len(records) - n} of {len(records)}"
+    if n == 0:
+        return text
+    low, high = wilson(right, n)
+    return f"{text}; top1 of the others {right / n:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def confused_lines(records: "Records", classes: Sequence[str], most: int = 5) -> list[str]:
+    """The most confused pairs, a line each."""
+    from resnet_dist.evaluate.metrics import confused_pairs, confusion
+
+    pairs = confused_pairs(confusion(records, classes), classes)[:most]
+    return [
+        f"{shortened(pair['target'], 30)} as {shortened(pair['prediction'], 30)}: {pair['images']} "
+        f"({100 * pair['share_of_target']:.0f} %)"
+        for pair in pairs
+    ]

@@ -1,0 +1,224 @@
+"""Probabilities that mean what they say: how far they are off, a temperature that mends it, and when to abstain."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from resnet_dist.errors import ArtifactError
+from resnet_dist.evaluate.intervals import wilson
+from resnet_dist.evaluate.records import Records
+from resnet_dist.model.weights import sha256_of
+from resnet_dist.reading import parse_json, read_bounded
+from resnet_dist.run_folder import to_json, write_atomically
+
+BINS = 15
+TEMPERATURES = (0.05, 20.0)
+FILE_NAME, FORMAT_VERSION, MAX_BYTES = "calibration.json", 1, 1 << 26
+
+
+# How far probabilities are off
+
+
+def bins_of(confidence: np.ndarray) -> np.ndarray:
+    """int64 (n,): which of the 15 equal bins (low, high] of 0..1 each confidence falls into."""
+    return np.digitize(confidence.astype(np.float64), np.linspace(0, 1, BINS + 1)[1:-1], right=True)
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Images, mean confidence and accuracy of each of the 15 bins of confidence, (15,); NaN where a bin is empty."""
+
+    images: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error, in 0..1: mean |accuracy - confidence| over the images (Guo et al. 2017)."""
+        gaps = np.abs(self.accuracy - self.confidence)
+        return float(np.nansum(self.images * gaps) / self.images.sum())
+
+
+def reliability(records: Records) -> Reliability:
+    """What the confidence of the best class is worth, bin by bin."""
+    confidence = records.probabilities[:, 0].astype(np.float64)
+    bins = bins_of(confidence)
+    images = np.bincount(bins, minlength=BINS)
+    sums = [np.bincount(bins, v, BINS) for v in (confidence, records.prediction == records.target)]
+    means = [np.divide(part, images, out=np.full(BINS, np.nan), where=images > 0) for part in sums]
+    return Reliability(images, *means)
+
+
+# Temperature
+
+
+def fit_temperature(logits: np.ndarray, target: np.ndarray) -> float | None:
+    """The temperature that makes softmax(logits / T) most likely (Guo et al. 2017), in 0.05..20.
+
+    logits: float (n, classes); target: int64 (n,). The mean loss is convex in 1 / T, so its slope is brought to zero by
+    halving, in float64. None where every image is right: the likeliest T would then be 0, absolute certainty.
+    """
+    if (logits.argmax(axis=1) == target).all():
+        return None
+    values = torch.from_numpy(logits).double()
+    own = values[torch.arange(len(target)), torch.from_numpy(target)]
+    low, high = (float(np.log(t)) for t in TEMPERATURES)
+    for _ in range(40):
+        middle = (low + high) / 2
+        expected = ((values / np.exp(middle)).softmax(1) * values).sum(1)
+        too_sharp = bool((expected - own).mean() > 0)  # the slope of the loss in 1 / T
+        low, high = (middle, high) if too_sharp else (low, middle)
+    return float(np.exp((low + high) / 2))
+
+
+def tempered(records: Records, temperature: float) -> Records:
+    """The records of logits divided by `temperature`: other losses and probabilities, the same classes."""
+    assert records.logits is not None
+    logs = (torch.from_numpy(records.logits) / temperature).log_softmax(1).numpy()
+    loss = -logs[np.arange(len(records)), records.target]
+    probabilities = np.exp(np.take_along_axis(logs, records.classes, axis=1))
+    return Records(records.target, loss, records.classes, probabilities, records.logits, records.features)
+
+
+# Thresholds
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """From which probability on a class may be believed, as measured on `images` that were taken for it.
+
+    Attributes:
+        threshold: 0..1, or None where no threshold reaches the precision, so that the class is never believed.
+        kept: how many of the images reach the threshold; `right` how many of those bear the class as their label.
+    """
+
+    threshold: float | None
+    images: int
+    kept: int
+    right: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the precision of the kept images and its Wilson interval."""
+        precision = self.right / self.kept if self.kept else None
+        interval = list(wilson(self.right, self.kept)) if self.kept else None
+        return {**asdict(self), "precision": precision, "precision_interval": interval}
+
+
+def thresholds(records: Records, num_classes: int, precision: float) -> list[Threshold]:
+    """For every class the smallest threshold at which so much of what is taken for it is right; `precision` in 0..1."""
+    right = records.prediction == records.target
+    chosen = [records.prediction == number for number in range(num_classes)]
+    return [_threshold(records.probabilities[mask, 0], right[mask], precision) for mask in chosen]
+
+
+def _threshold(confidence: np.ndarray, right: np.ndarray, precision: float) -> Threshold:
+    order = np.argsort(-confidence, kind="stable")
+    confidence, hits = confidence[order], np.cumsum(right[order])
+    counts = np.arange(1, len(order) + 1)
+    is_edge = np.append(confidence[1:] < confidence[:-1], True)  # equal confidences stand or fall together
+    enough = np.flatnonzero(is_edge[: len(order)] & (hits >= precision * counts))
+    if len(enough) == 0:
+        return Threshold(None, len(order), 0, 0)
+    last = int(enough[-1])
+    # Halfway to the first that is left out: another machine's last digits must not decide.
+    value = 0.0 if last + 1 == len(order) else float(confidence[last].astype(float) + confidence[last + 1]) / 2
+    return Threshold(value, len(order), last + 1, int(hits[last]))
+
+
+def abstained(records: Records, limits: Sequence[float | None]) -> np.ndarray:
+    """bool (n,): where the best class's probability is below its threshold, or it has none that can be reached."""
+    lowest = np.array([np.inf if limit is None else limit for limit in limits])
+    return np.asarray(records.probabilities[:, 0] < lowest[records.prediction])
+
+
+# calibration.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was learnt on validation images about a checkpoint, which itself is left as it is.
+
+    Attributes:
+        checkpoint_sha256: of the file that this belongs to.
+        temperature: what its logits are to be divided by.
+        thresholds: for every class the least probability to believe, None for never; empty where none were asked for.
+        measured: what it was learnt from and what it changes, for people to read.
+    """
+
+    checkpoint_sha256: str
+    temperature: float
+    thresholds: tuple[float | None, ...]
+    measured: Mapping[str, Any]
+
+
+def calibrate(
+    records: Records, classes: Sequence[str], precision: float | None, checkpoint_sha256: str
+) -> tuple[Records, Calibration]:
+    """The calibration that evaluated images suggest, and their records with it. The records must hold logits.
+
+    `precision`, 0..1: what each class's threshold is to reach; None for no thresholds.
+    """
+    assert records.logits is not None
+    fitted = fit_temperature(records.logits, records.target)
+    plain, better = tempered(records, 1.0), tempered(records, fitted or 1.0)
+    measured: dict[str, Any] = {"images": len(records)}
+    if fitted is None:
+        measured["note"] = "every image is right, so no temperature is the likeliest: 1 is kept"
+    measured["loss"] = [float(part.loss.mean(dtype=np.float64)) for part in (plain, better)]
+    measured["ece"] = [reliability(part).error for part in (plain, better)]
+    limits: list[Threshold] = []
+    if precision is not None:
+        limits = thresholds(better, len(classes), precision)
+        rows = [{"class": name, **limit.to_dict()} for name, limit in zip(classes, limits, strict=True)]
+        measured |= {"precision": precision, "classes": rows}
+    return better, Calibration(
+        checkpoint_sha256=checkpoint_sha256,
+        temperature=fitted or 1.0,
+        thresholds=tuple(limit.threshold for limit in limits),
+        measured=measured,
+    )
+
+
+def write_calibration(checkpoint: Path, calibration: Calibration) -> Path:
+    """Write calibration.json beside the checkpoint. Raises MachineError."""
+    file = checkpoint.with_name(FILE_NAME)
+    write_atomically(file, to_json({"format_version": FORMAT_VERSION, **asdict(calibration)}))
+    return file
+
+
+def read_calibration(checkpoint: Path, num_classes: int) -> Calibration | None:
+    """The calibration of a checkpoint, or None where it has none.
+
+    Raises ArtifactError where calibration.json is damaged, or was made for another checkpoint.
+    """
+    file = checkpoint.with_name(FILE_NAME)
+    if not file.exists():
+        return None
+    try:
+        found = _parsed(parse_json(read_bounded(file, MAX_BYTES)), num_classes)
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{file}: damaged ({error}); make it again with eval --calibrate, or remove it") from None
+    if found.checkpoint_sha256 != sha256_of(checkpoint):
+        raise ArtifactError(
+            f"{file}: made for another checkpoint than {checkpoint.name}; make it again with eval --calibrate, "
+            "or remove it"
+        )
+    return found
+
+
+def _parsed(values: Any, num_classes: int) -> Calibration:
+    if not isinstance(values, dict) or values.pop("format_version", None) != FORMAT_VERSION:
+        raise ValueError("unknown format_version")
+    made = Calibration(**{**values, "thresholds": tuple(values["thresholds"])})
+    if not isinstance(made.temperature, float) or not TEMPERATURES[0] <= made.temperature <= TEMPERATURES[1]:
+        raise ValueError(f"temperature {made.temperature!r}")
+    fits = all(limit is None or (isinstance(limit, float) and 0 <= limit <= 1) for limit in made.thresholds)
+    if not fits or len(made.thresholds) not in (0, num_classes):
+        raise ValueError("its thresholds do not fit the classes")
+    return made
