@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +79,23 @@ def run_program(
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, **(env or {})}, cwd=cwd
     )
+
+
+@contextmanager
+def small_disk(place: Path, size: str) -> Iterator[Path]:
+    """A disk of this size (such as 30m), mounted at `place`. Skips where that is not allowed; in CI as root it must be.
+
+    It is unmounted after the block, whatever is still open there.
+    """
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, text=True
+    )
+    if done.returncode:
+        if os.environ.get("RESNET_DIST_CI") and os.getuid() == 0:
+            pytest.fail(f"mount: {done.stderr}")
+        pytest.skip(f"needs to mount a disk ({done.stderr.strip()})")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
