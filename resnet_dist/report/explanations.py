@@ -1,0 +1,73 @@
+"""Explanations on disk: the image, the image under its map of evidence, and a sheet of them all."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from PIL import Image
+
+from resnet_dist.report import plots
+from resnet_dist.run_folder import to_csv, write_atomically
+from resnet_dist.wording import shortened
+
+ON_SHEET = 24
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One image and why.
+
+    Attributes:
+        source: the file.
+        image: uint8 (H, W, 3), as the network sees it.
+        heat: float32 (H, W) in 0..1, the evidence for `explained`.
+        prediction, probability: the best class, and what the network gives it (0..1).
+        target: the label, or "" where none is known.
+        explained: the class that the map is for.
+    """
+
+    source: str
+    image: np.ndarray
+    heat: np.ndarray
+    prediction: str
+    probability: float
+    target: str
+    explained: str
+
+
+def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """An image, uint8 (H, W, 3), under its map, (H, W) in 0..1: the stronger the evidence, the less of the image is
+    left under the colour. uint8 (H, W, 3)."""
+    colours = colormaps["turbo"](heat)[..., :3] * 255
+    share = 0.7 * np.sqrt(heat)[..., None]
+    grey = image.mean(axis=2, keepdims=True)
+    return np.asarray(np.clip((1 - share) * (0.5 * image + 0.5 * grey) + share * colours, 0, 255).round(), np.uint8)
+
+
+def write_explanations(folder: Path, found: list[Explanation]) -> None:
+    """A PNG for every image (itself, then under its map), sheet.png of the first ones, and explained.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "explained.csv").exists():  # of an earlier call: its pictures must not stand among these
+        for old in folder.glob("*.png"):
+            old.unlink()
+    rows = []
+    for number, one in enumerate(found, 1):
+        name = f"{number:03d}-{Path(one.source).stem[:80]}.png"
+        Image.fromarray(np.concatenate([one.image, overlay(one.image, one.heat)], axis=1)).save(folder / name)
+        rows.append([name, one.source, one.target, one.prediction, one.probability, one.explained])
+    header = ["file", "path", "target", "prediction", "probability", "explained"]
+    write_atomically(folder / "explained.csv", to_csv(header, rows))
+    write_sheet(folder / "sheet.png", found[:ON_SHEET])
+
+
+def write_sheet(file: Path, found: list[Explanation]) -> None:
+    """Pairs of image and overlay, two pairs in a row."""
+    tiles, titles, right = [], [], []
+    for one in found:
+        tiles += [one.image, overlay(one.image, one.heat)]
+        label = f"\ntrue: {shortened(one.target, 22)}" if one.target else ""
+        titles += [f"{shortened(one.prediction, 22)} ({one.probability:.2f}){label}"]
+        titles += [f"for {shortened(one.explained, 22)}"]
+        right += [one.target in ("", one.prediction)] * 2
+    plots.image_grid(file, tiles, titles, right)
