@@ -15,18 +15,24 @@ from resnet_dist.wording import printable, suggestion
 
 VERBS = {  # verb: what it does; its module is resnet_dist.verbs.<verb> unless MODULES says otherwise
     "train": "fine-tune a ResNet on a folder of images",
+    "lr-find": "find a learning rate for a recipe on your data",
+    "compare": "train several techniques on your data, and say which differences are real",
     "eval": "evaluate a run or a checkpoint, exactly, with one line per image",
     "export": "turn the best checkpoint into ONNX files that prove themselves",
     "predict": "label images with an exported model, without torch",
+    "explain": "where in an image the network sees what it says",
+    "report": "make the page of a run anew: report.html, one file to look at",
+    "label-errors": "rank the training labels that are probably wrong",
     "check": "look at every image: unusable, odd, duplicate, leaking between splits",
     "split": "split a folder into train, val and test, as a manifest, links or copies",
     "summary": "layers, shapes, parameters and FLOPs of a model",
     "recipes": "list the named techniques, or print one",
+    "bench": "where the time of training goes on this machine, and what to change",
     "doctor": "what this machine has, and a proof that two processes equal one",
     "demo": "train on handwritten digits, offline, in two minutes",
 }
 MODULES = {"export": "export.command", "predict": "export.predict"}
-WITH_RECIPES = ("train", "summary")
+WITH_RECIPES = ("train", "lr-find", "compare", "summary")
 
 
 def entry() -> NoReturn:
@@ -68,6 +74,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     module = importlib.import_module(module_of(verb))
     if verb == "predict":  # a program of its own, that is also shipped alone
         return int(module.main(arguments, "resnet-dist predict"))
+    if verb == "compare":  # each recipe has a config of its own
+        return int(module.main(module.read(arguments)))
     config = parse(module.Config, arguments, f"resnet-dist {verb}", layers if verb in WITH_RECIPES else None)
     code: int = module.main(config)
     return code

@@ -1,0 +1,70 @@
+"""`report.html`: one file that holds its pictures, numbers and script, and asks nobody for anything."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from resnet_dist.data.check import Finding
+from resnet_dist.report.page_content import Evaluation, evaluation_content
+from resnet_dist.run_folder import write_atomically
+from resnet_dist.wording import printable
+
+SCRIPTS = ("dom.js", "charts.js", "matrix.js", "gallery.js", "page.js")  # in this order, one after the other
+
+
+def write_evaluation_page(evaluation: Evaluation, overlays: Mapping[int, str]) -> Path:
+    """`report.html` in the folder of an evaluation. Raises ArtifactError, MachineError."""
+    file = evaluation.folder / "report.html"
+    title = f"{evaluation.folder.name}: {len(evaluation.paths)} images"
+    write_page(file, title, evaluation_content(evaluation, None, None, overlays))
+    return file
+
+
+def write_run_page(
+    run: Path, evaluation: Evaluation, findings: Sequence[Finding] | None, overlays: Mapping[int, str]
+) -> Path:
+    """`report.html` in a run folder, about its validation images. Raises ArtifactError, UsageError, MachineError."""
+    file = run / "report.html"
+    write_page(file, run.absolute().name, evaluation_content(evaluation, run, findings, overlays))
+    return file
+
+
+def write_page(file: Path, title: str, content: Mapping[str, Any]) -> None:
+    """Write the page that shows `content` (see `page_content`), plain JSON values. Raises MachineError."""
+    style, script = _part("page.css"), "".join(map(_part, SCRIPTS))
+    parts = {
+        "POLICY": policy(style, script),
+        "TITLE": html.escape(printable(title)),
+        "STYLE": style,
+        "SCRIPT": script,
+        "CONTENT": script_json(content),
+    }
+    # All at once: what is put in may itself contain such names.
+    write_atomically(file, re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], _part("page.html")))
+
+
+def policy(style: str, script: str) -> str:
+    """A Content-Security-Policy under which just this style and this script work, and nothing is ever loaded."""
+    style_hash, script_hash = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
+    )
+    return (
+        f"default-src 'none'; script-src 'sha256-{script_hash}'; style-src 'sha256-{style_hash}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def script_json(content: Mapping[str, Any]) -> str:
+    """JSON that can stand in a script element: no class or file name in it can end the element or begin another."""
+    text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _part(name: str) -> str:
+    return (resources.files("resnet_dist.report") / "html" / name).read_text(encoding="utf-8")

@@ -1,0 +1,391 @@
+"""What `report.html` shows of an evaluation and of the run it belongs to, from what they left on disk."""
+
+import csv
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.decomposition import PCA
+
+from resnet_dist.data.check import Finding, report_on
+from resnet_dist.errors import ArtifactError
+from resnet_dist.evaluate import label_errors
+from resnet_dist.evaluate.metrics import confusion, per_class
+from resnet_dist.evaluate.records import Records
+from resnet_dist.report.pictures import thumbnails
+from resnet_dist.run_folder import read_facts
+
+MOST_LISTED = 20_000  # evaluated images that the page lists; the worst ones where there are more
+MOST_JUDGED = 500  # labels of each ranking that the page shows
+MOST_PAIRS = 200
+MOST_POINTS = 400  # of a curve
+MOST_DOTS = 2_000  # of the map
+MATRIX = 100  # classes that the confusion matrix shows
+TOP_LOSSES = 24
+PER_CELL = 6  # pictures of each cell of the confusion matrix before other images get one
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation as it lies on disk.
+
+    Attributes:
+        folder: holds predictions.csv and metrics.json.
+        root: where the paths of its images start.
+        split: "train", "val" or "test".
+        paths: of the images, n of them, in the order of `records`.
+    """
+
+    folder: Path
+    root: Path
+    split: str
+    classes: tuple[str, ...]
+    paths: list[str]
+    records: Records
+
+
+def read_run_evaluation(run: Path, classes: Sequence[str]) -> Evaluation:
+    """The evaluation of a run's best checkpoint on its validation images. Raises UsageError, ArtifactError."""
+    root = Path(str(read_facts(run).get("data_root")))
+    return read_evaluation(run / "eval" / "val", root, "val", classes)
+
+
+def read_evaluation(folder: Path, root: Path, split: str, classes: Sequence[str]) -> Evaluation:
+    """The evaluation in a folder. Raises ArtifactError where there is none, or it is not of these classes."""
+    file = folder / "predictions.csv"
+    number = {name: index for index, name in enumerate(classes)}
+    k = min(5, len(classes))
+    try:
+        rows = _read_csv(file)
+        best = [[number[row[f"top{i + 1}"]] for i in range(k)] for row in rows]
+        records = Records(
+            target=np.array([number[row["target"]] for row in rows], np.int64),
+            loss=np.array([row["loss"] for row in rows], np.float32),
+            classes=np.array(best, np.int64).reshape(-1, k),
+            probabilities=np.array([[row[f"p{i + 1}"] for i in range(k)] for row in rows], np.float32).reshape(-1, k),
+        )
+        return Evaluation(folder, root, split, tuple(classes), [row["path"] for row in rows], records)
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise ArtifactError(f"{file}: not the predictions of these classes ({error}); evaluate again") from None
+
+
+def _read_csv(file: Path) -> list[dict[str, str]]:
+    try:
+        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            return list(csv.DictReader(stream))
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror}); `resnet-dist eval RUN` writes it") from None
+
+
+@dataclass
+class Images:
+    """The images of a page: the evaluated ones first, then others that a section shows. One row each."""
+
+    root: Path
+    columns: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    rows: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def row(self, split: str, path: str, target: int, record: tuple[int, float, float] = (-1, 0.0, 0.0)) -> int:
+        """The row of an image, a new one where it has none. `record`: prediction (-1 for none), loss, confidence."""
+        if (split, path) not in self.rows:
+            self.rows[split, path] = len(self.rows)
+            values = (path, split, target, record[0], _rounded(record[1]), _rounded(record[2]))
+            for name, value in zip(
+                ("path", "split", "target", "prediction", "loss", "confidence"), values, strict=True
+            ):
+                self.columns[name].append(value)
+        return self.rows[split, path]
+
+    def with_pictures(self, needed: Sequence[int]) -> dict[str, list[Any]]:
+        """The columns, with pictures of the rows in the order in which they are needed, as far as there is room."""
+        order = list(dict.fromkeys(needed))
+        pictures = [""] * len(self.rows)
+        found = thumbnails([self.root / self.columns["path"][row] for row in order])
+        for row, picture in zip(order, found, strict=True):
+            pictures[row] = picture
+        return {**self.columns, "picture": pictures}
+
+
+def evaluation_content(
+    evaluation: Evaluation, run: Path | None, findings: Sequence[Finding] | None, overlays: Mapping[int, str]
+) -> dict[str, Any]:
+    """Everything that the page shows, as plain JSON values.
+
+    `run` is the folder of the run for whose own page this is, `findings` what a look at all of its images found,
+    `overlays` pictures of where the evidence lies, by position in the evaluation.
+    """
+    records, classes = evaluation.records, evaluation.classes
+    counts = confusion(records, classes)
+    images = Images(evaluation.root)
+    listed = _worst_first(records)[:MOST_LISTED]
+    place = {position: _evaluated_row(images, evaluation, position) for position in listed.tolist()}
+    worst = [place[position] for position in top_losses(records)]
+    errors = [_evaluated_errors(evaluation, place)]
+    errors += [_training_errors(run, images, classes)] if run else []
+    pairs, pairs_note = _near_duplicates(findings, images, classes) if run else (None, "")
+    judged = [item[0] for part in errors for item in part["rows"][: PER_CELL * 24]]
+    needed = [*worst, *judged, *(row for pair in pairs or [] for row in pair)]
+    needed += [place[position] for position in _by_need(records, listed)]
+    training = _training_counts(run)
+    return {
+        "classes": list(classes),
+        "about": _about(evaluation, run),
+        "headline": _headline(evaluation.folder),
+        "listed": len(listed),
+        "images_note": _images_note(len(records), len(listed)),
+        "images": images.with_pictures(needed),
+        "confusion": [[int(t), int(p), int(counts[t, p])] for t, p in np.argwhere(counts > 0)],
+        "matrix": _matrix_classes(counts),
+        "class_columns": ["class", "images", "precision", "recall", "F1", "most often taken for", "training images"],
+        "class_rows": _class_rows(records, classes, counts, training),
+        "top_losses": worst,
+        "overlays": {place[position]: picture for position, picture in overlays.items()},
+        "overlays_note": _overlays_note(bool(overlays)),
+        "label_errors": errors,
+        "near_duplicates": pairs,
+        "duplicates_note": pairs_note,
+        "curves": list(curves(run)) if run else [],
+        "map": _map(evaluation, place),
+        "facts": list(_flat(read_facts(run))) if run else list(_flat(_read_json(evaluation.folder / "metrics.json"))),
+        "texts": [
+            [name, _text(run / name)] for name in ("config.toml", "command.txt") if run and (run / name).exists()
+        ],
+    }
+
+
+def top_losses(records: Records) -> list[int]:
+    """Positions of the 24 images with the highest losses, worst first."""
+    return [int(position) for position in np.argsort(-records.loss, kind="stable")[:TOP_LOSSES]]
+
+
+def _worst_first(records: Records) -> np.ndarray:
+    """Positions: mistakes before the others, each by falling loss."""
+    return np.lexsort((-records.loss, records.prediction == records.target))
+
+
+def _by_need(records: Records, listed: np.ndarray) -> list[int]:
+    """Positions in the order in which they should have a picture: first a few of every cell, then all, worst first."""
+    seen: Counter[tuple[int, int]] = Counter()
+    first: list[int] = []
+    later: list[int] = []
+    cells = zip(records.target[listed].tolist(), records.prediction[listed].tolist(), strict=True)
+    for position, cell in zip(listed.tolist(), cells, strict=True):
+        seen[cell] += 1
+        (first if seen[cell] <= PER_CELL else later).append(position)
+    return first + later
+
+
+def _evaluated_row(images: Images, evaluation: Evaluation, position: int) -> int:
+    records = evaluation.records
+    record = (
+        int(records.prediction[position]),
+        float(records.loss[position]),
+        float(records.probabilities[position, 0]),
+    )
+    return images.row(evaluation.split, evaluation.paths[position], int(records.target[position]), record)
+
+
+def _matrix_classes(counts: np.ndarray) -> list[int]:
+    """The classes of the matrix in their order: all, or those that take part in most mistakes."""
+    mistakes = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
+    return sorted(np.argsort(-mistakes, kind="stable")[:MATRIX].tolist())
+
+
+def _class_rows(
+    records: Records, classes: Sequence[str], counts: np.ndarray, training: Mapping[str, int]
+) -> list[list[Any]]:
+    others = counts.copy()
+    np.fill_diagonal(others, 0)
+    rows = []
+    for number, row in enumerate(per_class(records, classes)):
+        taken_for = int(others[number].argmax())
+        confused = f"{classes[taken_for]} ({others[number, taken_for]})" if others[number, taken_for] else None
+        scores = [None if row[name] is None else _rounded(row[name]) for name in ("precision", "recall", "f1")]
+        rows.append([row["class"], row["images"], *scores, confused, training.get(row["class"])])
+    return rows
+
+
+def _map(evaluation: Evaluation, place: Mapping[int, int]) -> list[list[float]] | None:
+    """[row, x, y] of listed images: the principal components of what `eval --embeddings` wrote, if it did."""
+    file = evaluation.folder / "embeddings.npy"
+    if not file.exists():
+        return None
+    try:
+        features = np.load(file, allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{file}: damaged ({error}); `resnet-dist eval --embeddings` writes it") from None
+    if features.ndim != 2 or len(features) != len(evaluation.paths):
+        raise ArtifactError(f"{file}: not one row for every image of predictions.csv; evaluate again")
+    if len(features) < 3:
+        return None
+    points = PCA(2, svd_solver="randomized", random_state=0).fit_transform(features)
+    return [[place[at], _rounded(points[at, 0]), _rounded(points[at, 1])] for at in list(place)[:MOST_DOTS]]
+
+
+# Label errors and near duplicates
+
+
+def _evaluated_errors(evaluation: Evaluation, place: Mapping[int, int]) -> dict[str, Any]:
+    title = f"Evaluated images ({evaluation.split})"
+    if evaluation.split == "train":
+        return {"title": title, "note": "The network learnt these labels, so it cannot judge them.", "rows": []}
+    found = label_errors.find_in_records(evaluation.records, len(evaluation.classes))
+    rows = [
+        [
+            place[position],
+            int(found.likely[position]),
+            _rounded(found.quality[position]),
+            bool(found.suspected[position]),
+        ]
+        for position in found.order.tolist()
+        if position in place
+    ]
+    note = (
+        f"{found.suspected.sum()} labels are suspected, by confident learning from the network's probabilities; the "
+        "quality of a label is low where another class is much more probable."
+    )
+    return {"title": title, "note": note, "rows": rows[:MOST_JUDGED]}
+
+
+def _training_errors(run: Path, images: Images, classes: Sequence[str]) -> dict[str, Any]:
+    file = run / "label_errors.csv"
+    if not file.exists():
+        note = f"Not looked for yet: `resnet-dist label-errors {run}` judges them, out of fold."
+        return {"title": "Training images", "note": note, "rows": []}
+    number = {name: index for index, name in enumerate(classes)}
+    found = _read_csv(file)
+    try:
+        rows = [
+            [
+                images.row("train", row["path"], number[row["label"]]),
+                number[row["likely"]],
+                _rounded(float(row["quality"])),
+                row["suspected"] == "1",
+            ]
+            for row in found[:MOST_JUDGED]
+        ]
+    except (KeyError, ValueError) as error:
+        raise ArtifactError(f"{file}: damaged ({error}); run `resnet-dist label-errors` again") from None
+    suspected = sum(row["suspected"] == "1" for row in found)
+    note = f"{suspected} of {len(found)} labels are suspected, by classifiers that were fitted without the image."
+    return {"title": "Training images", "note": note, "rows": rows}
+
+
+def _near_duplicates(
+    findings: Sequence[Finding] | None, images: Images, classes: Sequence[str]
+) -> tuple[list[list[int]], str]:
+    """Pairs of rows that look alike, at least one of a pair a training image, and a sentence about them."""
+    if findings is None:
+        return [], "Not looked for, as there are many images: `resnet-dist report RUN` looks at all of them."
+    report = report_on(findings)
+    pairs = [(group[0], other) for group in report.duplicates for other in group[1:]] + report.near_duplicates
+    pairs = [pair for pair in pairs if "train" in (pair[0].split, pair[1].split)]
+    pairs.sort(key=lambda pair: pair[0].split == pair[1].split)  # across splits first: those flatter the score
+    number = {name: index for index, name in enumerate(classes)}
+    rows = [[images.row(f.split, f.path, number[f.label]) for f in pair] for pair in pairs[:MOST_PAIRS]]
+    across = sum(a.split != b.split for a, b in pairs)
+    more = f"; the first {MOST_PAIRS} are shown" if len(pairs) > MOST_PAIRS else ""
+    return rows, f"{len(pairs)} pairs look alike, {across} of them across splits{more}."
+
+
+# Curves
+
+
+def curves(run: Path) -> Iterator[dict[str, Any]]:
+    """Charts of a run: losses and scores by epoch, learning rates by optimizer step. A value of None is a gap."""
+    epochs = _read_csv(run / "metrics.csv")
+    phases = [float(row["epoch"]) - 0.5 for before, row in pairwise(epochs) if row["phase"] != before["phase"]]
+    for title, metric in (("Loss", "loss"), ("Top-1 accuracy", "top1"), ("Macro F1", "macro_f1")):
+        names = [kind for kind in ("train", "val", "ema") if epochs and f"{kind}_{metric}" in epochs[0]]
+        series = [
+            {"name": kind, "points": [[float(r["epoch"]), _number(r[f"{kind}_{metric}"])] for r in epochs]}
+            for kind in names
+        ]
+        if series:
+            yield {"title": title, "x": "epoch", "log": False, "phases": phases, "series": series}
+    steps = [json.loads(line) for line in _text(run / "metrics.jsonl").splitlines()]
+    steps = steps[:: max(1, len(steps) // MOST_POINTS)]
+    series = [
+        {"name": name, "points": [[row["step"], row["lr"].get(name)] for row in steps]}
+        for name in dict.fromkeys(name for row in steps for name in row["lr"])
+    ]
+    yield {"title": "Learning rate", "x": "optimizer step", "log": True, "phases": [], "series": series}
+
+
+# Words
+
+
+def _about(evaluation: Evaluation, run: Path | None) -> list[str]:
+    """Sentences about what was evaluated."""
+    split = {"train": "training", "val": "validation", "test": "test"}[evaluation.split]
+    lines = [f"{len(evaluation.paths)} {split} images of {len(evaluation.classes)} classes, evaluated in float32."]
+    if run:
+        images = read_facts(run).get("images", {})
+        lines.append("Images of the run: " + ", ".join(f"{count} {name}" for name, count in images.items()) + ".")
+    return lines
+
+
+def _images_note(total: int, listed: int) -> str:
+    more = "" if listed == total else f" These are the {listed} worst of {total}; predictions.csv has all."
+    return f"Mark images to leave out, and export their list as CSV.{more}"
+
+
+def _overlays_note(there: bool) -> str:
+    return "Beside each image, Grad-CAM shows where the evidence for the prediction lies." if there else ""
+
+
+def _headline(folder: Path) -> list[list[Any]]:
+    """(name, value, its 95 % interval in words) of every number of metrics.json that has one."""
+    metrics = _read_json(folder / "metrics.json")
+    return [
+        [name, metrics[name], f"95 % interval {low:.4f} to {high:.4f}"]
+        for name, (low, high) in metrics["intervals"].items()
+    ]
+
+
+def _training_counts(run: Path | None) -> Counter[str]:
+    if run is None:
+        return Counter()
+    return Counter(row["label"] for row in _read_csv(run / "data" / "manifest.csv") if row["split"] == "train")
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[list[Any]]:
+    """(dotted name, value) of nested JSON objects, each value as text."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield [f"{before}{name}", value if isinstance(value, str) else json.dumps(value)]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(file))
+    except (ValueError, RecursionError):
+        raise ArtifactError(f"{file}: damaged, not JSON; evaluate again") from None
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{file}: damaged, not a JSON object; evaluate again")
+    return found
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _number(text: str) -> float | None:
+    value = float(text) if text else math.nan
+    return value if math.isfinite(value) else None
+
+
+def _rounded(value: float) -> float:
+    """Four significant digits, which is what a page shows and more; a value that is not finite becomes a huge one."""
+    return float(f"{value:.4g}") if math.isfinite(value) else 1e9

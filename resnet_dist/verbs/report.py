@@ -1,0 +1,73 @@
+"""`resnet-dist report`: the page of a run, made anew."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resnet_dist.config import option
+
+if TYPE_CHECKING:
+    from resnet_dist.data.check import Finding
+    from resnet_dist.data.index import ImageIndex
+    from resnet_dist.report.page_content import Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Make report.html of a run anew, with what was found since: label errors of training images, near duplicates."""
+
+    run: str | None = option(None, positional=True)
+    """A run folder whose training has ended."""
+    near_duplicates: bool = True
+    """Look at every image for near duplicates; what is found is remembered, as by `check`."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        if self.run is None:
+            yield "RUN is missing: a run folder"
+
+
+def main(cfg: Config) -> int:
+    """Write the page. Returns the exit code."""
+    from resnet_dist.report.overlays import grad_cam_overlays
+    from resnet_dist.report.page import write_run_page
+    from resnet_dist.report.page_content import read_run_evaluation
+    from resnet_dist.train.checkpoint import load_checkpoint
+
+    run = Path(cfg.run or "")
+    model, description = load_checkpoint(run / "checkpoints" / "best.safetensors")
+    evaluation = read_run_evaluation(run, description.classes)
+    findings = looked_at(run_index(run, evaluation)) if cfg.near_duplicates else None
+    overlays = grad_cam_overlays(model, evaluation, description.preprocessing)
+    file = write_run_page(run, evaluation, findings, overlays)
+    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def run_index(run: Path, evaluation: "Evaluation") -> "ImageIndex":
+    """All images of a run. Raises DataError where they are no longer there."""
+    import numpy as np
+
+    from resnet_dist.data.index import ImageIndex, ImageTable, PathTable, read_run_part
+    from resnet_dist.run_folder import read_facts
+
+    images, classes = read_facts(run).get("images", {}), evaluation.classes
+
+    def part(name: str) -> ImageTable:
+        there = images.get(name)
+        return read_run_part(run, name, classes) if there else ImageTable(evaluation.root, PathTable([]), no_targets)
+
+    no_targets = np.empty(0, np.int64)
+    return ImageIndex(evaluation.root, classes, part("train"), part("val"), part("test"))
+
+
+def looked_at(index: "ImageIndex") -> "list[Finding]":
+    """What every image is, from the memory of `check` or by looking."""
+    from resnet_dist.data.check import Cache, look_at_all
+    from resnet_dist.verbs.check import cache_file
+
+    cache = Cache(cache_file(index.root))
+    findings = look_at_all(index, full=True, cache=cache)
+    cache.save()
+    return findings
