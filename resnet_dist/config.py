@@ -128,6 +128,8 @@ class AugmentConfig:
     """random-resized: a random area and aspect ratio; random-pad: resize, pad by --crop-padding, cut at random."""
     crop_scale: tuple[float, ...] = (0.08, 1.0)
     """Smallest and largest share of the area for random-resized."""
+    scaled_decode: bool = False
+    """For random-resized, decode large JPEGs at 1/2, 1/4 or 1/8, down to twice --img-size (faster; other pixels)."""
     crop_padding: int = 4
     """Pixels of black added on every side for random-pad."""
     hflip: float = 0.5
@@ -351,8 +353,10 @@ class SystemConfig:
     """BatchNorm over the batches of all processes; auto: on GPUs when it trains on under 16 images per process."""
     ddp_comm_hook: Literal["none", "bf16"] = "none"
     """bf16: send gradients between processes in 16 bits (for slow networks)."""
+    compile: Literal["auto", "on", "off"] = option("auto", "--torchcompile")
+    """Compile the network for training; auto: on GPUs, once enough steps are left to win the time back."""
     cache_features: str = "auto"
-    """auto: keep what frozen stages make of images that are the same in every epoch; off; or a number of random views."""
+    """auto: keep what frozen stages make of images that never change; off; or a number of random views to keep."""
     dist_timeout: float = 30.0
     """Minutes after which a process that waits for another gives up."""
     deterministic: bool = False

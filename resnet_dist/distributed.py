@@ -62,6 +62,7 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
+    torch.backends.cudnn.benchmark = not cfg.deterministic  # the shapes of training never change
     processes = accelerator.num_processes
     backend = f", {torch.distributed.get_backend()}" if processes > 1 else ""
     plural = "es" if processes > 1 else ""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from resnet_dist.model.head import set_sample_keys
 from resnet_dist.model.trainable import set_trainable, train_mode
 from resnet_dist.stop import StopRequested
 from resnet_dist.train.checkpoint import save_best
+from resnet_dist.train.compile import compiled, pays
 from resnet_dist.train.features import Input, Source, source
 from resnet_dist.train.job import Job
 from resnet_dist.train.optim import build_optimizer, param_groups, step_if_finite
@@ -33,13 +34,15 @@ from resnet_dist.train.state import Best, State, newest_state
 class Learner:
     """What a phase has of its own: where its samples come from, the wrapped network, the optimizer and the schedule.
 
-    `window`, float32 (5,) on the device, is what this process adds up between two polls: the sums of losses, of
-    weights, of correct predictions and of samples; and whether a gradient was not finite.
+    `forward` is the wrapped network, or the compiled form of it, which only training uses. `window`, float32 (5,) on
+    the device, is what this process adds up between two polls: the sums of losses, of weights, of correct predictions
+    and of samples; and whether a gradient was not finite.
     """
 
     phase: Phase
     source: Source
     net: nn.Module
+    forward: Callable[[torch.Tensor], torch.Tensor]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     window: torch.Tensor
@@ -84,7 +87,8 @@ def begin_phase(job: Job, phase: Phase) -> Learner:
     share_statistics(job.accelerator, job.model)
     chosen = source(job, phase)
     net, optimizer = wrap(job.accelerator, chosen.train_module, built, job.cfg.optim.grad_accum)
-    return Learner(phase, chosen, net, optimizer, schedule, torch.zeros(5, device=job.accelerator.device))
+    forward = compiled(net) if job.cfg.system.compile == "on" else net
+    return Learner(phase, chosen, net, forward, optimizer, schedule, torch.zeros(5, device=job.accelerator.device))
 
 
 def end_phase(job: Job, learner: Learner) -> None:
@@ -109,6 +113,7 @@ def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
             state.epoch_seconds = time.monotonic() - started
             if state.step_in_epoch % job.cfg.run.log_every == 0 or state.step_in_epoch == steps:
                 poll(job, learner, state)
+                compile_if_it_pays(job, learner, state, started)
             if job.cfg.run.save_every.unit == "steps" and state.steps_done % job.cfg.run.save_every.value == 0:
                 save(job, learner, state)
             job.stop.check()
@@ -133,10 +138,10 @@ def train_step(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
     mine, total = denominator(job, batches)
     window = learner.window
     for number, batch in enumerate(batches):
-        set_sample_keys(job.model, batch.keys)
+        set_sample_keys(learner.source.train_module, batch.keys)
         is_last = number == len(batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(learner.net):
-            logits = learner.net(learner.source.train_input(batch))
+            logits = learner.forward(learner.source.train_input(batch))
             numerator = job.loss.numerators(logits, batch).sum()
             # DDP averages gradients over the processes, so each brings its part times their number.
             accelerator.backward(numerator * (accelerator.num_processes / total))
@@ -179,6 +184,18 @@ def denominator(job: Job, batches: Sequence[Batch]) -> tuple[torch.Tensor | floa
         return count, count * job.accelerator.num_processes
     mine = torch.stack(known).sum()
     return mine, job.accelerator.reduce(mine, "sum")
+
+
+def compile_if_it_pays(job: Job, learner: Learner, state: State, started: float) -> None:
+    """With --compile auto, compile the network once enough of the phase is left to win the time back."""
+    if job.cfg.system.compile != "auto" or learner.forward is not learner.net:
+        return
+    steps_per_epoch = job.train_loader.steps_per_epoch
+    left = ((learner.phase.epochs or 0) - state.epoch_in_phase) * steps_per_epoch - state.step_in_epoch
+    seconds = (time.monotonic() - started) / state.step_in_epoch
+    if on_main(job.accelerator, lambda: pays(job.accelerator.device, left, seconds)):
+        job.display.say(f"compiling the network: {left} steps of {1000 * seconds:.0f} ms are left in this phase")
+        learner.forward = compiled(learner.net)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
