@@ -10,7 +10,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from export.predict import Preprocessing
 from resnet_dist.data.check import Finding
+from resnet_dist.report.overlays import grad_cam_overlays
 from resnet_dist.report.page_content import Evaluation, evaluation_content
 from resnet_dist.run_folder import write_atomically
 from resnet_dist.wording import printable
@@ -18,19 +22,27 @@ from resnet_dist.wording import printable
 SCRIPTS = ("dom.js", "charts.js", "matrix.js", "gallery.js", "page.js")  # in this order, one after the other
 
 
-def write_evaluation_page(evaluation: Evaluation, overlays: Mapping[int, str]) -> Path:
-    """`report.html` in the folder of an evaluation. Raises ArtifactError, MachineError."""
+def write_evaluation_page(evaluation: Evaluation, model: nn.Module | None, spec: Preprocessing) -> Path:
+    """`report.html` in the folder of an evaluation; without `model`, without maps of evidence.
+
+    Raises ArtifactError, MachineError.
+    """
     file = evaluation.folder / "report.html"
+    overlays = grad_cam_overlays(model, evaluation, spec) if model is not None else {}
     title = f"{evaluation.folder.name}: {len(evaluation.paths)} images"
     write_page(file, title, evaluation_content(evaluation, None, None, overlays))
     return file
 
 
 def write_run_page(
-    run: Path, evaluation: Evaluation, findings: Sequence[Finding] | None, overlays: Mapping[int, str]
+    run: Path, evaluation: Evaluation, model: nn.Module, spec: Preprocessing, findings: Sequence[Finding] | None
 ) -> Path:
-    """`report.html` in a run folder, about its validation images. Raises ArtifactError, UsageError, MachineError."""
+    """`report.html` in a run folder, about its validation images; `findings` is what a look at all images found.
+
+    Raises ArtifactError, UsageError, MachineError.
+    """
     file = run / "report.html"
+    overlays = grad_cam_overlays(model, evaluation, spec)
     write_page(file, run.absolute().name, evaluation_content(evaluation, run, findings, overlays))
     return file
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
+from torch import nn
 
 from export.predict import Preprocessing
+from resnet_dist.data.check import look_at_all
 from resnet_dist.data.loader import TrainImages, epoch_order
 from resnet_dist.data.transforms import ToInput
 from resnet_dist.distributed import on_main
@@ -18,6 +20,8 @@ from resnet_dist.evaluate.records import Records, evaluate
 from resnet_dist.model.resnet import build
 from resnet_dist.report import plots
 from resnet_dist.report.evaluation import write_evaluation
+from resnet_dist.report.page import write_run_page
+from resnet_dist.report.page_content import read_evaluation
 from resnet_dist.run_folder import RunFolder
 from resnet_dist.train.checkpoint import load_checkpoint
 from resnet_dist.train.job import Job
@@ -25,6 +29,7 @@ from resnet_dist.train.state import Best, State
 from resnet_dist.wording import shortened
 
 GRID = 16
+FEW = 2_000  # images that are decoded once more at the end of a run
 
 
 def finish(job: Job, state: State) -> dict[str, Measured]:
@@ -42,7 +47,9 @@ def finish(job: Job, state: State) -> dict[str, Measured]:
         broadcast(dict(model.state_dict()))
     classes = job.index.classes
     records = evaluate(job.accelerator, model, job.val_loader, job.to_input, len(classes), True, job.stop.check)
-    return on_main(job.accelerator, lambda: write_results(job.run, job, best, records))
+    metrics = on_main(job.accelerator, lambda: write_results(job.run, job, best, records))
+    on_main(job.accelerator, lambda: write_report(job, model))
+    return metrics
 
 
 def write_results(run: RunFolder, job: Job, best: Best, records: Records) -> dict[str, Measured]:
@@ -55,6 +62,15 @@ def write_results(run: RunFolder, job: Job, best: Best, records: Records) -> dic
         status="done", exit_code=0, reason="", best={"epoch": best.epoch, "weights": best.weights_kind, **values}
     )
     return metrics
+
+
+def write_report(job: Job, model: nn.Module) -> Path:
+    """report.html of a finished run, with near duplicates where a look at all images is quick. On the main process."""
+    path, index = job.run.path, job.index
+    evaluation = read_evaluation(path / "eval" / "val", index.root, "val", index.classes)
+    images = len(index.train) + len(index.val) + len(index.test)
+    findings = look_at_all(index, full=True) if images <= FEW else None
+    return write_run_page(path, evaluation, model, job.spec, findings)
 
 
 def plot_run(run: Path) -> None:

@@ -207,6 +207,8 @@ def write(cfg: Config, file: Path, subject: Subject, table: "ImageTable", record
     from resnet_dist.evaluate.calibrate import calibrate, write_calibration
     from resnet_dist.model.weights import sha256_of
     from resnet_dist.report.evaluation import write_evaluation
+    from resnet_dist.report.page import write_evaluation_page
+    from resnet_dist.report.page_content import read_evaluation
 
     lines = []
     if cfg.calibrate:
@@ -216,13 +218,15 @@ def write(cfg: Config, file: Path, subject: Subject, table: "ImageTable", record
     facts = {"model": file.name, "split": cfg.split, "tta": cfg.tta, "temperature": subject.temperature}
     folder = output_folder(cfg, Path(cfg.run or ""))
     metrics = write_evaluation(folder, folder, table, records, subject.classes, subject.spec, facts)
+    evaluation = read_evaluation(folder, table.root, cfg.split, subject.classes)
+    page = write_evaluation_page(evaluation, None if cfg.is_exported else subject.model, subject.spec)
     rows = [(name, str(metric)) for name, metric in metrics.items()]
     if subject.temperature != 1:
         rows.append(("temperature", f"{subject.temperature:.4f}"))
     if subject.thresholds:
         rows.append(("abstained", said_of_abstaining(records, subject.thresholds)))
     rows += [("most confused", line) for line in confused_lines(records, subject.classes)]
-    return [*rows, *lines, ("written to", str(folder))]
+    return [*rows, *lines, ("written to", str(folder)), ("to look at", str(page))]
 
 
 def said_of(made: "Calibration") -> Iterator[tuple[str, str]]:

@@ -30,7 +30,6 @@ class Config:
 
 def main(cfg: Config) -> int:
     """Write the page. Returns the exit code."""
-    from resnet_dist.report.overlays import grad_cam_overlays
     from resnet_dist.report.page import write_run_page
     from resnet_dist.report.page_content import read_run_evaluation
     from resnet_dist.train.checkpoint import load_checkpoint
@@ -39,8 +38,7 @@ def main(cfg: Config) -> int:
     model, description = load_checkpoint(run / "checkpoints" / "best.safetensors")
     evaluation = read_run_evaluation(run, description.classes)
     findings = looked_at(run_index(run, evaluation)) if cfg.near_duplicates else None
-    overlays = grad_cam_overlays(model, evaluation, description.preprocessing)
-    file = write_run_page(run, evaluation, findings, overlays)
+    file = write_run_page(run, evaluation, model, description.preprocessing, findings)
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
     return 0
 
