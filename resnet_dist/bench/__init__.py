@@ -1,0 +1,1 @@
+"""Measuring where the time of training goes, with the program's own loop and loaders."""

@@ -1,0 +1,149 @@
+"""The report of `resnet-dist bench`: put together, in words, and with a verdict that says what to change."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import Accelerator
+
+from resnet_dist.bench.loading import loaders, stages
+from resnet_dist.bench.machine import describe, roofs
+from resnet_dist.bench.timing import Plan
+from resnet_dist.bench.training import measure_regime, prepare
+from resnet_dist.config import TrainConfig
+from resnet_dist.train.job import Job
+
+FORMAT_VERSION = 1
+WAITS = 0.1  # share of the time from which on waiting for data is worth a word
+GAINS = 1.3  # how many times faster something must be to be proposed
+HOST_BOUND = 0.9  # share of a step in which the host gives out work, from which on the host is the limit
+
+
+def make_report(
+    accelerator: Accelerator, cfg: TrainConfig, regimes: tuple[str, ...], plan: Plan, epochs: int, steps: int
+) -> tuple[dict[str, Any], Job]:
+    """Everything that is measured, as plain JSON values, and the job that it was measured with."""
+    job = prepare(accelerator, cfg, steps)
+    found: dict[str, Any] = {"format_version": FORMAT_VERSION, "machine": describe(accelerator)}
+    found["settings"] = settings(job)
+    found["roofs"] = roofs(accelerator, plan)
+    found["loading"] = {"stages": stages(job, plan), **loaders(job, plan)}
+    found["regimes"] = {name: measure_regime(job, name, plan, epochs, found["roofs"]) for name in regimes}
+    found["verdict"] = verdict(found)
+    return found, job
+
+
+def settings(job: Job) -> dict[str, Any]:
+    """What was measured: enough to repeat it."""
+    cfg = job.cfg
+    return {
+        "model": cfg.model.model,
+        "img_size": job.spec.img_size,
+        "batch_size": cfg.data.batch_size,
+        "grad_accum": cfg.optim.grad_accum,
+        "precision": str(job.accelerator.mixed_precision),
+        "optimizer": cfg.optim.opt,
+        "aug": cfg.augment.aug,
+        "workers": job.workers,
+        "training_images": len(job.index.train),
+        "classes": len(job.index.classes),
+    }
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """One line: what limits the first regime that was measured, and what to change."""
+    machine, name = found["machine"], next(iter(found["regimes"]))
+    regime = found["regimes"][name]
+    threads, cores = machine["threads"], machine["cores_per_process"]
+    if machine["device"] == "cpu" and threads < cores:
+        return f"{threads} of {cores} CPU cores in use per process -> --threads {cores}"
+    if regime["training"]["data_wait_share"] > WAITS:
+        return _data_bound(found, regime)
+    speeds = {kind: roof["median"] for kind, roof in found["roofs"]["gemm_flops"].items()}
+    gain = speeds.get("bf16", 0.0) / speeds["fp32"]
+    if found["settings"]["precision"] == "no" and gain > GAINS:
+        return f"computes in float32, where bf16 products are {gain:.1f}x as fast -> --mixed-precision bf16"
+    if (regime["compute"]["step"]["host_share"] or 0.0) > HOST_BOUND:
+        size = found["settings"]["batch_size"]
+        return f"launch-bound: the GPU waits for the host at batch {size} -> --batch-size {2 * size} or more"
+    share = regime["limits"]["share_of_roofline"]
+    text = f"compute-bound at {share:.0%} of the roofline of this machine; the data keeps up"
+    others = {
+        other: found["regimes"][other]["training"]["later_epochs"]["images_per_second"] for other in found["regimes"]
+    }
+    fastest = max(others, key=lambda other: others[other])
+    ratio = others[fastest] / others[name]
+    return text + (f" -> training only {fastest} is {ratio:.1f}x as fast" if ratio > GAINS else "")
+
+
+def _data_bound(found: dict[str, Any], regime: dict[str, Any]) -> str:
+    """What to do where the loop waits for data: more loader processes while there are cores, else less work."""
+    machine, workers = found["machine"], found["settings"]["workers"]
+    load = found["loading"]["loader"]["images_per_second"]
+    compute = regime["compute"]["step"]["images_per_second"]
+    wait = regime["training"]["data_wait_share"]
+    text = f"data-bound: waits {wait:.0%} of the time; loader {load:.0f}, compute {compute:.0f} images/s"
+    spare = machine["cores_per_process"] - (machine["threads"] if machine["device"] == "cpu" else 0)
+    if spare > workers:
+        return f"{text} -> --workers {spare}"
+    return f"{text} -> smaller files (resize them once to about the training size)"
+
+
+# In words
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """The report as text."""
+    yield from _head(found)
+    yield f"{'':<30}{'images/s':>10} {'(p10 to p90)':>20}{'ms/step':>10}   of the limit"
+    for name, timing in {**found["loading"]["stages"], **_loop_parts(found)}.items():
+        yield _row(f"load: {name}", timing, "")
+    for name, regime in found["regimes"].items():
+        yield f"{name}{' (features kept)' if regime['features_are_kept'] else ''}"
+        yield from _regime_rows(regime)
+    if "predict" in found:
+        start = found["predict"]["seconds_to_first_labels"]
+        yield _row("predict, files to labels", found["predict"], f"{start:.1f} s to the first, loading included")
+    yield f"verdict: {found['verdict']}"
+
+
+def _loop_parts(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"with {found['settings']['workers']} workers": found["loading"]["loader"],
+        "to the device": found["loading"]["input"],
+    }
+
+
+def _head(found: dict[str, Any]) -> Iterator[str]:
+    machine, chosen, limits = found["machine"], found["settings"], found["roofs"]
+    gpu = f"{machine['gpus'][0]}, " if machine["device"] == "cuda" else ""
+    yield f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {' '.join(machine['isa'])}"
+    products = ", ".join(f"{name} {roof['median'] / 1e12:.3g}" for name, roof in limits["gemm_flops"].items())
+    copies = f"memory {limits['copy_bytes']['median'] / 1e9:.3g} GB/s"
+    yield f"matrix products, TFLOP/s: {products}; {copies} read and written"
+    yield (
+        f"{chosen['model']}, {chosen['img_size']} pixels, batch {chosen['batch_size']} per process, "
+        f"precision {chosen['precision']}; {machine['processes']} processes; {chosen['training_images']} images"
+    )
+
+
+def _regime_rows(regime: dict[str, Any]) -> Iterator[str]:
+    compute, limits, training = regime["compute"], regime["limits"], regime["training"]
+    yield _row("  forward", compute["forward"], "")
+    yield _row("  forward and backward", compute["forward_backward"], "")
+    shares = f"{limits['share_of_roofline']:.0%} of the roofline, {limits['share_of_gemm']:.0%} of GEMM"
+    yield _row("  step", compute["step"], shares)
+    if "communication" in compute:
+        hidden = compute["communication"]["step_alone"]["seconds"] / compute["step"]["seconds"]
+        yield _row("  step without gradients' sum", compute["communication"]["step_alone"], f"{hidden:.0%} of the step")
+    yield _row("  first epoch, from files", training["first_epoch"], "")
+    yield _row("  later epochs", training["later_epochs"], f"waits for data {training['data_wait_share']:.0%}")
+    memory = regime["peak_memory"]
+    yield f"  peak memory: host {memory['host_mib']} MiB, GPU {memory['gpu_mib']} MiB"
+
+
+def _row(name: str, timing: dict[str, Any], remark: str) -> str:
+    images = timing["images"]
+    spread = f"({images / timing['p90']:,.1f} to {images / timing['p10']:,.1f})" if timing["windows"] > 1 else ""
+    return (
+        f"{name:<30}{timing['images_per_second']:>10,.1f} {spread:>20}{1000 * timing['seconds']:>10,.1f}   {remark}"
+    ).rstrip()

@@ -1,0 +1,26 @@
+"""Photographs for measuring where there are none: as large as those of ImageNet, and as hard to decode."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from resnet_dist.errors import MachineError
+
+SIZE = (500, 375)  # ImageNet's usual; with this noise a file has about 100 kB, which is ImageNet's mean
+
+
+def photographs(folder: Path, count: int) -> None:
+    """Write train/ and val/ of two classes as JPEG files, `count` for training in all. Raises MachineError."""
+    random = np.random.default_rng(0)
+    try:
+        for number in range(count + 2):
+            split, kind = ("train", number % 2) if number < count else ("val", number - count)
+            file = folder / split / "ab"[kind] / f"{number:05d}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+            pixels = np.asarray(coarse.resize(SIZE, Image.Resampling.BICUBIC), dtype=np.float32)
+            pixels = pixels + random.normal(0, 12, (SIZE[1], SIZE[0], 1)).astype(np.float32)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, quality=90)
+    except OSError as error:
+        raise MachineError(f"{folder}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,191 @@
+"""The steps and epochs of training, timed with the program's own loop: compute alone, then the whole."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from resnet_dist.bench.machine import activation_bytes, gemm_flops
+from resnet_dist.bench.timing import Plan, measure, summary, wait_for
+from resnet_dist.bench.work import bytes_moved, flops, least_seconds, operations
+from resnet_dist.config import Phase, TrainConfig
+from resnet_dist.data.index import ImageTable, PathTable
+from resnet_dist.data.loader import TrainBatches, TrainLoader
+from resnet_dist.data.transforms import Batch
+from resnet_dist.model.parts import cut, first_changing_stage
+from resnet_dist.model.resnet import empty
+from resnet_dist.model.trainable import set_trainable, train_mode
+from resnet_dist.provenance import forget_peak_memory, peak_memory
+from resnet_dist.run_folder import RunFolder
+from resnet_dist.stop import StopRequests
+from resnet_dist.train.job import Job, build_job, draw
+from resnet_dist.train.loop import Learner, begin_phase, end_phase, train_one_epoch, train_step
+from resnet_dist.train.progress import Display
+from resnet_dist.train.state import State
+
+REGIMES = {  # what learns; the BatchNorm statistics of what does not learn are frozen with it
+    "full": Phase(trainable="all"),
+    "layer4+head": Phase(trainable="layer4 head"),
+    "head": Phase(trainable="head"),
+}
+
+
+def prepare(accelerator: Accelerator, cfg: TrainConfig, steps: int) -> Job:
+    """A job that leaves nothing on disk, with as many training images as fill so many steps, or all if there are less.
+
+    The images are spread evenly over the data. Raises UsageError, DataError.
+    """
+    blueprint = draw(accelerator, cfg)
+    share = blueprint.batches.share
+    train = spread(blueprint.index.train, steps * share.global_batch)
+    batches = TrainBatches(len(train), cfg.run.seed, share, cfg.data.drop_last)
+    index = dataclasses.replace(blueprint.index, train=train)
+    blueprint = dataclasses.replace(blueprint, index=index, batches=batches)
+    run = RunFolder(Path("bench"), active=False)
+    return build_job(accelerator, blueprint, run, Display(enabled=False), StopRequests())
+
+
+def spread(table: ImageTable, count: int) -> ImageTable:
+    """`count` images at even distances, or all where there are no more."""
+    chosen = np.unique(np.linspace(0, len(table) - 1, min(count, len(table))).round().astype(int))
+    return ImageTable(table.root, PathTable([table.paths[int(i)] for i in chosen]), table.targets[chosen])
+
+
+def measure_regime(job: Job, name: str, plan: Plan, epochs: int, roofs: dict[str, Any]) -> dict[str, Any]:
+    """Everything about training in one of REGIMES: the work of a step, its time alone, and that of whole epochs."""
+    phase = dataclasses.replace(REGIMES[name], epochs=epochs)
+    job = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, phase=(phase,)))
+    forget_peak_memory()
+    learner = begin_phase(job, phase)
+    start = time.perf_counter()
+    learner.source.fill(job)
+    found: dict[str, Any] = {"seconds_to_fill_features": time.perf_counter() - start}
+    found |= {"features_are_kept": learner.source.train_module is not job.model}
+    batches = [batch.to(job.accelerator.device) for batch in next(learner.source.train_loader.epoch(0))]
+    train_mode(job.model, phase)
+    found["work"] = work(job, learner, batches[0], roofs)
+    found["compute"] = compute(job, learner, batches, plan)
+    found["limits"] = limits(job.accelerator, found, roofs)
+    found["training"] = whole_training(job, learner, epochs)
+    found["peak_memory"] = peak_memory()
+    end_phase(job, learner)
+    return found
+
+
+def compute(job: Job, learner: Learner, batches: Sequence[Batch], plan: Plan) -> dict[str, Any]:
+    """Times of a forward, of forward and backward, and of a whole step, on a batch that is on the device already."""
+    accelerator, first = job.accelerator, batches[0]
+
+    def forward() -> torch.Tensor:
+        logits = learner.net(learner.source.train_input(first))
+        return job.loss.numerators(logits, first).sum()
+
+    def backward() -> None:
+        accelerator.backward(forward() / len(first.targets))
+        learner.optimizer.zero_grad()
+
+    def step() -> None:
+        train_step(job, learner, batches)
+
+    found = {
+        "forward": measure(accelerator, forward, plan).of_images(len(first.targets)),
+        "forward_backward": measure(accelerator, backward, plan).of_images(len(first.targets)),
+        "step": measure(accelerator, step, plan).of_images(sum(len(batch.targets) for batch in batches)),
+    }
+    if accelerator.num_processes > 1:
+        found["communication"] = communication(job, learner, batches, plan)
+    return found
+
+
+def communication(job: Job, learner: Learner, batches: Sequence[Batch], plan: Plan) -> dict[str, Any]:
+    """A step of every process by itself, and an all-reduce of as many values as the gradient has."""
+    alone = dataclasses.replace(learner, net=learner.source.train_module)
+    images = sum(len(batch.targets) for batch in batches)
+    step = measure(job.accelerator, lambda: train_step(job, alone, batches), plan)
+    parameters = [p.detach() for p in learner.net.parameters() if p.requires_grad]
+    for values in parameters:  # they went different ways
+        torch.distributed.broadcast(values, 0)
+    gradient = torch.zeros(sum(values.numel() for values in parameters), device=job.accelerator.device)
+    reduce = measure(job.accelerator, lambda: torch.distributed.all_reduce(gradient), plan)
+    size = gradient.numel() * gradient.element_size()
+    return {"step_alone": step.of_images(images), "gradient_bytes": size, "all_reduce_bytes": reduce.rates(size)}
+
+
+def work(job: Job, learner: Learner, batch: Batch, roofs: dict[str, Any]) -> dict[str, float]:
+    """FLOPs and bytes of a step by image, and how many images per second the measured roofs would let through."""
+    shape = learner.source.train_input(batch).shape
+    done = operations(_on_meta(job, learner), shape)
+    width = activation_bytes(job.accelerator)
+    least = least_seconds(done, gemm_flops(job.accelerator, roofs), roofs["copy_bytes"]["median"], width)
+    return {
+        "flops_per_image": flops(done) / shape[0],
+        "bytes_per_image": bytes_moved(done, width) / shape[0],
+        "roofline_images_per_second": shape[0] / least,
+    }
+
+
+def _on_meta(job: Job, learner: Learner) -> nn.Module:
+    """The network that learns, in its mode, without memory."""
+    model = empty(job.architecture)
+    set_trainable(model, learner.phase)
+    train_mode(model, learner.phase)
+    if learner.source.train_module is job.model:
+        return model
+    return cut(model, first_changing_stage(model, learner.phase))[1]
+
+
+def limits(accelerator: Accelerator, found: dict[str, Any], roofs: dict[str, Any]) -> dict[str, float]:
+    """How near the step comes to what the machine can do, as shares of its measured roofs."""
+    rate, of_step = found["compute"]["step"]["images_per_second"], found["work"]
+    return {
+        "share_of_gemm": rate * of_step["flops_per_image"] / gemm_flops(accelerator, roofs),
+        "share_of_copy": rate * of_step["bytes_per_image"] / roofs["copy_bytes"]["median"],
+        "share_of_roofline": rate / of_step["roofline_images_per_second"],
+    }
+
+
+class WatchedLoader(TrainLoader):
+    """A training loader that adds up how long the loop waited for it."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        vars(self).update(vars(loader))
+        self.waited = 0.0
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of each step, as the loader gives them."""
+        arriving = super().epoch(epoch, first_step)
+        while True:
+            start = time.perf_counter()
+            batches = next(arriving, None)
+            self.waited += time.perf_counter() - start
+            if batches is None:
+                return
+            yield batches
+
+
+def whole_training(job: Job, learner: Learner, epochs: int) -> dict[str, Any]:
+    """Whole epochs of the loop, from the files: the first, and the median of those after it."""
+    watched = WatchedLoader(learner.source.train_loader)
+    learner.source = dataclasses.replace(learner.source, train_loader=watched)
+    images = watched.steps_per_epoch * watched.batches.share.global_batch
+    seconds, waits = [], []
+    for number in range(epochs):
+        watched.waited = 0.0
+        start = time.perf_counter()
+        train_one_epoch(job, learner, State(epochs_done=number))
+        wait_for(job.accelerator.device)
+        seconds.append(time.perf_counter() - start)
+        waits.append(watched.waited / seconds[-1])
+    later = seconds[1:] or seconds
+    return {
+        "first_epoch": summary(seconds[:1], 1).of_images(images),
+        "later_epochs": summary(later, 1).of_images(images),
+        "steps_per_epoch": watched.steps_per_epoch,
+        "data_wait_share": float(np.median(waits[1:] or waits)),
+    }

@@ -1,0 +1,145 @@
+"""`resnet-dist bench`: where the time of training goes on this machine, and what to change."""
+
+import contextlib
+import io
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from resnet_dist.config import (
+    AugmentConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PreprocessConfig,
+    RunConfig,
+    SystemConfig,
+    TrainConfig,
+    out_of_range,
+)
+
+if TYPE_CHECKING:
+    from resnet_dist.bench.timing import Plan
+    from resnet_dist.train.job import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure the machine, loading, computing and whole training, and say in one line what to change."""
+
+    data: DataConfig = DataConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig(model="resnet18", weights="none")
+    optim: OptimConfig = OptimConfig()
+    system: SystemConfig = SystemConfig()
+    regimes: tuple[Literal["full", "layer4+head", "head"], ...] = ("full", "layer4+head", "head")
+    """What learns: everything, the last stage and the head, the head."""
+    windows: int = 5
+    """Windows of which the median is taken."""
+    window_steps: int | None = None
+    """Steps in a window (default: as many as take half a second)."""
+    warmup_steps: int | None = None
+    """Steps before the first window (default: 2 on a CPU, 20 on a GPU)."""
+    epochs: int = 3
+    """Epochs of whole training in each regime; the first is reported by itself."""
+    epoch_steps: int = 6
+    """Steps in such an epoch: as many training images are taken, spread over DATA."""
+    predict: bool = True
+    """Also export the network and time prediction from files to labels."""
+    json: str | None = None
+    """Write everything that was measured to this file."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        yield from train_config(self, "DATA").problems()
+        yield from out_of_range(self, 1, math.inf, "windows", "window_steps", "epochs", "epoch_steps")
+        yield from out_of_range(self, 0, math.inf, "warmup_steps")
+        if not self.regimes:
+            yield "--regimes is empty: name at least one of full, layer4+head, head"
+
+
+def train_config(cfg: Any, data: str) -> TrainConfig:
+    """The training that is measured; of `data` where the config names none."""
+    return TrainConfig(
+        data=replace(cfg.data, data=cfg.data.data or data),
+        preprocess=cfg.preprocess,
+        augment=cfg.augment,
+        model=cfg.model,
+        optim=cfg.optim,
+        run=RunConfig(epochs=2),
+        system=cfg.system,
+    )
+
+
+def main(cfg: Config) -> int:
+    """Measure, print, write the JSON file. Returns the exit code. Raises ResnetDistError."""
+    from resnet_dist.bench.report import lines, make_report
+    from resnet_dist.bench.synthetic import photographs
+    from resnet_dist.distributed import machine_errors, on_main, start
+    from resnet_dist.run_folder import to_json, write_atomically
+
+    accelerator, line = start(cfg.system)
+    show = print if accelerator.is_main_process else _silent
+    show(line)
+    with tempfile.TemporaryDirectory(prefix="resnet-dist-bench-") as own:
+        folder = Path(on_main(accelerator, lambda: own))
+        if cfg.data.data is None:
+            show("no DATA: synthetic photographs")
+            count = cfg.epoch_steps * accelerator.num_processes * cfg.data.batch_size * cfg.optim.grad_accum
+            on_main(accelerator, lambda: photographs(folder / "photographs", count))
+        chosen = train_config(cfg, str(folder / "photographs"))
+        with machine_errors(accelerator, cfg.data.batch_size, cfg.optim.grad_accum):
+            plan = plan_of(cfg, accelerator.device.type)
+            found, job = make_report(accelerator, chosen, cfg.regimes, plan, cfg.epochs, cfg.epoch_steps)
+            found["settings"]["data"] = "synthetic" if cfg.data.data is None else "images"
+            if cfg.predict:
+                found["predict"] = on_main(accelerator, lambda: time_prediction(job, folder, plan))
+    for text in lines(found):
+        show(text)
+    if cfg.json is not None:
+        on_main(accelerator, lambda: write_atomically(Path(cfg.json or ""), to_json(found)))
+    accelerator.end_training()
+    return 0
+
+
+def _silent(_: str) -> None:
+    """What the other processes say."""
+
+
+def plan_of(cfg: Config, device: str) -> "Plan":
+    """How long to measure."""
+    from resnet_dist.bench.timing import Plan
+
+    warmup = cfg.warmup_steps if cfg.warmup_steps is not None else 20 if device == "cuda" else 2
+    return Plan(cfg.windows, cfg.window_steps, warmup)
+
+
+def time_prediction(job: "Job", folder: Path, plan: "Plan") -> dict[str, Any]:
+    """Export the network as it is, and time the predictor on a batch of files: to labels, and its start."""
+    from export import command
+    from export.predict import Predictor
+    from resnet_dist.bench.timing import summary
+    from resnet_dist.train.checkpoint import save_best
+    from resnet_dist.train.state import Best
+
+    checkpoint = folder / "bench.safetensors"
+    save_best(checkpoint, job.model, job.described(Best({}, 0, "raw")))
+    with contextlib.redirect_stdout(io.StringIO()):
+        command.main(command.Config(run=str(checkpoint), output_dir=str(folder / "export"), images=1))
+    table = job.index.train
+    files = [table.root / table.paths[i] for i in range(min(len(table), job.cfg.data.batch_size))]
+    start = time.perf_counter()
+    predictor = Predictor(folder / "export" / "model.onnx", providers="cpu")
+    list(predictor.predict(files))
+    first = time.perf_counter() - start
+    seconds = []
+    for _ in range(plan.windows):
+        start = time.perf_counter()
+        list(predictor.predict(files))
+        seconds.append(time.perf_counter() - start)
+    return {**summary(seconds, 1).of_images(len(files)), "seconds_to_first_labels": first}
