@@ -81,6 +81,32 @@ def lr_range(
     figure.savefig(file, dpi=120, bbox_inches="tight")
 
 
+def compared_curves(file: Path, techniques: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> None:
+    """Validation loss and accuracy of every technique over its epochs: a thin line per seed, a thick one for the mean.
+
+    `techniques` holds, by name, the epochs of each of its runs; the mean ends where the shortest run does.
+    """
+    figure, (left, right) = _figure(1, 2, 12, 4.5)
+    for axes, metric in ((left, "val_loss"), (right, "val_top1")):
+        for number, (name, runs) in enumerate(techniques.items()):
+            colour = colormaps["tab20" if len(techniques) > 10 else "tab10"](number % 20)
+            for epochs in runs if len(runs) > 1 else ():
+                axes.plot(
+                    [row["epoch"] for row in epochs], [row[metric] for row in epochs], color=colour, alpha=0.3, lw=1
+                )
+            length = min(map(len, runs))
+            mean = np.mean([[row[metric] for row in epochs[:length]] for epochs in runs], axis=0)
+            x = [row["epoch"] for row in runs[0][:length]]
+            axes.plot(x, mean, "os^Dv"[number % 5] + "-", color=colour, markersize=5, label=shortened(name, 40))
+        axes.set(xlabel="epoch", ylabel={"val_loss": "validation loss", "val_top1": "validation top-1"}[metric])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    legend = right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+
+
 def confusion_matrix(file: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
     """Rows are true classes, columns predictions, colour the share of the row; numbers are images."""
     n = len(classes)
@@ -107,14 +133,19 @@ def image_grid(
     """Images, uint8 (H, W, 3), four in a row, each under its title; green where `right`, red where not."""
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
-    figure, axes = _figure(rows, columns, 2.6 * columns, 2.9 * rows)
-    for place in axes:
-        place.axis("off")
-    for number, (place, image, title) in enumerate(zip(axes, images, titles, strict=False)):
-        place.imshow(image)
+    # One plain axes for all of them: laying out sixteen takes a second.
+    figure = Figure(figsize=(2.6 * columns, 3.1 * rows))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 2.6 * columns), ylim=(3.1 * rows, 0), aspect="equal")
+    axes.set_axis_off()
+    for number, (image, title) in enumerate(zip(images, titles, strict=True)):
+        left, top = 2.6 * (number % columns) + 0.1, 3.1 * (number // columns) + 0.5
+        height, width = (2.4 * side / max(image.shape[:2]) for side in image.shape[:2])
+        axes.imshow(image, extent=(left, left + width, top + height, top))
         colour = "black" if right is None else GREEN if right[number] else RED
-        place.set_title(title, fontsize=9, color=colour, parse_math=False)  # a class may be called $5
-    figure.savefig(file, dpi=100, bbox_inches="tight")
+        text = axes.text(left + 1.2, top - 0.05, title, ha="center", va="bottom", fontsize=9, color=colour)
+        text.set_parse_math(False)  # a class may be called $5
+    axes.set(xlim=(0, 2.6 * columns), ylim=(3.1 * rows, 0))
+    figure.savefig(file, dpi=100)
 
 
 def reliability_diagram(file: Path, found: Reliability) -> None:
