@@ -1,7 +1,7 @@
 """Batches for one process: which samples, in which order, loaded by how many helpers."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from export.predict import Preprocessing
 from resnet_dist import launcher
 from resnet_dist.config import AugmentConfig
-from resnet_dist.data.decode import load_fitted, load_image, naming_the_file
+from resnet_dist.data.decode import Reader
 from resnet_dist.data.index import ImageTable
-from resnet_dist.data.transforms import Batch, augment, mix_of_pair, sample_key, training_pixels
+from resnet_dist.data.transforms import Batch, augment, mix_of_pair, sample_key, starts_fitted, training_pixels
 from resnet_dist.errors import DataError, MachineError, UsageError
 from resnet_dist.stop import shield_loader
 
+Read = Callable[[int], np.ndarray]  # the decoded image at a position, uint8 (H, W, 3)
 Key = tuple[int, int]  # (epoch, position in the table): what the sampler sends to the loader processes
 
 
@@ -91,6 +92,8 @@ class TrainImages(Dataset[Batch]):
     def __init__(self, table: ImageTable, spec: Preprocessing, cfg: AugmentConfig, seed: int) -> None:
         self.table, self.spec, self.cfg, self.seed = table, spec, cfg, seed
         self.transform = augment(cfg, spec)
+        least = 2 * spec.img_size if cfg.scaled_decode else 0
+        self.read: Read = Reader(table, spec) if starts_fitted(cfg) else Reader(table, None, least)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch | DataError:
         """The batch, or the error instead of it: raised in a loader process it would arrive wrapped in a traceback."""
@@ -105,9 +108,8 @@ class TrainImages(Dataset[Batch]):
         flips = []
         sample_keys = [sample_key(self.seed, epoch, index) for epoch, index in keys]
         for row, (_, index) in enumerate(keys):
-            image = load_image(self.table, index)
-            with naming_the_file(self.table, index):
-                images[row], flip = training_pixels(image, sample_keys[row], self.transform, self.cfg, self.spec)
+            pixels = self.read(index)
+            images[row], flip = training_pixels(pixels, sample_keys[row], self.transform, self.cfg.hflip)
             flips.append(flip)
         batch = _batch_of(self.table, images, [index for _, index in keys], sample_keys)
         batch.flip = torch.tensor(flips) if any(flips) else None
@@ -122,11 +124,12 @@ class EvalImages(Dataset[Batch]):
 
     def __init__(self, table: ImageTable, spec: Preprocessing) -> None:
         self.table, self.spec = table, spec
+        self.read: Read = Reader(table, spec)
 
     def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
         """The batch, or the error instead of it (see TrainImages)."""
         try:
-            images = np.stack([load_fitted(self.table, index, self.spec) for index in positions])
+            images = np.stack([self.read(index) for index in positions])
         except DataError as error:
             return error
         return _batch_of(self.table, images, positions, [0] * len(positions))

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import resize_image
 
-from export.predict import Preprocessing, fit
+from export.predict import Preprocessing
 from resnet_dist.config import AugmentConfig
 
 _MASK = (1 << 64) - 1
@@ -33,6 +33,24 @@ def sample_key(seed: int, epoch: int, index: int) -> int:
     return key >> 1
 
 
+def starts_fitted(cfg: AugmentConfig) -> bool:
+    """Whether training images start from the evaluation geometry; else from the whole image."""
+    return cfg.aug == "none" or cfg.crop == "random-pad"
+
+
+class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
+    """torchvision's, bit for bit, without what it spends on finding out what it was given."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 (3, H, W), rows of pixels in memory, to (3, size, size)."""
+        box = self.make_params([image])
+        top, left = box["top"], box["left"]
+        # Only in this layout does torch resize without rearranging; a crop with gaps between its rows does not have it.
+        crop = image[:, top : top + box["height"], left : left + box["width"]].permute(1, 2, 0).contiguous()
+        resized: torch.Tensor = resize_image(crop[None].permute(0, 3, 1, 2), self.size, self.interpolation)[0]
+        return resized
+
+
 def augment(cfg: AugmentConfig, spec: Preprocessing) -> v2.Transform | None:
     """The random geometry and colour of one training image, uint8 (3, H, W) to uint8 (3, img_size, img_size).
 
@@ -43,7 +61,7 @@ def augment(cfg: AugmentConfig, spec: Preprocessing) -> v2.Transform | None:
     filter_ = v2.InterpolationMode(spec.interpolation)
     steps: list[v2.Transform] = []
     if cfg.crop == "random-resized":
-        steps.append(v2.RandomResizedCrop(spec.img_size, scale=cfg.crop_scale, interpolation=filter_, antialias=True))
+        steps.append(RandomResizedCrop(spec.img_size, scale=cfg.crop_scale, interpolation=filter_))
     else:
         steps.append(v2.RandomCrop(spec.img_size, padding=cfg.crop_padding))
     if cfg.aug == "trivial":
@@ -56,19 +74,23 @@ def augment(cfg: AugmentConfig, spec: Preprocessing) -> v2.Transform | None:
         steps.append(v2.RandomRotation(cfg.rotation, interpolation=v2.InterpolationMode.BILINEAR, fill=list(spec.fill)))
     if cfg.erasing:
         steps.append(v2.RandomErasing(cfg.erasing, value=list(spec.fill)))
-    return v2.Compose(steps)
+    return steps[0] if len(steps) == 1 else v2.Compose(steps)
 
 
 def training_pixels(
-    image: Image.Image, key: int, transform: v2.Transform | None, cfg: AugmentConfig, spec: Preprocessing
+    pixels: np.ndarray, key: int, transform: v2.Transform | None, hflip: float
 ) -> tuple[np.ndarray, bool]:
-    """The pixels of one training sample, uint8 (img_size, img_size, 3), and whether the device is to flip them."""
+    """The pixels of one training sample, uint8 (img_size, img_size, 3), and whether the device is to flip them.
+
+    `pixels`, uint8 (H, W, 3), are in the evaluation geometry or whole, as `starts_fitted` says; they stay as they are.
+    """
     if transform is None:
-        return fit(image, spec), False
+        return pixels, False
     torch.default_generator.manual_seed(key)
-    flip = bool(torch.rand(()) < cfg.hflip)
-    pixels = np.array(fit(image, spec) if cfg.crop == "random-pad" else image)
-    changed = transform(torch.from_numpy(pixels).permute(2, 0, 1))
+    flip = bool(torch.rand(()) < hflip)
+    # No transform writes into its input, but torch takes no memory that could not be written to.
+    own = pixels if pixels.flags.writeable else pixels.copy()
+    changed = transform(torch.from_numpy(own).permute(2, 0, 1))
     return changed.permute(1, 2, 0).numpy(), flip
 
 

@@ -18,6 +18,7 @@ from resnet_dist.data.transforms import (
     augment,
     mix_of_pair,
     sample_key,
+    starts_fitted,
     swap_pairs,
     training_pixels,
 )
@@ -39,7 +40,8 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
 
 def pixels_of(key: int, options: dict[str, Any], spec: Preprocessing = SPEC) -> tuple[np.ndarray, bool]:
     cfg = AugmentConfig(**options)
-    return training_pixels(IMAGE, key, augment(cfg, spec), cfg, spec)
+    pixels = fit(IMAGE, spec) if starts_fitted(cfg) else np.array(IMAGE)
+    return training_pixels(pixels, key, augment(cfg, spec), cfg.hflip)
 
 
 def keys(count: int) -> list[int]:
@@ -175,7 +177,7 @@ def test_flips_come_with_their_probability(hflip: float, low: int, high: int) ->
     """Of 1500; five standard deviations of sqrt(1500 * 0.3 * 0.7) = 17.7 about 450."""
     cfg = AugmentConfig(hflip=hflip)
     transform = augment(cfg, SPEC)
-    assert low <= sum(training_pixels(IMAGE, key, transform, cfg, SPEC)[1] for key in keys(1500)) <= high
+    assert low <= sum(training_pixels(np.array(IMAGE), key, transform, hflip)[1] for key in keys(1500)) <= high
 
 
 # ---------------------------------------------------------------------------------------------------------------------
