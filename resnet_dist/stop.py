@@ -81,7 +81,10 @@ class StopRequests:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Within it, signals to stop are requests; after it, the handlers that were there before are back."""
+    """Within it, signals to stop are requests; after it, the handlers that were there before are back.
+
+    Not in a launched process, which ends then: a launcher that ends the others must not cut off what it has to say.
+    """
     requests = StopRequests()
     before = {number: signal.signal(number, requests.note) for number in SIGNALS}
     if launcher.is_distributed():
@@ -89,8 +92,9 @@ def stop_requests() -> Iterator[StopRequests]:
     try:
         yield requests
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not launcher.is_distributed():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def die_with_parent(number: int) -> None:

@@ -1,0 +1,70 @@
+"""The program, interrupted at a given point by a signal to itself; and what it read, for tests that ask.
+
+python -m tests.train.interrupted POINT SIGNAL RANK train ARGUMENTS...: the process of this rank (or every process, for
+"all") sends itself the signal. With RECORD=FOLDER in the environment every process writes the samples of each batch
+that it loads, as a line of JSON.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import resnet_dist.train.loop as loop
+from resnet_dist import launcher
+from resnet_dist.data.loader import Key, TrainImages
+
+# Where to interrupt: a function of the loop, and after how many calls of it. Three steps make an epoch, the first epoch
+# is a phase of its own, and every epoch is validated twice (the weights and their average).
+POINTS = {
+    "start": ("begin_phase", 1),
+    "mid-epoch": ("train_step", 5),
+    "epoch end": ("validate", 3),  # between the two validations of the second epoch
+    "phase edge": ("begin_phase", 2),
+}
+
+
+def interrupted(function: Callable[..., Any], calls: int, action: Callable[[], object]) -> Callable[..., Any]:
+    """The function, followed by the action after that many calls."""
+    left = [calls]
+
+    def call(*arguments: Any) -> Any:
+        result = function(*arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            action()
+        return result
+
+    return call
+
+
+def interrupt(point: str, action: Callable[[], object], replace: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Do this at a point of POINTS; `replace` is a monkeypatch's setattr where it is to be undone."""
+    name, calls = POINTS[point]
+    replace(loop, name, interrupted(getattr(loop, name), calls, action))
+
+
+def record(file: Path, replace: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Write the samples of every training batch that this process loads."""
+    load = TrainImages.__getitems__
+
+    def recorded(self: TrainImages, keys: Sequence[Key]) -> object:
+        with file.open("a") as stream:
+            stream.write(json.dumps(keys) + "\n")
+        return load(self, keys)
+
+    replace(TrainImages, "__getitems__", recorded)
+
+
+if __name__ == "__main__":
+    from resnet_dist.cli import entry
+
+    point, number, rank = sys.argv[1:4]
+    sys.argv[1:4] = []
+    if rank in ("all", str(launcher.rank())):
+        interrupt(point, lambda: os.kill(os.getpid(), int(number)))
+    if "RECORD" in os.environ:
+        record(Path(os.environ["RECORD"]) / f"{launcher.rank()}.jsonl")
+    entry()
