@@ -1,4 +1,4 @@
-"""Between text and the config classes: command line and TOML in, TOML out. All problems are collected, then raised.
+"""From text to the config classes: recipe, TOML file and command line. All problems are collected, then raised.
 
 Options are flat (`--lr`, not `--optim.lr`): the name of a field is the name of its option, with hyphens or underscores,
 and its key in the section of the TOML file that bears its dataclass's name.
@@ -10,23 +10,18 @@ import dataclasses
 import functools
 import inspect
 import math
-import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, NoReturn
-
-import tomli_w
 
 from resnet_dist.config import Phase, TrainConfig
 from resnet_dist.duration import Duration
 from resnet_dist.errors import UsageError
+from resnet_dist.header import network_of
+from resnet_dist.stored import Layer, read_toml, stored_config
 from resnet_dist.wording import suggestion
-
-MAX_TOML_BYTES = 1 << 20
-Layer = dict[str, Any]
 
 
 @functools.cache
@@ -144,58 +139,6 @@ def _convert_scalar(kind: Any, value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# TOML
-
-
-def read_toml(path: str | Path) -> Layer:
-    """A TOML file as nested dicts. Raises UsageError in one line for a missing, huge or malformed file."""
-    try:
-        file = Path(path)
-        if file.stat().st_size > MAX_TOML_BYTES:
-            raise UsageError(f"{path}: larger than {MAX_TOML_BYTES >> 20} MiB, not a config file")
-        return tomllib.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not a TOML file ({error})") from None
-
-
-def to_toml(config: TrainConfig) -> str:
-    """The stored form of a config as TOML that `-c` reads back."""
-    return tomli_w.dumps(kept(config))
-
-
-def kept(config: TrainConfig) -> Layer:
-    """The config as it is stored: without where it went, which is no part of what was trained."""
-    values: Layer = plain(config)
-    passing = ("output_dir", "overwrite", "resume", "dry_run")
-    run = {name: value for name, value in values["run"].items() if name not in passing}
-    *earlier, last = values["phase"]  # the last takes the rest of the epochs, whatever --epochs becomes
-    return {**values, "run": run, "phase": [*earlier, {k: v for k, v in last.items() if k != "epochs"}]}
-
-
-def portable(config: TrainConfig) -> Layer:
-    """The stored form without paths: what a checkpoint may carry to other machines and people."""
-    values = kept(config)
-    values["data"] = {name: value for name, value in values["data"].items() if name not in ("data", "val_dir")}
-    values["model"] = {**values["model"], "weights": Path(config.model.weights).name}
-    values["loss"] = {**values["loss"], "class_weights": Path(config.loss.class_weights).name}
-    return values
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, tuples and durations as what TOML and JSON know; None (automatic) is left out."""
-    if isinstance(value, Duration):
-        return str(value)
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {name: plain(item) for name, item in fields.items() if item is not None}
-    if isinstance(value, tuple):
-        return [plain(item) for item in value]
-    return value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Layers: recipe < file < command line, as nested dicts {section: {field: value}}
 
 
@@ -266,7 +209,12 @@ def make_parser(cls: type, program: str, recipes: Callable[[], Sequence[str]] | 
         prog=program,
         description=inspect.getdoc(cls),
         allow_abbrev=False,
-        usage=f"{program} [OPTIONS]" + "".join(f" [{o.name.upper()}]" for o in options_of(cls) if o.positional),
+        usage=f"{program} [OPTIONS]"
+        + "".join(
+            f" [{o.name.upper()}{' ...' if typing.get_origin(o.kind) is tuple else ''}]"
+            for o in options_of(cls)
+            if o.positional
+        ),
         epilog="--debug, anywhere, shows the traceback of an error.",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32, width=110),
     )
@@ -299,7 +247,11 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
     how |= {"action": argparse.BooleanOptionalAction} if option.kind is bool else {"metavar": _metavar(option.kind)}
     if option.positional:
         group.add_argument(
-            option.name, nargs="?", metavar=option.name.upper(), help=text.replace("%", "%%"), default=argparse.SUPPRESS
+            option.name,
+            nargs="*" if typing.get_origin(option.kind) is tuple else "?",
+            metavar=option.name.upper(),
+            help=text.replace("%", "%%"),
+            default=argparse.SUPPRESS,
         )
     else:
         group.add_argument(*short, option.flag, help=text.replace("%", "%%"), **how)
@@ -341,6 +293,9 @@ def parse(
         layer, wrong = _layers_below(cls, typed, recipes())
         problems += wrong
     phase_settings = typed.pop("phase", None) or []
+    if "batch_size" in typed and isinstance(layer.get("data"), dict):
+        layer["data"] = {**layer["data"]}
+        layer["data"].pop("global_batch_size", None)  # from a file; what is typed wins
     layer = merge(layer, _typed_layer(cls, typed))
     problems += _set_phases(cls, layer, typed, phase_settings)
     config, wrong = build(cls, layer)
@@ -372,8 +327,11 @@ def _layers_below(cls: type, typed: dict[str, Any], recipes: Mapping[str, Layer]
     Sections that only `train` has are left out for other verbs.
     """
     recipe, file, problems = typed.pop("recipe"), typed.pop("config"), []
-    stored = _stored_config(typed)
+    stored = stored_config(typed)
     layer = merge(stored, read_toml(file) if file else {})
+    old = None if stored else typed.get("init_from") or _value(layer, "run", "init_from")
+    if old is not None and "weights" in typed:
+        problems.append(f"--weights {typed['weights']} and --init-from {old} both say where to start: give one of them")
     if stored and recipe is not None and recipe != stored.get("recipe"):
         problems.append(f"--recipe {recipe}: a resumed run keeps its recipe ({stored.get('recipe', 'none')})")
     name = layer.get("recipe") if stored else recipe or layer.get("recipe")
@@ -382,21 +340,16 @@ def _layers_below(cls: type, typed: dict[str, Any], recipes: Mapping[str, Layer]
     elif name is not None:
         near = suggestion(str(name), list(recipes)) or "; `resnet-dist recipes` lists them"
         problems.append(f"--recipe: there is no recipe '{name}'{near}")
+    if isinstance(old, str):  # what the old run knows of itself need not be said again
+        layer = merge({"model": network_of(old)}, layer)
     others = {field.name for field in dataclasses.fields(TrainConfig)} - {
         field.name for field in dataclasses.fields(cls)
     }
     return {key: value for key, value in layer.items() if key not in others}, problems
 
 
-def _stored_config(typed: Mapping[str, Any]) -> Layer:
-    """The config of the run that `--resume` names; nothing where `auto` finds no run yet."""
-    folder = typed.get("output_dir") if typed.get("resume") == "auto" else typed.get("resume")
-    if folder is None:
-        return {}
-    file = Path(folder) / "config.toml"
-    if typed.get("resume") == "auto" and not file.exists():
-        return {}
-    return read_toml(file)
+def _value(layer: Layer, section: str, name: str) -> Any:
+    return layer[section].get(name) if isinstance(layer.get(section), dict) else None
 
 
 def _typed_layer(cls: type, typed: Mapping[str, Any]) -> Layer:

@@ -2,19 +2,28 @@
 
 from export.predict import Preprocessing
 from resnet_dist.config import PreprocessConfig
+from resnet_dist.errors import UsageError
 
 
 def preprocessing(cfg: PreprocessConfig, base: Preprocessing | None = None) -> Preprocessing:
-    """The preprocessing of the weights (ImageNet's usual one if none is named), with what the config changes."""
+    """The preprocessing of the weights (ImageNet's usual one if none is named), with what the config changes.
+
+    Raises UsageError where the two do not go together.
+    """
     base = base or Preprocessing()
     img_size = cfg.img_size or base.img_size
+    mode = cfg.resize_mode or base.resize_mode
+    if cfg.resize is not None and mode != "crop":
+        raise UsageError(f"--resize applies to --resize-mode crop only, and these weights have {mode}")
     resize = cfg.resize or round(base.resize * img_size / base.img_size)
+    if mode == "crop" and resize < img_size:
+        raise UsageError(f"--resize {resize} is below the image size {img_size} of the weights: the crop would not fit")
     mean, std = (cfg.mean or base.mean), (cfg.std or base.std)
     return Preprocessing(
         img_size=img_size,
-        resize_mode=cfg.resize_mode,
-        resize=resize if cfg.resize_mode == "crop" else img_size,
-        interpolation=cfg.interpolation,
+        resize_mode=mode,
+        resize=resize if mode == "crop" else img_size,
+        interpolation=cfg.interpolation or base.interpolation,
         mean=(mean[0], mean[1], mean[2]),
         std=(std[0], std[1], std[2]),
         fill=(round(255 * mean[0]), round(255 * mean[1]), round(255 * mean[2])),

@@ -2,7 +2,6 @@
 
 import hashlib
 import http.client
-import json
 import pickle  # noqa: TID251 - the name of the error that torch.load raises
 import re
 import socket
@@ -13,13 +12,14 @@ from pathlib import Path
 
 import torch
 import torchvision
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from export.predict import Preprocessing
 from resnet_dist.config import ARCHITECTURES, ModelConfig
 from resnet_dist.errors import ArtifactError, MachineError, UsageError
+from resnet_dist.header import description_in
 from resnet_dist.model.resnet import Architecture, empty, stage_of
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
@@ -59,14 +59,13 @@ def preprocessing_of(weights: torchvision.models.WeightsEnum | None) -> Preproce
 
 def preprocessing_in(file: Path) -> Preprocessing:
     """The preprocessing that a checkpoint of resnet-dist names in its metadata; ImageNet's for any other file."""
-    if file.suffix != ".safetensors":
+    described = description_in(file) if file.suffix == ".safetensors" else None
+    if described is None:
         return Preprocessing()
     try:
-        with safe_open(file, framework="pt") as opened:
-            stored = (opened.metadata() or {}).get("resnet_dist")
-        return Preprocessing.from_dict(json.loads(stored)["preprocessing"]) if stored else Preprocessing()
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{file}: its description cannot be read ({error})") from None
+        return Preprocessing.from_dict(described.get("preprocessing", {}))
+    except ValueError as error:
+        raise ArtifactError(f"{file}: its description is damaged: {error}") from None
 
 
 def cached_file(url: str) -> Path:

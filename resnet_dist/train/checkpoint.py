@@ -1,6 +1,5 @@
 """Checkpoints that carry their recipe: plain torchvision names, and one metadata key that holds everything else."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from torch import nn
 from export.predict import Preprocessing, canonical_json
 from resnet_dist import __version__
 from resnet_dist.errors import ArtifactError
+from resnet_dist.header import METADATA_KEY, description_in
 from resnet_dist.model.resnet import Architecture, build, empty
+from resnet_dist.model.weights import load_backbone
 from resnet_dist.run_folder import FORMAT_VERSION, write_atomically
 
-METADATA_KEY = "resnet_dist"
-MAX_METADATA = 1 << 24
+MAX_CLASSES, MAX_NAME = 100_000, 1024  # the predictor's limits too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +54,21 @@ class Description:
         )
 
     @classmethod
-    def from_json(cls, text: str) -> "Description":
+    def from_dict(cls, values: Mapping[str, Any]) -> "Description":
         """From the stored form. Raises ValueError or KeyError that says what is wrong."""
-        values = json.loads(text)
-        if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
+        if values.get("format_version") != FORMAT_VERSION:
             raise ValueError("its format_version is not one that this version of resnet-dist reads")
         classes = values["classes"]
         if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
             raise ValueError("its classes are not a list of names")
+        if not 0 < len(classes) <= MAX_CLASSES or max(map(len, classes)) > MAX_NAME:
+            raise ValueError(f"it has no classes, more than {MAX_CLASSES}, or one whose name is implausibly long")
         if len(set(classes)) != len(classes):
             raise ValueError("a class is named twice")
+        if not isinstance(values["config"], dict) or not _is_score(values["score"]):
+            raise ValueError("its config or score is not an object of plain values")
+        if type(values["epoch"]) is not int or values["weights_kind"] not in ("raw", "ema"):
+            raise ValueError("its epoch or its kind of weights is not one")
         return cls(
             architecture=Architecture.from_dict(values, len(classes)),
             classes=tuple(classes),
@@ -89,14 +94,12 @@ def load_checkpoint(file: Path) -> tuple[nn.Module, Description]:
     """
     if not file.is_file():
         raise ArtifactError(f"{file}: there is no such checkpoint")
+    values = description_in(file)
+    if values is None:
+        raise ArtifactError(f"{file}: not written by resnet-dist (no '{METADATA_KEY}' in its metadata)")
+    description = _described(file, values)
     try:
         with safe_open(file, framework="pt") as opened:
-            metadata = (opened.metadata() or {}).get(METADATA_KEY)
-            if metadata is None:
-                raise ArtifactError(f"{file}: not written by resnet-dist (no '{METADATA_KEY}' in its metadata)")
-            if len(metadata) > MAX_METADATA:
-                raise ArtifactError(f"{file}: its metadata is implausibly long")
-            description = _described(file, metadata)
             _check(file, opened, empty(description.architecture))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
@@ -109,10 +112,32 @@ def load_checkpoint(file: Path) -> tuple[nn.Module, Description]:
     return model.eval(), description
 
 
-def _described(file: Path, metadata: str) -> Description:
+def start_from(file: Path, model: nn.Module, architecture: Architecture, classes: Sequence[str]) -> str:
+    """Put the weights of an old checkpoint into a new network: the backbone, and the head where it means the same.
+
+    Returns a line that says which. Raises ArtifactError where the checkpoint is damaged or its backbone is another.
+    """
+    old, described = load_checkpoint(file)
+    tensors = old.state_dict()
+    load_backbone(model, tensors, architecture, str(file))
+    if described.classes != tuple(classes):
+        common = len(set(described.classes) & set(classes))
+        return f"weights: backbone of {file}, new head (of its {len(described.classes)} classes {common} are here too)"
+    before, now = (" ".join(map(str, (a.head, *a.head_hidden))) for a in (described.architecture, architecture))
+    if before != now:
+        return f"weights: backbone of {file}, new head (it had {before}, this run has {now})"
+    model.load_state_dict(tensors)
+    return f"weights: backbone and head of {file}"
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(number, int | float) for number in value.values())
+
+
+def _described(file: Path, values: Mapping[str, Any]) -> Description:
     try:
-        return Description.from_json(metadata)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return Description.from_dict(values)
+    except (ValueError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ArtifactError(f"{file}: its description is damaged: {reason}") from None
 

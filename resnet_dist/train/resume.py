@@ -25,10 +25,10 @@ from resnet_dist.train.state import (
 
 # Settings that make another run of it, by section: they decide what the saved numbers mean.
 FIXED = {
-    "data": {"data", "val_dir", "val_split", "split_seed", "group_by", "drop_last"},
+    "data": {"data", "val_dir", "val_split", "split_seed", "group_by", "exclude_list", "drop_last"},
     "preprocess": None,  # all of them
     "model": {"model", "head", "head_hidden", "stem"},
-    "run": {"seed", "ema"},
+    "run": {"seed", "ema", "init_from"},
     "phase": None,
 }
 

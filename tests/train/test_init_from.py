@@ -1,0 +1,133 @@
+"""`--init-from`: a new run from the weights of an old one, and what it knows of itself."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from resnet_dist.cli import main
+from resnet_dist.config import TrainConfig
+from resnet_dist.errors import UsageError
+from resnet_dist.options import parse
+from resnet_dist.recipes import layers
+from resnet_dist.train.checkpoint import start_from
+from resnet_dist.train.job import Job
+from tests.conftest import TINY, make_folder
+from tests.train.helpers import job_of
+
+Refused = Callable[..., str]
+BEST = "checkpoints/best.safetensors"
+MACHINE = ["--workers", "0", "--threads", "1", "--mixed-precision", "no"]
+
+
+@pytest.fixture(scope="module")
+def old(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run with a head, a stem and a preprocessing that are not the defaults."""
+    path = tmp_path_factory.mktemp("old") / "run"
+    options = ["--head", "mlp", "--head-hidden", "7", "--resize-mode", "squash", "--mean", "0.4,0.5,0.6"]
+    assert main(["train", str(folder), *TINY, *options, "--epochs", "1", "-o", str(path)]) == 0
+    return path
+
+
+def started(old: Path, data: Path, out: Path, *options: str) -> Job:
+    """A run from old weights, before its first step."""
+    return job_of(out, data, "--init-from", old, *MACHINE, *options)
+
+
+def weights_of(job: Job) -> dict[str, torch.Tensor]:
+    return job.model.state_dict()
+
+
+def said_of(job: Job, old: Path) -> str:
+    """What is said of the weights when the run starts."""
+    return start_from(old / BEST, job.model, job.architecture, job.index.classes)
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, head: bool) -> bool:
+    """Whether the weights, with or without those of the head, are the same bits."""
+    names = [name for name in a if "num_batches" not in name and name.startswith("fc.") == head]
+    return bool(names) and all(torch.equal(a[name], b[name]) for name in names)
+
+
+@pytest.mark.parametrize("inside", ["", BEST])
+def test_same_classes_bring_backbone_head_and_preprocessing(
+    old: Path, folder: Path, tmp_path: Path, inside: str
+) -> None:
+    """Of a run folder and of a checkpoint; neither network nor image size is said again."""
+    job, before = started(old / inside, folder, tmp_path / "new"), load_file(old / BEST)
+    assert weights_of(job).keys() == before.keys()
+    assert equal(weights_of(job), before, head=False) and equal(weights_of(job), before, head=True)
+    assert said_of(job, old) == f"weights: backbone and head of {old / BEST}"
+    assert job.spec.to_dict() == json.loads((old / "preprocess.json").read_text())
+    assert (job.spec.img_size, job.spec.resize_mode, job.spec.mean) == (16, "squash", (0.4, 0.5, 0.6))
+
+
+def test_other_classes_bring_the_backbone_and_a_new_head(old: Path, tmp_path: Path) -> None:
+    data = make_folder(tmp_path / "data", train=3, val=2, classes=("dog", "emu", "fox", "gnu"))
+    job = started(old, data, tmp_path / "new")
+    assert equal(weights_of(job), load_file(old / BEST), head=False)
+    assert weights_of(job)["fc.3.weight"].shape == (4, 7)
+    assert said_of(job, old).endswith("new head (of its 3 classes 2 are here too)")
+
+
+def test_as_many_other_classes_do_not_bring_the_head(old: Path, tmp_path: Path) -> None:
+    """Of equal shape, but it would name the wrong things."""
+    data = make_folder(tmp_path / "data", train=3, val=2, classes=("cat", "dog", "fox"))
+    assert not equal(weights_of(started(old, data, tmp_path / "new")), load_file(old / BEST), head=True)
+
+
+def test_another_head_is_new_and_what_is_typed_holds(old: Path, folder: Path, tmp_path: Path) -> None:
+    job = started(old, folder, tmp_path / "new", "--head", "linear", "--resize-mode", "pad", "--img-size", "24")
+    assert equal(weights_of(job), load_file(old / BEST), head=False)
+    assert weights_of(job)["fc.weight"].shape == (3, 512)
+    assert said_of(job, old).endswith("new head (it had mlp 7, this run has linear)")
+    assert (job.spec.img_size, job.spec.resize_mode, job.spec.mean) == (24, "pad", (0.4, 0.5, 0.6))
+
+
+def test_run_from_it_is_stored_and_can_be_repeated(
+    old: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """config.toml names the old run; the checkpoint, which travels, names no path."""
+    command = ["train", str(folder), "--init-from", str(old), *MACHINE, "--epochs", "1", "-o", str(tmp_path / "one")]
+    assert main(command) == 0
+    assert f"weights: backbone and head of {old / BEST}" in capsys.readouterr().out
+    assert main(["train", "-c", str(tmp_path / "one/config.toml"), "-o", str(tmp_path / "two")]) == 0
+    assert (tmp_path / "one" / BEST).read_bytes() == (tmp_path / "two" / BEST).read_bytes()
+    assert str(old).encode() not in (tmp_path / "one" / BEST).read_bytes()
+
+
+def test_another_architecture_is_refused(old: Path, folder: Path, tmp_path: Path, refused: Refused) -> None:
+    said = refused(6, "train", folder, "--init-from", old, *MACHINE, "--model", "resnet34", "-o", tmp_path / "x")
+    assert "does not fit resnet34" in said and "it fits --model resnet18 --stem small" in said
+
+
+def test_resumed_run_keeps_where_it_started(old: Path, refused: Refused) -> None:
+    said = refused(2, "train", "--resume", old, "--init-from", old, "--epochs", "2")
+    assert f"--init-from automatic -> {old}" in said
+
+
+def test_what_contradicts_it_is_refused(old: Path, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "both.toml"
+    file.write_text('[model]\nweights = "IMAGENET1K_V1"\n')
+    for typed in (["--weights", "none"], ["--weights", "w.pth"], ["-c", str(file), "--stem", "standard"]):
+        with pytest.raises(UsageError, match=r"both say where to start: give one of them"):
+            parse(TrainConfig, [str(folder), "--init-from", str(old), *typed], "train", layers)
+
+
+def test_what_is_no_checkpoint_is_refused(old: Path, folder: Path, tmp_path: Path, refused: Refused) -> None:
+    """Nothing, a run without one, weights from elsewhere, a truncated one: exit code 6 and one line."""
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((old / BEST).read_bytes()[:-9])
+    shutil.copytree(old, tmp_path / "empty", ignore=shutil.ignore_patterns("best.safetensors"))
+    for name, word in (
+        ("nothing", "cannot be read"),
+        ("empty", "cannot be read"),
+        ("foreign.safetensors", "given as --weights"),
+        ("cut.safetensors", "not a safetensors file"),
+    ):
+        said = refused(6, "train", folder, "--init-from", tmp_path / name, *MACHINE, "-o", tmp_path / "x")
+        assert word in said and name in said and said.count("\n") == 1
