@@ -165,8 +165,9 @@ def top_losses(records: Records) -> list[int]:
 
 
 def _worst_first(records: Records) -> np.ndarray:
-    """Positions: mistakes before the others, each by falling loss."""
-    return np.lexsort((-records.loss, records.prediction == records.target))
+    """Positions: the top losses, then the other mistakes, then the rest, each by falling loss."""
+    order = np.lexsort((-records.loss, records.prediction == records.target))
+    return np.array(list(dict.fromkeys([*top_losses(records), *order.tolist()])))
 
 
 def _by_need(records: Records, listed: np.ndarray) -> list[int]:
@@ -217,7 +218,7 @@ def _map(evaluation: Evaluation, place: Mapping[int, int]) -> list[list[float]] 
     if not file.exists():
         return None
     try:
-        features = np.load(file, allow_pickle=False)
+        features = np.load(file)
     except (ValueError, OSError) as error:
         raise ArtifactError(f"{file}: damaged ({error}); `resnet-dist eval --embeddings` writes it") from None
     if features.ndim != 2 or len(features) != len(evaluation.paths):

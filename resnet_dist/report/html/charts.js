@@ -4,15 +4,15 @@ const BOX = { width: 480, height: 250, left: 52, right: 10, top: 8, bottom: 34 }
 const DASHES = ["", "6 3", "2 3", "9 3 2 3", "1 2", "12 4"];
 const colour = (number) => `var(--s${number % 6})`;
 
-// Round values between low and high, about `wanted` of them; powers of ten on a logarithmic axis.
-function ticks(low, high, wanted, log) {
+// Round values between low and high, about `wanted` of them and at least `least` apart; powers of ten where `log`.
+function ticks(low, high, wanted, log, least = 0) {
   if (log) {
     const found = [];
     for (let power = Math.ceil(low); power <= Math.floor(high); power += 1) found.push(power);
-    return found.length > 1 ? found : [low, high];
+    return found.length > 1 ? found : [low, (low + high) / 2, high];
   }
   const raw = (high - low) / wanted, power = 10 ** Math.floor(Math.log10(raw));
-  const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
+  const step = Math.max(least, power * [1, 2, 5, 10].find((factor) => factor * power >= raw));
   const found = [];
   for (let value = Math.ceil(low / step) * step; value <= high + step / 1e6; value += step) found.push(value);
   return found;
@@ -31,7 +31,7 @@ function axes(chart, x, y) {
     ...ticks(y.low, y.high, 5, chart.log).flatMap((value) => [
       svg("line", { class: "grid", x1: BOX.left, x2: BOX.width - BOX.right, y1: y.at(value), y2: y.at(value) }),
       svg("text", { x: BOX.left - 6, y: y.at(value) + 4, "text-anchor": "end" }, text(value))]),
-    ...ticks(x.low, x.high, 6, false).map((value) =>
+    ...ticks(x.low, x.high, 6, false, 1).map((value) =>
       svg("text", { x: x.at(value), y: BOX.height - 18, "text-anchor": "middle" }, String(Number(value.toPrecision(6))))),
     svg("text", { x: (BOX.left + BOX.width) / 2, y: BOX.height - 3, "text-anchor": "middle" }, chart.x)];
 }

@@ -24,7 +24,7 @@ function confusionMatrix(open) {
     return cell;
   }));
   const heading = (number, scope) => el("th", { scope, title: nameOf(number) }, size > 30 && scope === "col" ? String(number) : nameOf(number));
-  const table = el("table", { class: size > 20 ? "matrix large" : "matrix", role: "grid", "aria-label": "Confusion matrix, rows are labels, columns predictions" },
+  const table = el("table", { class: `matrix ${size > 30 ? "large" : size > 12 ? "" : "small"}`, role: "grid", "aria-label": "Confusion matrix, rows are labels, columns predictions" },
     el("thead", {}, el("tr", {}, el("th", {}, "label \\ predicted"), ...shownClasses.map((number) => heading(number, "col")))),
     el("tbody", {}, ...cells.map((line, row) => el("tr", {}, heading(shownClasses[row], "row"), ...line))));
   const cellOf = (event) => event.target.closest("td");
