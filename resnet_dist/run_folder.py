@@ -170,8 +170,11 @@ class RunFolder:
         is_new = not (self.path / "metrics.csv").exists()
         self._append("metrics.csv", text if is_new else text.partition("\n")[2])
 
-    def cut_back(self, steps: int) -> None:
-        """Take out of the metrics files what came after optimizer step `steps`: it will be done again."""
+    def cut_back(self, steps: int, epochs: int) -> None:
+        """Take out of the metrics files what came after so many optimizer steps and validated epochs.
+
+        It will be done again; so will a last line that a full disk cut off. Raises MachineError.
+        """
         if not self.active:
             return
         file = self.path / "metrics.jsonl"
@@ -184,7 +187,7 @@ class RunFolder:
             names = header.split(",")
             cells = [row.split(",") for row in rows]
             whole = [dict(zip(names, row, strict=True)) for row in cells if len(row) == len(names)]
-            kept = [row.values() for row in whole if row.get("step", "").isdecimal() and int(row["step"]) <= steps]
+            kept = [row.values() for row in whole if row.get("epoch", "").isdecimal() and int(row["epoch"]) <= epochs]
             self.write("metrics.csv", "".join(f"{','.join(row)}\n" for row in (names, *kept)))
 
     def _append(self, name: str, text: str) -> None:

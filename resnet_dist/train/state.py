@@ -144,7 +144,8 @@ def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
         raise MachineError(
             f"{final}: the checkpoint cannot be written ({error.strerror}); older ones are intact"
         ) from None
-    for old in (replaced, *_states(folder)[keep:]):
+    shutil.rmtree(replaced, ignore_errors=True)
+    for old in _states(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

@@ -1,5 +1,6 @@
 """`resnet-dist train`: fine-tune a ResNet on a folder of images."""
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -66,6 +67,8 @@ def _train_in(
         display.say(text)
     if cfg.run.dry_run:
         return None
+    if cfg.system.autotune:
+        accelerator, blueprint = _tuned(accelerator, blueprint, display)
     resumed = None
     if resuming:
         resumed = reopen(accelerator, run, blueprint, display)
@@ -81,6 +84,18 @@ def _train_in(
         raise
     accelerator.end_training()
     return run.path
+
+
+def _tuned(accelerator: "Accelerator", blueprint: "Blueprint", display: "Display") -> tuple["Accelerator", "Blueprint"]:
+    """What a trial on this machine finds to be fastest, in force."""
+    from resnet_dist.distributed import start
+    from resnet_dist.train.autotune import autotune
+
+    cfg, lines = autotune(accelerator, blueprint)
+    accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
+    for text in (*lines, line):
+        display.say(text)
+    return accelerator, dataclasses.replace(blueprint, cfg=cfg)
 
 
 def record_end(accelerator: "Accelerator", run: "RunFolder", error: BaseException) -> None:
@@ -151,20 +166,20 @@ def reopen(accelerator: "Accelerator", run: "RunFolder", blueprint: "Blueprint",
         display.say(line)
     state = resumed.state
     display.say(f"resuming {run.path} in epoch {state.epochs_done + 1} after {state.steps_done} optimizer steps")
-    if on_main(accelerator, lambda: write_reopened(run, blueprint, state.steps_done)):
+    if on_main(accelerator, lambda: write_reopened(run, blueprint, state.steps_done, state.epochs_done)):
         state.stopped_by = None  # it was done, and is given more epochs
     return resumed
 
 
-def write_reopened(run: "RunFolder", blueprint: "Blueprint", steps: int) -> bool:
-    """Let the run folder say that the run goes on after so many steps; returns whether it was done."""
-    from resnet_dist.stored import to_toml
+def write_reopened(run: "RunFolder", blueprint: "Blueprint", steps: int, epochs: int) -> bool:
+    """Let the run folder say that the run goes on after so many steps and epochs; returns whether it was done."""
     from resnet_dist.run_folder import read_facts
+    from resnet_dist.stored import to_toml
     from resnet_dist.train.facts import this_launch
 
     facts = read_facts(run.path)
     was_done: bool = facts.get("status") == "done"
-    run.cut_back(steps)
+    run.cut_back(steps, epochs)
     run.write("config.toml", to_toml(blueprint.cfg))
     launches = [*facts.get("launches", []), this_launch()]
     run.update(status="running", exit_code=None, reason="", epochs=blueprint.cfg.run.epochs, launches=launches)
@@ -175,8 +190,8 @@ def open_run(run: "RunFolder", blueprint: "Blueprint", overwrite: bool) -> None:
     """Make the run folder and write down all that is known before training. On the main process."""
     from resnet_dist.data.index import write_manifest
     from resnet_dist.model.resnet import empty
-    from resnet_dist.stored import to_toml
     from resnet_dist.run_folder import to_json
+    from resnet_dist.stored import to_toml
     from resnet_dist.train.facts import this_launch, what_is_trained
 
     cfg, index = blueprint.cfg, blueprint.index
@@ -214,9 +229,9 @@ def _train_and_report(
     resumed: "Resumed | None",
 ) -> None:
     from resnet_dist.distributed import on_main, start_trackers
-    from resnet_dist.stored import kept
     from resnet_dist.provenance import forget_peak_memory
     from resnet_dist.report.training import finish, plot_samples
+    from resnet_dist.stored import kept
     from resnet_dist.train.facts import largest_peak_memory
     from resnet_dist.train.job import build_job
     from resnet_dist.train.loop import train as train_phases

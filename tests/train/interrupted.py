@@ -1,8 +1,8 @@
-"""The program, interrupted at a given point by a signal to itself; and what it read, for tests that ask.
+"""The program, with a fault at a given point of one process; and what it read, for tests that ask.
 
-python -m tests.train.interrupted POINT SIGNAL RANK train ARGUMENTS...: the process of this rank (or every process, for
-"all") sends itself the signal. With RECORD=FOLDER in the environment every process writes the samples of each batch
-that it loads, as a line of JSON.
+python -m tests.train.interrupted POINT FAULT RANK train ARGUMENTS...: the process of this rank (no process, for "none")
+sends itself the signal of this number, or meets one of FAULTS. With RECORD=FOLDER in the environment every process
+writes the samples of each batch that it loads, as a line of JSON.
 """
 
 import json
@@ -10,11 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
 
 import resnet_dist.train.loop as loop
 from resnet_dist import launcher
 from resnet_dist.data.loader import Key, TrainImages
+from resnet_dist.train.losses import Loss
 
 # Where to interrupt: a function of the loop, and after how many calls of it. Three steps make an epoch, the first epoch
 # is a phase of its own, and every epoch is validated twice (the weights and their average).
@@ -58,13 +61,25 @@ def record(file: Path, replace: Callable[[Any, str, Any], None] = setattr) -> No
     replace(TrainImages, "__getitems__", recorded)
 
 
+def out_of_memory() -> NoReturn:
+    raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
+
+
+def poison() -> None:
+    """From now on the losses of this process are NaN."""
+    real = Loss.numerators
+    Loss.numerators = lambda self, *rest: real(self, *rest) * float("nan")  # type: ignore[method-assign]
+
+
+FAULTS = {"out of memory": out_of_memory, "nan": poison}
+
 if __name__ == "__main__":
     from resnet_dist.cli import entry
 
-    point, number, rank = sys.argv[1:4]
+    point, fault, rank = sys.argv[1:4]
     sys.argv[1:4] = []
-    if rank in ("all", str(launcher.rank())):
-        interrupt(point, lambda: os.kill(os.getpid(), int(number)))
+    if rank == str(launcher.rank()):
+        interrupt(point, FAULTS.get(fault) or (lambda: os.kill(os.getpid(), int(fault))))
     if "RECORD" in os.environ:
         record(Path(os.environ["RECORD"]) / f"{launcher.rank()}.jsonl")
     entry()

@@ -114,12 +114,15 @@ def test_a_damaged_state_is_passed_over(damage: str, tmp_path: Path) -> None:
 
 def test_the_state_of_a_step_that_was_being_replaced_is_found(tmp_path: Path) -> None:
     """Killed between the two renames, the one that was put aside is what there is; the next state clears it away."""
+    save(tmp_path, 0)
     save(tmp_path, 2)
     (tmp_path / "step-000000001").rename(tmp_path / "step-000000001.replaced")
     assert number_of_newest(tmp_path) == (2, [])
     save(tmp_path, 3)
     assert number_of_newest(tmp_path) == (3, [])
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000000", "step-000000001"]
+    save(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000000", "step-000000001"], "two are kept"
 
 
 def assert_second_fails(folder: Path, reason: str) -> None:

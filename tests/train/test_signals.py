@@ -1,0 +1,221 @@
+"""Told to stop or killed, by whatever signal, whoever gets it: what ran is saved, run.json says so, nobody is left."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM, SIGUSR1, SIGUSR2
+
+import psutil
+import pytest
+
+import resnet_dist.report.training as report
+from resnet_dist.cli import main
+from resnet_dist.train.state import read_newest_state
+from tests.conftest import TINY
+from tests.launch.helpers import Command, end
+from tests.train.interrupted import interrupt, interrupted
+from tests.train.test_resume import LAUNCHED, facts, launched
+
+# No checkpoint but the one that a signal makes; an end that no test waits for.
+ENDLESS = [*TINY, "--epochs", "9999", "--global-batch-size", "8", "--log-every", "1", "--save-every", "999999steps"]
+
+
+@contextmanager
+def training(folder: Path, run: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """Two processes in the middle of training, as launch/ starts them: their launcher, and all processes, it first."""
+    arguments = [*LAUNCHED, "resnet_dist", "train", str(folder), *ENDLESS, *options, "-o", str(run)]
+    launcher = Command(arguments, {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15"}).start()
+    try:
+        end_of_wait = time.monotonic() + 100
+        while not (run / "metrics.csv").exists():
+            assert launcher.poll() is None and time.monotonic() < end_of_wait, "the first epoch was never done"
+            time.sleep(0.1)
+        first = psutil.Process(launcher.pid)
+        family = [first, *first.children(recursive=True)]
+        try:
+            yield launcher, family
+        finally:
+            for member in family:
+                if is_alive(member):
+                    member.kill()
+    finally:
+        end(launcher)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def assert_nobody_left(launcher: subprocess.Popen[str], family: list[psutil.Process]) -> str:
+    """Within some seconds the launcher and everything that it started is gone; returns what they said."""
+    said = launcher.communicate(timeout=60)[0]
+    end_of_wait = time.monotonic() + 20
+    while (left := [member for member in family if is_alive(member)]) and time.monotonic() < end_of_wait:
+        time.sleep(0.1)
+    assert not left, said
+    return said
+
+
+def targets(family: list[psutil.Process], name: str) -> list[psutil.Process]:
+    """The launcher, the first or second process that trains, one of its loader processes, or everybody."""
+    ranks = family[0].children()
+    one = {"launcher": family[0], "main": ranks[0], "rank": ranks[1]}
+    if name == "loader":
+        return ranks[1].children()[:1]
+    return family if name == "all" else [one[name]]
+
+
+CELLS = list(itertools.product(("launcher", "rank", "all"), (SIGTERM, SIGINT, SIGUSR1, SIGUSR2), (0, 2)))
+CELLS.append(("launcher", SIGKILL, 2))
+IN_EVERY_SUITE = [("all", SIGTERM, 2)]
+
+
+def name_of(value: object) -> str:
+    return value.name if isinstance(value, signal.Signals) else str(value)
+
+
+@pytest.mark.parametrize(
+    ("target", "number", "workers"),
+    [pytest.param(*cell, marks=[] if cell in IN_EVERY_SUITE else pytest.mark.matrix) for cell in CELLS],
+    ids=name_of,
+)
+def test_all_stop_after_the_same_step_and_save(
+    target: str, number: signal.Signals, workers: int, folder: Path, tmp_path: Path
+) -> None:
+    """Saving makes sure that all processes hold the same parameters: they stand after the same step."""
+    run = tmp_path / "run"
+    with training(folder, run, "--workers", str(workers)) as (launcher, family):
+        assert len(family) >= 3 + 2 * workers
+        for process in targets(family, target):
+            process.send_signal(number)
+        said = assert_nobody_left(launcher, family)
+    assert (facts(run)["status"], facts(run)["exit_code"]) == ("preempted", 75), said
+    _, saved, warnings = read_newest_state(run / "checkpoints")
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, saved["state"]["steps_done"] + 1)) and not warnings
+    assert saved["processes"] == 2
+    assert launcher.returncode != 0
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("target", ["main", "rank", "loader"])
+def test_killed_process_ends_the_run(target: str, folder: Path, tmp_path: Path) -> None:
+    """Without warning: nothing can be saved; the others say so in a line, leave, and the checkpoint before it stays."""
+    run = tmp_path / "run"
+    with training(folder, run, "--workers", "2", "--save-every", "1epochs") as (launcher, family):
+        for process in targets(family, target):
+            process.kill()
+        said = assert_nobody_left(launcher, family)
+    assert (facts(run)["status"], facts(run)["exit_code"]) == ("failed", 4), said
+    assert ("a loader process ended" if target == "loader" else "another process of the run ended") in said
+    assert read_newest_state(run / "checkpoints")[2] == []
+
+
+@pytest.mark.matrix
+def test_process_that_hangs_is_given_up(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with training(folder, run, "--dist-timeout", "0.1") as (launcher, family):
+        for process in targets(family, "rank"):
+            process.send_signal(SIGSTOP)
+        said = assert_nobody_left(launcher, family)
+    assert (facts(run)["status"], facts(run)["exit_code"]) == ("failed", 4), said
+    lines = [line for line in said.splitlines() if line.startswith("resnet-dist train: error: ")]
+    assert len(lines) == 1 and "another process of the run ended or hangs" in lines[0]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("fault", "code", "reason"),
+    [
+        ("out of memory", 4, "out of memory with 4 images per process; try --batch-size 2 --grad-accum 2"),
+        ("nan", 5, ""),
+    ],
+)
+def test_fault_of_one_process_is_a_decision_of_all(
+    fault: str, code: int, reason: str, folder: Path, tmp_path: Path
+) -> None:
+    """A NaN on the second process is known to both at the same poll, and reaches no parameter."""
+    run = tmp_path / "run"
+    arguments = ["mid-epoch", fault, 1, "train", folder, *ENDLESS, "--save-every", "2steps", "-o", run]
+    assert launched(2, *arguments, module="tests.train.interrupted") == 1
+    assert (facts(run)["status"], facts(run)["exit_code"]) == ("failed", code)
+    tensors, saved, _ = read_newest_state(run / "checkpoints")
+    assert saved["state"]["steps_done"] == 4
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    said = facts(run)["reason"]
+    assert said.startswith("the loss became infinite or NaN in the steps before step 6") if code == 5 else said
+    assert reason in said or "another process of the run ended" in said
+
+
+# One process
+
+
+def stop_here() -> None:
+    os.kill(os.getpid(), SIGTERM)
+
+
+def test_told_before_the_first_step(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt("start", stop_here, monkeypatch.setattr)
+    assert main(["train", str(folder), *ENDLESS, "-o", str(tmp_path / "run")]) == 75
+    assert facts(tmp_path / "run")["status"] == "preempted"
+    assert read_newest_state(tmp_path / "run/checkpoints")[1]["state"]["steps_done"] == 1
+
+
+def test_told_while_the_best_checkpoint_is_evaluated(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the last epoch: only that evaluation is done again, and a third time asked for, nothing."""
+    run = tmp_path / "run"
+    arguments = ["train", str(folder), *TINY, "--epochs", "1", "--batch-size", "8", "-o", str(run), "--resume", "auto"]
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "build", interrupted(report.build, 1, stop_here))
+        assert main(arguments) == 75
+    assert facts(run)["status"] == "preempted" and not (run / "eval").exists()
+    metrics = (run / "metrics.csv").read_text()
+    assert main(arguments) == 0
+    assert facts(run)["status"] == "done" and (run / "eval/val/predictions.csv").exists()
+    assert (run / "metrics.csv").read_text() == metrics
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "this run is complete" in capsys.readouterr().out
+
+
+SECOND_SIGNAL = """
+import os, signal, time
+from resnet_dist.stop import stop_requests
+with stop_requests() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    print(stop.signal, flush=True)
+    time.sleep(1.1)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here")
+"""
+
+
+def test_second_signal_exits_at_once() -> None:
+    """One that comes along with the first, as from a launcher to the whole group, does not."""
+    done = subprocess.run([sys.executable, "-c", SECOND_SIGNAL], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + SIGINT, f"{int(SIGTERM)}\n")
+
+
+def test_handlers_are_put_back(folder: Path, tmp_path: Path) -> None:
+    def mine(*_: object) -> None:
+        raise AssertionError
+
+    before = signal.signal(SIGUSR1, mine)
+    try:
+        assert main(["train", str(folder), *ENDLESS, "--dry-run", "-o", str(tmp_path / "run")]) == 0
+        assert signal.getsignal(SIGUSR1) is mine
+    finally:
+        signal.signal(SIGUSR1, before)
