@@ -41,6 +41,7 @@ def made_evaluation(
     for path, target in zip(paths, targets, strict=True):
         pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
         pixels[..., target % 3] //= 3
+        (root / path).parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(root / path, "JPEG")
     records = made_records(targets, len(classes))
     table = ImageTable(root, PathTable(paths), targets)

@@ -23,8 +23,10 @@ function confusionMatrix(open) {
     if (count) cell.style.setProperty("--share", `${12 + Math.round((48 * count) / total)}%`);
     return cell;
   }));
-  const heading = (number, scope) => el("th", { scope, title: nameOf(number) }, size > 30 && scope === "col" ? String(number) : nameOf(number));
-  const table = el("table", { class: `matrix ${size > 30 ? "large" : size > 12 ? "" : "small"}`, role: "grid", "aria-label": "Confusion matrix, rows are labels, columns predictions" },
+  const many = size > 30; // then columns bear numbers, and rows those numbers and names
+  const heading = (number, scope) => el("th", { scope, title: nameOf(number) },
+    many ? (scope === "col" ? String(number) : `${number} ${nameOf(number)}`) : nameOf(number));
+  const table = el("table", { class: `matrix ${many ? "large" : size > 12 ? "" : "small"}`, role: "grid", "aria-label": "Confusion matrix, rows are labels, columns predictions" },
     el("thead", {}, el("tr", {}, el("th", {}, "label \\ predicted"), ...shownClasses.map((number) => heading(number, "col")))),
     el("tbody", {}, ...cells.map((line, row) => el("tr", {}, heading(shownClasses[row], "row"), ...line))));
   const cellOf = (event) => event.target.closest("td");
