@@ -61,13 +61,17 @@ class DataConfig:
     batch_size: int = option(32, "-b", "--per-device-train-batch-size")
     """Images in a batch, per process."""
     global_batch_size: int | None = None
-    """Images in an optimizer step, all processes and accumulated batches together; replaces --batch-size."""
+    """Images in an optimizer step, over processes and accumulated batches; replaces --batch-size; a resume keeps it."""
     eval_batch_size: int | None = option(None, "--per-device-eval-batch-size", "--val-batch-size")
     """Images in an evaluation batch, per process (default: --batch-size)."""
     drop_last: bool = False
     """Leave the last, incomplete global batch of an epoch out; otherwise it is filled up from the epoch's start."""
     workers: int | None = option(None, "-j", "--num-workers", "--dataloader-num-workers")
     """Loader processes per training process (default: from cores and processes)."""
+    cache: Literal["none", "ram", "disk", "device", "auto"] = "auto"
+    """Keep decoded images after the first epoch (the same pixels); auto: in memory if they fit in half of it."""
+    cache_dir: str | None = None
+    """Folder of --cache disk (default: resnet-dist in the user's cache folder)."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
@@ -78,6 +82,8 @@ class DataConfig:
         yield from out_of_range(self, 1, math.inf, "batch_size", "global_batch_size", "eval_batch_size")
         yield from out_of_range(self, 0, 1024, "workers")
         yield from out_of_range(self, 0, 1, "max_bad_share")
+        if self.cache_dir is not None and self.cache != "disk":
+            yield f"--cache-dir applies to --cache disk only, not to {self.cache}"
         if self.group_by is not None:
             try:
                 re.compile(self.group_by)
@@ -353,6 +359,8 @@ class SystemConfig:
     """BatchNorm over the batches of all processes; auto: on GPUs when it trains on under 16 images per process."""
     ddp_comm_hook: Literal["none", "bf16"] = "none"
     """bf16: send gradients between processes in 16 bits (for slow networks)."""
+    autotune: bool = False
+    """Before training, try for some seconds which precision and how many loader processes are fastest here."""
     compile: Literal["auto", "on", "off"] = option("auto", "--torchcompile")
     """Compile the network for training; auto: on GPUs, once enough steps are left to win the time back."""
     cache_features: str = "auto"
