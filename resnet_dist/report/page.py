@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from export.predict import Preprocessing
-from resnet_dist.data.check import Finding
+from resnet_dist.data.check import Finding, report_on, summary
 from resnet_dist.report.overlays import grad_cam_overlays
 from resnet_dist.report.page_content import Evaluation, evaluation_content
 from resnet_dist.run_folder import write_atomically
@@ -43,7 +43,8 @@ def write_run_page(
     """
     file = run / "report.html"
     overlays = grad_cam_overlays(model, evaluation, spec)
-    write_page(file, run.absolute().name, evaluation_content(evaluation, run, findings, overlays))
+    data = summary(report_on(findings), spec) if findings is not None else None
+    write_page(file, run.absolute().name, evaluation_content(evaluation, run, data, overlays))
     return file
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from sklearn.decomposition import PCA
 
-from resnet_dist.data.check import Finding, report_on
 from resnet_dist.errors import ArtifactError
 from resnet_dist.evaluate import label_errors
 from resnet_dist.evaluate.metrics import confusion, per_class
@@ -113,12 +112,12 @@ class Images:
 
 
 def evaluation_content(
-    evaluation: Evaluation, run: Path | None, findings: Sequence[Finding] | None, overlays: Mapping[int, str]
+    evaluation: Evaluation, run: Path | None, data: Mapping[str, Any] | None, overlays: Mapping[int, str]
 ) -> dict[str, Any]:
     """Everything that the page shows, as plain JSON values.
 
-    `run` is the folder of the run for whose own page this is, `findings` what a look at all of its images found,
-    `overlays` pictures of where the evidence lies, by position in the evaluation.
+    `run` is the folder of the run for whose own page this is, `data` the summary of a look at all of its images
+    (see `data.check`), `overlays` pictures of where the evidence lies, by position in the evaluation.
     """
     records, classes = evaluation.records, evaluation.classes
     counts = confusion(records, classes)
@@ -128,7 +127,7 @@ def evaluation_content(
     worst = [place[position] for position in top_losses(records)]
     errors = [_evaluated_errors(evaluation, place)]
     errors += [_training_errors(run, images, classes)] if run else []
-    pairs, pairs_note = _near_duplicates(findings, images, classes) if run else (None, "")
+    pairs, pairs_note = _near_duplicates(data, images, classes) if run else (None, "")
     judged = [item[0] for part in errors for item in part["rows"][: PER_CELL * 24]]
     needed = [*worst, *judged, *(row for pair in pairs or [] for row in pair)]
     needed += [place[position] for position in _by_need(records, listed)]
@@ -152,6 +151,7 @@ def evaluation_content(
         "duplicates_note": pairs_note,
         "curves": list(curves(run)) if run else [],
         "map": _map(evaluation, place),
+        "data": _data_rows(data) if data else [],
         "facts": list(_flat(read_facts(run))) if run else list(_flat(_read_json(evaluation.folder / "metrics.json"))),
         "texts": [
             [name, _text(run / name)] for name in ("config.toml", "command.txt") if run and (run / name).exists()
@@ -279,20 +279,42 @@ def _training_errors(run: Path, images: Images, classes: Sequence[str]) -> dict[
 
 
 def _near_duplicates(
-    findings: Sequence[Finding] | None, images: Images, classes: Sequence[str]
+    data: Mapping[str, Any] | None, images: Images, classes: Sequence[str]
 ) -> tuple[list[list[int]], str]:
     """Pairs of rows that look alike, at least one of a pair a training image, and a sentence about them."""
-    if findings is None:
+    if data is None:
         return [], "Not looked for, as there are many images: `resnet-dist report RUN` looks at all of them."
-    report = report_on(findings)
-    pairs = [(group[0], other) for group in report.duplicates for other in group[1:]] + report.near_duplicates
-    pairs = [pair for pair in pairs if "train" in (pair[0].split, pair[1].split)]
-    pairs.sort(key=lambda pair: pair[0].split == pair[1].split)  # across splits first: those flatter the score
+    pairs = [[group[0], other] for group in data["duplicates"] for other in group[1:]] + data["near_duplicates"]
+    pairs = [pair for pair in pairs if "train" in (pair[0]["split"], pair[1]["split"])]
+    across = [pair for pair in pairs if pair[0]["split"] != pair[1]["split"]]  # first: those flatter the score
+    within = [pair for pair in pairs if pair[0]["split"] == pair[1]["split"]]
     number = {name: index for index, name in enumerate(classes)}
-    rows = [[images.row(f.split, f.path, number[f.label]) for f in pair] for pair in pairs[:MOST_PAIRS]]
-    across = sum(a.split != b.split for a, b in pairs)
+    rows = [
+        [images.row(one["split"], one["path"], number[one["label"]]) for one in pair]
+        for pair in (across + within)[:MOST_PAIRS]
+    ]
     more = f"; the first {MOST_PAIRS} are shown" if len(pairs) > MOST_PAIRS else ""
-    return rows, f"{len(pairs)} pairs look alike, {across} of them across splits{more}."
+    return rows, f"{len(pairs)} pairs look alike, {len(across)} of them across splits{more}."
+
+
+def _data_rows(data: Mapping[str, Any]) -> list[list[str]]:
+    """(what, how much) of the images, from what a look at all of them found."""
+    counts = {split: labels.values() for split, labels in data["per_class"].items()}
+    rows = [
+        [f"images in {split}", f"{sum(n)} of {len(n)} classes, {min(n)} to {max(n)} each"]
+        for split, n in counts.items()
+    ]
+    side, ratio, crop = data["short_side"], data["aspect_ratio"], data["crop"]
+    if side:
+        rows.append(["short side", f"{side['min']} to {side['max']} pixels, median {side['median']}"])
+        rows.append(["aspect ratio", f"median {ratio['median']:.2f}, at most {ratio['max']:.2f}"])
+        rows.append(["cut off by evaluation's crop", f"{100 * crop['mean_share_cut']:.0f} % of the area on average"])
+    for name in ("formats", "modes"):
+        rows.append([name, ", ".join(f"{key} {count}" for key, count in sorted(data[name].items()))])
+    rows.append(["turned by Exif", str(data["rotated"])])
+    for name in ("errors", "wrong_extension", "tiny"):
+        rows.append([name.replace("_", " "), str(len(data[name]))])
+    return [*rows, ["identical files under several labels", str(data["contradictions"])]]
 
 
 # Curves
@@ -359,6 +381,8 @@ def _training_counts(run: Path | None) -> Counter[str]:
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[list[Any]]:
     """(dotted name, value) of nested JSON objects, each value as text."""
     for name, value in values.items():
+        if isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+            value = {str(number): one for number, one in enumerate(value, 1)}
         if isinstance(value, Mapping):
             yield from _flat(value, f"{before}{name}.")
         else:

@@ -17,8 +17,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
+from resnet_dist.config import DataConfig
+from resnet_dist.data.index import read_index
 from resnet_dist.report.page import write_page
 from resnet_dist.report.page_content import Evaluation, evaluation_content
+from resnet_dist.run_folder import to_csv, write_atomically
 from tests.conftest import CLASSES
 from tests.report.pages import HOSTILE, made_evaluation
 
@@ -216,6 +219,11 @@ def test_marks_are_exported(page: webdriver.Chrome, evaluation: Evaluation, down
         assert list(row) == ["path", "target", "prediction", "mark"]
         wanted = [CLASSES[records.target[at]], CLASSES[records.prediction[at]], "exclude"]
         assert [row["target"], row["prediction"], row["mark"]] == wanted
+    manifest = evaluation.root / "manifest.csv"
+    labels = [(path, CLASSES[target]) for path, target in zip(evaluation.paths, records.target, strict=True)]
+    write_atomically(manifest, to_csv(("path", "label"), labels))
+    index = read_index(DataConfig(data=str(manifest), exclude_list=str(downloads / "marked.csv")))
+    assert set(evaluation.paths) - {*index.train.paths, *index.val.paths} == set(ODD)  # what train would leave out
     page.find_element(By.XPATH, "//button[text()='Clear']").click()
     assert not page.find_element(By.ID, "marked").is_displayed()
 

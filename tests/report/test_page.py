@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from export.predict import Preprocessing
 from resnet_dist.cli import main
-from resnet_dist.data.check import look
+from resnet_dist.data.check import look, report_on, summary
 from resnet_dist.report import page_content
 from resnet_dist.report.page import write_page
 from resnet_dist.report.page_content import evaluation_content, read_evaluation
@@ -248,6 +249,8 @@ def test_a_run_ends_with_its_page(run: Path) -> None:
     assert all(picture_of(address).size == (16, 16) for address in content["overlays"].values())
     assert ["status", "done"] in content["facts"]
     assert [row[6] for row in content["class_rows"]] == [8, 8, 8]
+    assert ["images in train", "24 of 3 classes, 8 to 8 each"] in content["data"]
+    assert ["short side", "20 to 20 pixels, median 20"] in content["data"]
     (pair,) = content["near_duplicates"]
     assert {content["images"]["path"][row] for row in pair} == {"train/cat/train000.png", "val/cat/copy.png"}
     assert "1 of them across splits" in content["duplicates_note"]
@@ -282,5 +285,6 @@ def test_findings_that_look_alike_within_a_split(tmp_path: Path) -> None:
     images = page_content.Images(evaluation.root)
     for split, wanted in (("train", 1), ("val", 0)):
         findings = [look(evaluation.root, name, "cat", split, full=True) for name in ("00000.jpg", "again.jpg")]
-        rows, note = page_content._near_duplicates(findings, images, CLASSES)
+        data = summary(report_on(findings), Preprocessing())
+        rows, note = page_content._near_duplicates(data, images, CLASSES)
         assert len(rows) == wanted and note.startswith(f"{wanted} pairs")

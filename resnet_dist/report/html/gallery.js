@@ -4,10 +4,10 @@ const PAGE = 24;
 const marked = new Set();
 
 function picture(row, source, alt) {
-  return source ? el("img", { src: source, alt, loading: "lazy" }) : el("div", { class: "none", role: "img", "aria-label": alt }, "no picture embedded");
+  return source ? el("img", { src: source, alt, decoding: "async" }) : el("div", { class: "none", role: "img", "aria-label": alt }, "no picture embedded");
 }
 
-// extra: {overlay, lines, likely}: a second picture, more text, what to compare the label with.
+// extra: {overlay, lines}: a second picture, more text.
 function card(row, extra = {}) {
   const label = nameOf(images.target[row]), prediction = nameOf(images.prediction[row]), path = images.path[row];
   const alt = `${path}, labelled ${label}` + (prediction ? `, predicted ${prediction}` : "");

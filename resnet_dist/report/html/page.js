@@ -30,7 +30,7 @@ function topLosses() {
 
 function labelErrors() {
   const parts = content.label_errors.filter((part) => part.rows.length || part.note).flatMap((part) => {
-    const lines = (item) => [`${item[3] ? "suspected: " : ""}${nameOf(item[1])}? quality of the label ${shown(item[2])}`];
+    const lines = (item) => [`likely ${nameOf(item[1])}${item[3] ? " (suspected)" : ""}, quality of the label ${shown(item[2])}`];
     const [list, show] = paged(part.title, (item) => card(item[0], { lines: lines(item) }));
     show(part.rows);
     return [el("h3", {}, part.title), el("p", { class: "dim" }, part.note), part.rows.length ? list : null];
@@ -60,6 +60,7 @@ topLosses();
 labelErrors();
 if (content.near_duplicates !== null) nearDuplicates();
 classes(openCell);
+if (content.data.length) section("data", "Data", facts("Data", content.data));
 if (content.map) section("map", "Map of the images", pointMap(content.map, openCell));
 provenance();
 showMarked();
