@@ -19,6 +19,7 @@ from resnet_dist.config import DataConfig
 from resnet_dist.data.index import ImageIndex, ImageTable, PathTable
 from resnet_dist.errors import DataError, MachineError
 from resnet_dist.run_folder import write_atomically
+from resnet_dist.wording import listed
 
 TINY = 32  # pixels of the short side below which an image is called tiny
 NEAR = 3  # bits of 64 in which the hashes of near duplicates may differ
@@ -289,4 +290,8 @@ def usable(index: ImageIndex, cfg: DataConfig) -> tuple[ImageIndex, list[Finding
         if cfg.bad_images == "skip":
             way_out = f"that is more than --max-bad-share {cfg.max_bad_share:g} of {total}"
         raise DataError(f"{len(bad)} images cannot be used: {first}{more}; {way_out}")
-    return (without(index, bad) if bad else index), bad
+    kept = without(index, bad) if bad else index
+    empty = [name for number, name in enumerate(index.classes) if number not in kept.train.targets]
+    if empty:
+        raise DataError(f"class {listed(empty)} has no usable training image; mend some, or take the class out")
+    return kept, bad

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from resnet_dist.config import DataConfig
+from resnet_dist.data.exclude import leave_out
 from resnet_dist.data.split import assign
 from resnet_dist.errors import DataError, UsageError
 from resnet_dist.run_folder import read_facts, to_csv, write_atomically
@@ -62,6 +63,10 @@ class PathTable:
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
+
+    def digest(self) -> str:
+        """A hash of all paths in their order."""
+        return hashlib.sha256(self._ends.tobytes() + self._bytes.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,9 @@ def read_index(cfg: DataConfig) -> ImageIndex:
         raise DataError(
             f"{data}: no images found{_ignored_text(found)}; one sub-folder per class is expected{_flat(data)}"
         )
+    if cfg.exclude_list is not None:
+        before, found.rows = len(found.rows), leave_out(found.rows, Path(cfg.exclude_list))
+        found.notes.append(f"{before - len(found.rows)} of {before} images left out (--exclude-list)")
     return _index(root, found, cfg)
 
 
