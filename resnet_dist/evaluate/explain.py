@@ -65,9 +65,10 @@ def integrated_gradients(model: nn.Module, inputs: torch.Tensor, classes: torch.
     """The gradient integrated over 32 steps from the mean colour to the image, (B, H, W)."""
     from captum.attr import IntegratedGradients
 
-    return _evidence(
-        IntegratedGradients(model).attribute(inputs, target=classes, baselines=0, n_steps=32, internal_batch_size=16)
+    found = IntegratedGradients(model).attribute(
+        inputs, target=classes, baselines=0, n_steps=32, internal_batch_size=16
     )
+    return _evidence(found, _grain(inputs))
 
 
 def gradient_shap(model: nn.Module, inputs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -94,7 +95,7 @@ def gradient_shap(model: nn.Module, inputs: torch.Tensor, classes: torch.Tensor)
             ]
     finally:
         np.random.set_state(before)
-    return _evidence(torch.cat(rows))
+    return _evidence(torch.cat(rows), _grain(inputs))
 
 
 METHODS: dict[str, Attribution] = {
@@ -115,9 +116,16 @@ def explain(method: str, model: nn.Module, inputs: torch.Tensor, classes: torch.
         raise UsageError(f"--method {method} needs captum: pip install 'resnet-dist[explain]'") from None
 
 
-def _evidence(attribution: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) of both signs to maps: the channels added up, what speaks for the class kept."""
-    return scaled(attribution.detach().sum(1).relu().float())
+def _evidence(attribution: torch.Tensor, smooth: int = 1) -> torch.Tensor:
+    """(B, 3, H, W) of both signs to maps: the channels added up, what speaks for the class kept, and each point the
+    mean of `smooth` x `smooth` pixels (an odd number), for single pixels cannot be seen."""
+    positive = attribution.detach().sum(1).relu().float()
+    return scaled(F.avg_pool2d(positive[:, None], smooth, 1, smooth // 2, count_include_pad=False)[:, 0])
+
+
+def _grain(inputs: torch.Tensor) -> int:
+    """The odd number next to a thirty-second of the side."""
+    return inputs.shape[3] // 64 * 2 + 1
 
 
 def scaled(maps: torch.Tensor) -> torch.Tensor:

@@ -67,9 +67,9 @@ def main(cfg: Config) -> int:
     from resnet_dist.distributed import on_main, start
 
     accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
-    print_on_main = on_main(accelerator, lambda: explain_all(cfg, accelerator.device))
+    done = on_main(accelerator, lambda: explain_all(cfg, accelerator.device))
     if accelerator.is_main_process:
-        print(print_on_main)
+        print(done)
     return 0
 
 
