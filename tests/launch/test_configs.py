@@ -38,7 +38,10 @@ def test_command_for_a_laptop(photos: Path, tmp_path: Path, capsys: pytest.Captu
     assert_trained(tmp_path / "run", capsys.readouterr().out, processes=1)
 
 
-@pytest.mark.parametrize(("section", "number", "launcher", "processes", "precision"), RUNS)
+@pytest.mark.parametrize(
+    ("section", "number", "launcher", "processes", "precision"),
+    [RUNS[0], *(pytest.param(*run, marks=pytest.mark.matrix) for run in RUNS[1:])],
+)
 def test_command_on_one_machine(
     section: str, number: int, launcher: list[str], processes: int, precision: str | None, photos: Path, tmp_path: Path
 ) -> None:
@@ -64,7 +67,7 @@ def test_torchrun_starts_anew(photos: Path, tmp_path: Path) -> None:
     assert_every_epoch_once(tmp_path / "run", 12)
 
 
-@pytest.mark.matrix  # between two network namespaces, test_two_machines.py always runs them
+@pytest.mark.matrix
 def test_commands_for_two_nodes(photos: Path, tmp_path: Path) -> None:
     """Both commands at once on this machine, each with one process."""
     here = {"10.0.0.1": "127.0.0.1", "10.0.0.2": "127.0.0.1", "eth0": "lo"}

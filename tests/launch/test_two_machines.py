@@ -62,6 +62,7 @@ def start(machines: tuple[str, str], run: Path, photos: Path, *options: str) -> 
     ]
 
 
+@pytest.mark.matrix
 def test_two_machines_train_one_model(machines: tuple[str, str], photos: Path, tmp_path: Path) -> None:
     """One run, whose gradients went over the cable."""
     said = finish(*start(machines, tmp_path / "run", photos))
