@@ -12,7 +12,8 @@ from resnet_dist.data.transforms import ToInput
 from resnet_dist.errors import DataError
 from resnet_dist.evaluate.explain import grad_cam
 from resnet_dist.report.explanations import overlay
-from resnet_dist.report.page_content import Evaluation, top_losses
+from resnet_dist.report.on_disk import Evaluation
+from resnet_dist.report.page_content import top_losses
 from resnet_dist.report.pictures import SIDE, data_address
 
 

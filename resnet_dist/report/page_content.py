@@ -1,6 +1,5 @@
 """What `report.html` shows of an evaluation and of the run it belongs to, from what they left on disk."""
 
-import csv
 import json
 import math
 from collections import Counter, defaultdict
@@ -17,69 +16,19 @@ from resnet_dist.errors import ArtifactError
 from resnet_dist.evaluate import label_errors
 from resnet_dist.evaluate.metrics import confusion, per_class
 from resnet_dist.evaluate.records import Records
+from resnet_dist.report.on_disk import Evaluation, read_csv, read_json, read_text, understood
 from resnet_dist.report.pictures import thumbnails
 from resnet_dist.run_folder import read_facts
 
 MOST_LISTED = 20_000  # evaluated images that the page lists; the worst ones where there are more
 MOST_JUDGED = 500  # labels of each ranking that the page shows
+MOST_PICTURED = 150  # of each ranking, which have pictures before others do
 MOST_PAIRS = 200
 MOST_POINTS = 400  # of a curve
 MOST_DOTS = 2_000  # of the map
 MATRIX = 100  # classes that the confusion matrix shows
 TOP_LOSSES = 24
 PER_CELL = 6  # pictures of each cell of the confusion matrix before other images get one
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation as it lies on disk.
-
-    Attributes:
-        folder: holds predictions.csv and metrics.json.
-        root: where the paths of its images start.
-        split: "train", "val" or "test".
-        paths: of the images, n of them, in the order of `records`.
-    """
-
-    folder: Path
-    root: Path
-    split: str
-    classes: tuple[str, ...]
-    paths: list[str]
-    records: Records
-
-
-def read_run_evaluation(run: Path, classes: Sequence[str]) -> Evaluation:
-    """The evaluation of a run's best checkpoint on its validation images. Raises UsageError, ArtifactError."""
-    root = Path(str(read_facts(run).get("data_root")))
-    return read_evaluation(run / "eval" / "val", root, "val", classes)
-
-
-def read_evaluation(folder: Path, root: Path, split: str, classes: Sequence[str]) -> Evaluation:
-    """The evaluation in a folder. Raises ArtifactError where there is none, or it is not of these classes."""
-    file = folder / "predictions.csv"
-    number = {name: index for index, name in enumerate(classes)}
-    k = min(5, len(classes))
-    try:
-        rows = _read_csv(file)
-        best = [[number[row[f"top{i + 1}"]] for i in range(k)] for row in rows]
-        records = Records(
-            target=np.array([number[row["target"]] for row in rows], np.int64),
-            loss=np.array([row["loss"] for row in rows], np.float32),
-            classes=np.array(best, np.int64).reshape(-1, k),
-            probabilities=np.array([[row[f"p{i + 1}"] for i in range(k)] for row in rows], np.float32).reshape(-1, k),
-        )
-        return Evaluation(folder, root, split, tuple(classes), [row["path"] for row in rows], records)
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise ArtifactError(f"{file}: not the predictions of these classes ({error}); evaluate again") from None
-
-
-def _read_csv(file: Path) -> list[dict[str, str]]:
-    try:
-        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            return list(csv.DictReader(stream))
-    except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read ({error.strerror}); `resnet-dist eval RUN` writes it") from None
 
 
 @dataclass
@@ -128,7 +77,7 @@ def evaluation_content(
     errors = [_evaluated_errors(evaluation, place)]
     errors += [_training_errors(run, images, classes)] if run else []
     pairs, pairs_note = _near_duplicates(data, images, classes) if run else (None, "")
-    judged = [item[0] for part in errors for item in part["rows"][: PER_CELL * 24]]
+    judged = [item[0] for part in errors for item in part["rows"][:MOST_PICTURED]]
     needed = [*worst, *judged, *(row for pair in pairs or [] for row in pair)]
     needed += [place[position] for position in _by_need(records, listed)]
     training = _training_counts(run)
@@ -149,12 +98,12 @@ def evaluation_content(
         "label_errors": errors,
         "near_duplicates": pairs,
         "duplicates_note": pairs_note,
-        "curves": list(curves(run)) if run else [],
+        "curves": curves(run) if run else [],
         "map": _map(evaluation, place),
         "data": _data_rows(data) if data else [],
-        "facts": list(_flat(read_facts(run))) if run else list(_flat(_read_json(evaluation.folder / "metrics.json"))),
+        "facts": list(_flat(read_facts(run))) if run else list(_flat(read_json(evaluation.folder / "metrics.json"))),
         "texts": [
-            [name, _text(run / name)] for name in ("config.toml", "command.txt") if run and (run / name).exists()
+            [name, read_text(run / name)] for name in ("config.toml", "command.txt") if run and (run / name).exists()
         ],
     }
 
@@ -260,8 +209,8 @@ def _training_errors(run: Path, images: Images, classes: Sequence[str]) -> dict[
         note = f"Not looked for yet: `resnet-dist label-errors {run}` judges them, out of fold."
         return {"title": "Training images", "note": note, "rows": []}
     number = {name: index for index, name in enumerate(classes)}
-    found = _read_csv(file)
-    try:
+    found = read_csv(file)
+    with understood(file):
         rows = [
             [
                 images.row("train", row["path"], number[row["label"]]),
@@ -271,8 +220,6 @@ def _training_errors(run: Path, images: Images, classes: Sequence[str]) -> dict[
             ]
             for row in found[:MOST_JUDGED]
         ]
-    except (KeyError, ValueError) as error:
-        raise ArtifactError(f"{file}: damaged ({error}); run `resnet-dist label-errors` again") from None
     suspected = sum(row["suspected"] == "1" for row in found)
     note = f"{suspected} of {len(found)} labels are suspected, by classifiers that were fitted without the image."
     return {"title": "Training images", "note": note, "rows": rows}
@@ -320,9 +267,20 @@ def _data_rows(data: Mapping[str, Any]) -> list[list[str]]:
 # Curves
 
 
-def curves(run: Path) -> Iterator[dict[str, Any]]:
+def curves(run: Path) -> list[dict[str, Any]]:
     """Charts of a run: losses and scores by epoch, learning rates by optimizer step. A value of None is a gap."""
-    epochs = _read_csv(run / "metrics.csv")
+    by_epoch, by_step = run / "metrics.csv", run / "metrics.jsonl"
+    rows, lines = read_csv(by_epoch), read_text(by_step).splitlines()
+    with understood(by_epoch):
+        charts = list(_of_epochs(rows))
+    with understood(by_step):
+        steps = [json.loads(line) for line in lines[:: max(1, len(lines) // MOST_POINTS)]]
+        names = dict.fromkeys(name for row in steps for name in row["lr"])
+        series = [{"name": name, "points": [[row["step"], row["lr"].get(name)] for row in steps]} for name in names]
+    return [*charts, {"title": "Learning rate", "x": "optimizer step", "log": True, "phases": [], "series": series}]
+
+
+def _of_epochs(epochs: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
     phases = [float(row["epoch"]) - 0.5 for before, row in pairwise(epochs) if row["phase"] != before["phase"]]
     for title, metric in (("Loss", "loss"), ("Top-1 accuracy", "top1"), ("Macro F1", "macro_f1")):
         names = [kind for kind in ("train", "val", "ema") if epochs and f"{kind}_{metric}" in epochs[0]]
@@ -332,13 +290,6 @@ def curves(run: Path) -> Iterator[dict[str, Any]]:
         ]
         if series:
             yield {"title": title, "x": "epoch", "log": False, "phases": phases, "series": series}
-    steps = [json.loads(line) for line in _text(run / "metrics.jsonl").splitlines()]
-    steps = steps[:: max(1, len(steps) // MOST_POINTS)]
-    series = [
-        {"name": name, "points": [[row["step"], row["lr"].get(name)] for row in steps]}
-        for name in dict.fromkeys(name for row in steps for name in row["lr"])
-    ]
-    yield {"title": "Learning rate", "x": "optimizer step", "log": True, "phases": [], "series": series}
 
 
 # Words
@@ -365,17 +316,19 @@ def _overlays_note(there: bool) -> str:
 
 def _headline(folder: Path) -> list[list[Any]]:
     """(name, value, its 95 % interval in words) of every number of metrics.json that has one."""
-    metrics = _read_json(folder / "metrics.json")
-    return [
-        [name, metrics[name], f"95 % interval {low:.4f} to {high:.4f}"]
-        for name, (low, high) in metrics["intervals"].items()
-    ]
+    file = folder / "metrics.json"
+    metrics = read_json(file)
+    with understood(file):
+        return [
+            [name, metrics[name], f"95 % interval {low:.4f} to {high:.4f}"]
+            for name, (low, high) in metrics["intervals"].items()
+        ]
 
 
 def _training_counts(run: Path | None) -> Counter[str]:
     if run is None:
         return Counter()
-    return Counter(row["label"] for row in _read_csv(run / "data" / "manifest.csv") if row["split"] == "train")
+    return Counter(row["label"] for row in read_csv(run / "data" / "manifest.csv") if row["split"] == "train")
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[list[Any]]:
@@ -387,23 +340,6 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[list[Any]]:
             yield from _flat(value, f"{before}{name}.")
         else:
             yield [f"{before}{name}", value if isinstance(value, str) else json.dumps(value)]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(_text(file))
-    except (ValueError, RecursionError):
-        raise ArtifactError(f"{file}: damaged, not JSON; evaluate again") from None
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{file}: damaged, not a JSON object; evaluate again")
-    return found
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def _number(text: str) -> float | None:

@@ -20,8 +20,8 @@ from resnet_dist.evaluate.records import Records, evaluate
 from resnet_dist.model.resnet import build
 from resnet_dist.report import plots
 from resnet_dist.report.evaluation import write_evaluation
+from resnet_dist.report.on_disk import read_evaluation
 from resnet_dist.report.page import write_run_page
-from resnet_dist.report.page_content import read_evaluation
 from resnet_dist.run_folder import RunFolder
 from resnet_dist.train.checkpoint import load_checkpoint
 from resnet_dist.train.job import Job

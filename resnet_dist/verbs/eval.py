@@ -207,8 +207,8 @@ def write(cfg: Config, file: Path, subject: Subject, table: "ImageTable", record
     from resnet_dist.evaluate.calibrate import calibrate, write_calibration
     from resnet_dist.model.weights import sha256_of
     from resnet_dist.report.evaluation import write_evaluation
+    from resnet_dist.report.on_disk import read_evaluation
     from resnet_dist.report.page import write_evaluation_page
-    from resnet_dist.report.page_content import read_evaluation
 
     lines = []
     if cfg.calibrate:

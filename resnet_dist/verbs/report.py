@@ -10,7 +10,7 @@ from resnet_dist.config import option
 if TYPE_CHECKING:
     from resnet_dist.data.check import Finding
     from resnet_dist.data.index import ImageIndex
-    from resnet_dist.report.page_content import Evaluation
+    from resnet_dist.report.on_disk import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class Config:
 
 def main(cfg: Config) -> int:
     """Write the page. Returns the exit code."""
+    from resnet_dist.report.on_disk import read_run_evaluation
     from resnet_dist.report.page import write_run_page
-    from resnet_dist.report.page_content import read_run_evaluation
     from resnet_dist.train.checkpoint import load_checkpoint
 
     run = Path(cfg.run or "")

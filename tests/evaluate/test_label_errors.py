@@ -19,7 +19,7 @@ from resnet_dist.cli import main
 from resnet_dist.config import ModelConfig
 from resnet_dist.evaluate import label_errors
 from resnet_dist.model.resnet import Architecture, build
-from resnet_dist.report.page_content import read_run_evaluation
+from resnet_dist.report.on_disk import read_run_evaluation
 from tests.conftest import TINY, make_folder
 from tests.report.pages import made_records
 

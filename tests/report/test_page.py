@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -20,9 +21,11 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from export.predict import Preprocessing
 from resnet_dist.cli import main
 from resnet_dist.data.check import look, report_on, summary
+from resnet_dist.errors import ArtifactError
 from resnet_dist.report import page_content
+from resnet_dist.report.on_disk import read_evaluation
 from resnet_dist.report.page import write_page
-from resnet_dist.report.page_content import evaluation_content, read_evaluation
+from resnet_dist.report.page_content import evaluation_content
 from resnet_dist.report.pictures import thumbnails
 from tests.conftest import CLASSES, TINY, make_folder, write_image
 from tests.report.pages import HOSTILE, made_evaluation, made_records
@@ -218,10 +221,34 @@ def test_an_evaluation_that_is_not_there_or_of_other_classes(tmp_path: Path, ref
     said = refused(6, "report", tmp_path)
     assert "best.safetensors" in said
     evaluation = made_evaluation(tmp_path / "a", CLASSES, 6)
-    with pytest.raises(page_content.ArtifactError, match=r"predictions\.csv: not the predictions of these classes"):
+    with pytest.raises(
+        ArtifactError, match=r"predictions\.csv: damaged, or of another run \('cat' is missing or unknown\)"
+    ):
         read_evaluation(evaluation.folder, evaluation.root, "val", ("x", "y", "z"))
-    with pytest.raises(page_content.ArtifactError, match="cannot be read"):
+    with pytest.raises(ArtifactError, match="cannot be read"):
         read_evaluation(tmp_path / "none", evaluation.root, "val", CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("metrics.json", "{", "metrics.json: damaged, not JSON"),
+        ("metrics.json", "[1]", "metrics.json: damaged, not a JSON object"),
+        ("metrics.json", "{}", "metrics.json: damaged, or of another run ('intervals' is missing"),
+        ("embeddings.npy", "no array", "embeddings.npy: damaged"),
+    ],
+)
+def test_a_damaged_evaluation_is_one_line(tmp_path: Path, name: str, text: str, said: str) -> None:
+    evaluation = made_evaluation(tmp_path / "a", CLASSES, 6)
+    (evaluation.folder / name).write_text(text)
+    with pytest.raises(ArtifactError, match=re.escape(said)):
+        evaluation_content(evaluation, None, None, {})
+
+
+def test_labels_that_the_network_learnt_are_not_judged(tmp_path: Path) -> None:
+    evaluation = replace(made_evaluation(tmp_path / "a", CLASSES, 6), split="train")
+    (judged,) = evaluation_content(evaluation, None, None, {})["label_errors"]
+    assert judged["rows"] == [] and "learnt these labels" in judged["note"]
 
 
 # A run
@@ -276,6 +303,16 @@ def test_eval_writes_a_page_too(run: Path, tmp_path: Path) -> None:
     assert content["listed"] == 24 and content["near_duplicates"] is None and content["curves"] == []
     assert len(content["map"]) == 24 and {int(row) for row, *_ in content["map"]} == set(range(24))
     assert len(content["overlays"]) == 24
+
+
+def test_a_damaged_run_is_one_line(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "metrics.jsonl").write_text('{"step": 1, "lr"')
+    assert "metrics.jsonl: damaged" in refused(6, "report", copy, "--no-near-duplicates")
+    shutil.copy(run / "metrics.jsonl", copy)
+    (copy / "label_errors.csv").write_text("path,label,likely,quality,suspected\na.png,cat,cow,0.5,1\n")
+    assert "label_errors.csv: damaged, or of another run ('cow'" in refused(6, "report", copy, "--no-near-duplicates")
 
 
 def test_findings_that_look_alike_within_a_split(tmp_path: Path) -> None:
