@@ -38,6 +38,8 @@ class Config:
     """Replace the export that is there."""
     preprocess_in_graph: bool = option(False, "--with-preprocess")
     """Take uint8 images and normalise in the graph; also puts out probabilities."""
+    embeddings: bool = False
+    """Also put out what the head takes of an image, for `predict --embed`."""
     fp16: bool = option(False, "--half")
     """Also write model.fp16.onnx."""
     int8: bool = False
@@ -118,6 +120,7 @@ def fill(made: Path, cfg: Config, checkpoint: Path, model: "nn.Module", descript
     from export.bundle import sizes, write_side_files
     from export.to_onnx import describe, graph_of, runtime_logits, self_test_logits
     from export.verify import check_equality, compare_smaller
+    from resnet_dist.evaluate.calibrate import read_calibration
     from resnet_dist.run_folder import to_json
 
     in_graph = cfg.preprocess_in_graph
@@ -125,16 +128,21 @@ def fill(made: Path, cfg: Config, checkpoint: Path, model: "nn.Module", descript
         table, source = gate_images(cfg, description, Path(folder))
         labelled = source != "synthetic"
         print(f"gate on {source} images, {len(table)} at hand" + ("" if labelled else ": give --data for real ones"))
-        graph = graph_of(model, description.preprocessing, in_graph)
+        calibration = read_calibration(checkpoint, len(description.classes))
+        temperature = calibration.temperature if calibration else 1.0
+        print(f"temperature {temperature:.4f} (calibration.json)" if calibration else "not calibrated")
+        graph = graph_of(model, description.preprocessing, in_graph, temperature, cfg.embeddings)
         expected = self_test_logits(model, description.preprocessing)
-        metadata = describe(description, checkpoint, "fp32", in_graph, expected, 1.0)
+        metadata = describe(description, checkpoint, "fp32", in_graph, expected, calibration)
         write_model(made / "model.onnx", graph, metadata)
         some = first(table, len(table) if cfg.full else cfg.images)
-        reports: dict[str, Any] = {"model.onnx": check_equality(model, some, made / "model.onnx", labelled)}
+        reports: dict[str, Any] = {
+            "model.onnx": check_equality(model, some, made / "model.onnx", labelled, temperature)
+        }
         print(f"{'model.onnx':<16} {reports['model.onnx']}")
         for name, small in smaller_graphs(cfg, graph, description):
             expected = runtime_logits(small, self_test_feed(made))[0]
-            smaller = describe(description, checkpoint, name.split(".")[1], in_graph, expected, 1.0)
+            smaller = describe(description, checkpoint, name.split(".")[1], in_graph, expected, calibration)
             write_model(made / name, small, smaller)
             reports[name] = compare_smaller(made / "model.onnx", made / name, table, labelled, cfg.max_accuracy_drop)
             print(f"{name:<16} {reports[name]}")

@@ -241,21 +241,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "op
 # How far the self-test's logits may be off, as a share of the largest: other machines add in other orders, and int8
 # products may saturate on CPUs without VNNI.
 SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "int8": 0.25}
-EXTENSIONS = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-}
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+EXTENSIONS |= {".ppm", ".pgm", ".pbm", ".pnm"}
 Source = str | os.PathLike[str] | bytes | Image.Image
 
 
@@ -265,12 +252,18 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model makes of one image: its best classes and their probabilities (0..1), best first; or an error."""
+    """What the model makes of one image: its best classes and their probabilities (0..1), best first; or an error.
+
+    `abstained` says that the best class is too improbable to be believed. `features`, float32 (F,), is what the head
+    takes of the image, where it was asked for.
+    """
 
     source: str
     classes: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     error: str = ""
+    abstained: bool = False
+    features: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 class Predictor:
@@ -280,6 +273,8 @@ class Predictor:
         classes: names in index order.
         preprocessing: how an image becomes the input.
         metadata: everything that the file says of itself.
+        thresholds: for every class the least probability to believe, None for never; empty where there are none.
+        has_features: whether it was exported with --embeddings.
     """
 
     def __init__(self, model: str | os.PathLike[str], threads: int | None = None, providers: str = "auto") -> None:
@@ -296,6 +291,8 @@ class Predictor:
         self.metadata = _read_metadata(self.path, properties.get(METADATA, ""))
         self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
         self.preprocessing = Preprocessing.from_dict(self.metadata["preprocessing"])
+        self.thresholds: tuple[float | None, ...] = tuple(self.metadata.get("thresholds", ()))
+        self.has_features = any(output.name == "features" for output in self._session.get_outputs())
         self.threads = threads or os.cpu_count() or 1
         self.providers: list[str] = self._session.get_providers()
         self._takes_pixels = self._session.get_inputs()[0].type == "tensor(uint8)"
@@ -310,26 +307,56 @@ class Predictor:
         """uint8 (B, img_size, img_size, 3) to float32 (B, classes)."""
         return np.asarray(self._session.run(["logits"], self.inputs(pixels))[0], np.float32)
 
+    def features(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 (B, img_size, img_size, 3) to float32 (B, F), what the head takes; only where `has_features`."""
+        return np.asarray(self._session.run(["features"], self.inputs(pixels))[0], np.float32)
+
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (B, img_size, img_size, 3) to float32 (B, classes), each row adding up to 1."""
-        logits = self.logits(pixels) / np.float32(self.metadata["temperature"])
+        """uint8 (B, img_size, img_size, 3) to float32 (B, classes), calibrated, each row adding up to 1."""
+        return self._softmax(self.logits(pixels))
+
+    def _softmax(self, logits: np.ndarray) -> np.ndarray:
+        logits = logits / np.float32(self.metadata["temperature"])
         values = np.exp(logits - logits.max(axis=1, keepdims=True))
         return np.asarray(values / values.sum(axis=1, keepdims=True))
 
-    def predict(self, images: Iterable[Source], top_k: int = 5, batch_size: int = 16) -> Iterator[Prediction]:
+    def predict(
+        self,
+        images: Iterable[Source],
+        top_k: int = 5,
+        batch_size: int = 16,
+        abstain_below: float | None = None,
+        embed: bool = False,
+    ) -> Iterator[Prediction]:
         """Predictions in the order of the images (paths, bytes or Pillow images); a bad image gives one with `error`.
 
-        Images are decoded ahead by a pool of threads while the model runs.
+        `abstain_below` stands in for the model's own thresholds. `embed` adds the features. Images are decoded ahead by
+        a pool of threads while the model runs. Raises ModelError where there are no features to give.
         """
+        if embed and not self.has_features:
+            raise ModelError(f"{self.path}: gives no features; export it with --embeddings")
         for batch in _batched(self._decoded(images, ahead=2 * batch_size + self.threads), batch_size):
             pixels = [array for _, array, _ in batch if array is not None]
-            rows = iter(self.probabilities(np.stack(pixels))) if pixels else iter(())
+            rows = self._rows(np.stack(pixels), embed) if pixels else iter(())
             for name, array, error in batch:
-                yield self._best(name, next(rows), top_k) if array is not None else Prediction(name, error=error)
+                bad = Prediction(name, error=error)
+                yield bad if array is None else self._best(name, next(rows), top_k, abstain_below)
 
-    def _best(self, name: str, row: np.ndarray, top_k: int) -> Prediction:
-        best = np.argsort(-row, kind="stable")[:top_k]
-        return Prediction(name, tuple(self.classes[i] for i in best), tuple(float(row[i]) for i in best))
+    def _rows(self, pixels: np.ndarray, embed: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+        """Logits, probabilities and features of each image."""
+        names = ["logits", "features"] if embed else ["logits"]
+        logits, *features = self._session.run(names, self.inputs(pixels))
+        return zip(logits, self._softmax(logits), features[0] if embed else [None] * len(logits), strict=True)
+
+    def _best(
+        self, name: str, row: tuple[np.ndarray, np.ndarray, np.ndarray | None], top_k: int, abstain_below: float | None
+    ) -> Prediction:
+        logits, probabilities, features = row
+        best = np.argsort(-logits, kind="stable")[:top_k]  # rounding may make different logits equal probabilities
+        values = tuple(float(probabilities[i]) for i in best)
+        limit = self.thresholds[best[0]] if abstain_below is None and self.thresholds else abstain_below or 0.0
+        abstained = limit is None or values[0] < limit
+        return Prediction(name, tuple(self.classes[i] for i in best), values, "", abstained, features)
 
     def _decoded(self, images: Iterable[Source], ahead: int) -> Iterator[tuple[str, np.ndarray | None, str]]:
         """(name, pixels or None, error), in order, with up to `ahead` images being decoded meanwhile."""
@@ -439,6 +466,9 @@ def _read_metadata(path: Path, text: str) -> dict[str, Any]:
         Preprocessing.from_dict(values["preprocessing"])
         if len(values["self_test"]) != len(classes) or not 0 < float(values["temperature"]) < 1e6:
             raise ValueError("its self-test or temperature does not fit")
+        limits = values.get("thresholds", [])
+        if len(limits) not in (0, len(classes)) or not all(n is None or 0 <= float(n) <= 1 for n in limits):
+            raise ValueError("its thresholds do not fit")
         if values["precision"] not in SELF_TEST_TOLERANCE:
             raise ValueError("its precision is unknown")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -517,6 +547,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=_positive, default=5, metavar="N", help="classes to name per image (5)")
     parser.add_argument("--format", choices=("table", "csv", "jsonl"), help="table on a terminal, csv elsewhere")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of to the terminal")
+    parser.add_argument("--abstain-below", type=_share, metavar="P", help="believe no class below this (0..1)")
+    parser.add_argument("--embed", metavar="FILE", help="also write what the head takes of every image: .npy or .csv")
     parser.add_argument("--save-grid", metavar="PNG", help="the first images with their labels, as a picture")
     parser.add_argument("-b", "--batch-size", type=_positive, default=16, metavar="N", help="images at a time (16)")
     parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (all)")
@@ -532,41 +564,94 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number in 0..1, not {text!r}")
+    return value
+
+
 def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
     top_k = min(options.top_k, len(predictor.classes))
     shown: list[Prediction] = []
+    embedded: list[tuple[str, np.ndarray | None]] = []
     bad = 0
+    if options.embed:
+        _check_embed(Path(options.embed), predictor)
     try:
         output = Path(options.output) if options.output else None
         target = output.open("x", newline="", encoding="utf-8", errors="surrogateescape") if output else None
     except OSError as error:
         raise UsageError(f"--output {options.output}: cannot be written ({error.strerror})") from None
+    how = (top_k, options.batch_size, options.abstain_below, bool(options.embed))
     with target or nullcontext(sys.stdout) as stream:
         write = WRITERS[options.format or ("table" if stream.isatty() else "csv")]
         write(stream, top_k, None)
-        for prediction in predictor.predict(find_images(options.inputs), top_k, options.batch_size):
+        for prediction in predictor.predict(find_images(options.inputs), *how):
             write(stream, top_k, prediction)
             bad += bool(prediction.error)
+            if options.embed:
+                embedded.append((prediction.source, prediction.features))
             if len(shown) < GRID and not prediction.error:
                 shown.append(prediction)
             if bad and options.strict:
                 break
     if options.save_grid:
         save_grid(Path(options.save_grid), shown, predictor)
+    if options.embed:
+        save_features(Path(options.embed), embedded)
     if bad:
         print(f"{bad} image{'s' if bad > 1 else ''} could not be read; the column error says why", file=sys.stderr)
     return 3 if bad else 0
 
 
+def _check_embed(file: Path, predictor: Predictor) -> None:
+    if file.suffix not in (".npy", ".csv"):
+        raise UsageError(f"--embed {file}: the name must end in .npy or .csv")
+    if file.exists() or not file.absolute().parent.is_dir():
+        raise UsageError(f"--embed {file}: {'exists already' if file.exists() else 'there is no such folder'}")
+    if not predictor.has_features:
+        raise ModelError(f"{predictor.path}: gives no features; export it with --embeddings")
+
+
+def save_features(file: Path, rows: Sequence[tuple[str, np.ndarray | None]]) -> None:
+    """Features as float32 (images, F) in a .npy file, or as lines of path,f0..fF-1; NaN for an image that is bad."""
+    width = next((len(features) for _, features in rows if features is not None), 0)
+    table = np.full((len(rows), width), np.nan, np.float32)
+    for row, (_, features) in enumerate(rows):
+        if features is not None:
+            table[row] = features
+    try:
+        if file.suffix == ".npy":
+            np.save(file, table, allow_pickle=False)
+            return
+        with file.open("x", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            _write_row(stream, ["path", *(f"f{i}" for i in range(width))])
+            for (name, _), values in zip(rows, table, strict=True):
+                _write_row(stream, [name, *map(str, values)])
+    except OSError as error:
+        raise UsageError(f"--embed {file}: cannot be written ({error.strerror})") from None
+
+
 def _write_csv(stream: TextIO, top_k: int, prediction: Prediction | None) -> None:
-    """A line of path,prediction,top1..topk,p1..pk,error; the header for None."""
+    """A line of path,prediction,top1..topk,p1..pk,abstained,error, without a prediction where it abstained; the header
+    for None."""
     if prediction is None:
         ranks = range(1, top_k + 1)
-        row = ["path", "prediction", *(f"top{i}" for i in ranks), *(f"p{i}" for i in ranks), "error"]
-    else:
-        names = prediction.classes or ("",) * top_k
-        values = [str(np.float32(p)) for p in prediction.probabilities] or [""] * top_k
-        row = [prediction.source, names[0], *names, *values, prediction.error]
+        named = [*(f"top{i}" for i in ranks), *(f"p{i}" for i in ranks)]
+        _write_row(stream, ["path", "prediction", *named, "abstained", "error"])
+        return
+    names = prediction.classes or ("",) * top_k
+    values = [str(np.float32(p)) for p in prediction.probabilities] or [""] * top_k
+    abstained = "" if prediction.error else str(prediction.abstained).lower()
+    label = "" if prediction.abstained else names[0]
+    _write_row(stream, [prediction.source, label, *names, *values, abstained, prediction.error])
+
+
+def _write_row(stream: TextIO, row: Sequence[str]) -> None:
     # Before Python 3.13 a lone carriage return is not quoted by itself, and cuts the line when it is read.
     odd = any("\r" in cell for cell in row)
     csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL).writerow(row)
@@ -575,13 +660,14 @@ def _write_csv(stream: TextIO, top_k: int, prediction: Prediction | None) -> Non
 def _write_jsonl(stream: TextIO, top_k: int, prediction: Prediction | None) -> None:
     if prediction is not None:
         best = [{"class": c, "p": p} for c, p in zip(prediction.classes, prediction.probabilities, strict=True)]
-        line = {"path": prediction.source, "predictions": best, "error": prediction.error or None}
-        stream.write(json.dumps(line) + "\n")
+        line = {"path": prediction.source, "predictions": best, "abstained": prediction.abstained}
+        stream.write(json.dumps(line | {"error": prediction.error or None}) + "\n")
 
 
 def _write_table(stream: TextIO, top_k: int, prediction: Prediction | None) -> None:
     if prediction is not None:
         best = "  ".join(f"{c} {p:.3f}" for c, p in zip(prediction.classes, prediction.probabilities, strict=True))
+        best = f"ABSTAINED {best}" if prediction.abstained else best
         text = f"{prediction.source}  {'ERROR ' + prediction.error if prediction.error else best}"
         stream.write("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + "\n")
 

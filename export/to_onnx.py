@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from export.predict import DIGEST, METADATA, Preprocessing, canonical_json, digest_of, self_test_pixels
+from resnet_dist.evaluate.calibrate import Calibration
+from resnet_dist.model.parts import cut
 from resnet_dist.model.weights import sha256_of
 from resnet_dist.train.checkpoint import Description
 
@@ -20,36 +22,57 @@ FORMAT_VERSION = 1
 _PLACEHOLDER = hashlib.sha256(b"the digest goes here").hexdigest()
 
 
-class FromPixels(nn.Module):
-    """The network with normalisation in front and softmax behind."""
+class WithFeatures(nn.Module):
+    """The network with what its head takes as a second output."""
 
-    def __init__(self, model: nn.Module, spec: Preprocessing) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.backbone, self.head = cut(model, "head")
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 (B, 3, H, W) to logits (B, classes) and features (B, F)."""
+        features = self.backbone(x)
+        return self.head(features), features
+
+
+class FromPixels(nn.Module):
+    """The network with normalisation in front and softmax behind, of logits divided by a temperature."""
+
+    def __init__(self, model: nn.Module, spec: Preprocessing, temperature: float) -> None:
+        super().__init__()
+        self.model, self.temperature = model, temperature
         self.mean = nn.Buffer(torch.tensor(spec.mean).view(1, 3, 1, 1))
         self.std = nn.Buffer(torch.tensor(spec.std).view(1, 3, 1, 1))
 
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 (B, H, W, 3) to logits and probabilities (B, classes)."""
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """uint8 (B, H, W, 3) to logits and probabilities (B, classes); features (B, F) if the network gives any."""
         # Without contiguous() the exporter writes nine nodes that compute shapes.
         x = image.permute(0, 3, 1, 2).contiguous().to(torch.float32)
-        logits = self.model((x / 255 - self.mean) / self.std)
-        return logits, logits.softmax(1)
+        found = self.model((x / 255 - self.mean) / self.std)
+        logits, *features = found if isinstance(found, tuple) else (found,)
+        scaled = logits if self.temperature == 1 else logits / self.temperature
+        return logits, scaled.softmax(1), *features
 
 
-def graph_of(model: nn.Module, spec: Preprocessing, in_graph: bool) -> onnx.ModelProto:
+def graph_of(
+    model: nn.Module, spec: Preprocessing, in_graph: bool, temperature: float = 1.0, embeddings: bool = False
+) -> onnx.ModelProto:
     """The network as an ONNX graph with a dynamic axis `batch`, BatchNorm folded into the convolutions.
 
     float32 `pixel_values` (batch, 3, H, W) to `logits`; or, `in_graph`, uint8 `image` (batch, H, W, 3) to `logits` and
-    `probabilities`. No path of this machine is left in it.
+    `probabilities`, which are of the logits divided by `temperature`. With `embeddings` also to `features`, what the
+    head takes. No path of this machine is left in it.
     """
     model = model.eval().float().cpu().to(memory_format=torch.contiguous_format)
     size = spec.img_size
+    network: nn.Module = WithFeatures(model).eval() if embeddings else model
+    names = ("pixel_values", ["logits"])
+    example = torch.zeros(2, 3, size, size)
     if in_graph:
-        network: nn.Module = FromPixels(model, spec).eval()
+        network = FromPixels(network, spec, temperature).eval()
         example, names = torch.zeros(2, size, size, 3, dtype=torch.uint8), ("image", ["logits", "probabilities"])
-    else:
-        network, example, names = model, torch.zeros(2, 3, size, size), ("pixel_values", ["logits"])
+    if embeddings:
+        names[1].append("features")
     program = torch.onnx.export(
         network,
         (example,),
@@ -92,9 +115,10 @@ def describe(
     precision: str,
     in_graph: bool,
     self_test: np.ndarray,
-    temperature: float,
+    calibration: Calibration | None,
 ) -> dict[str, Any]:
     """What the file says of itself: enough to use it, and to know where it is from."""
+    thresholds = {"thresholds": list(calibration.thresholds)} if calibration and calibration.thresholds else {}
     return {
         "format_version": FORMAT_VERSION,
         **description.architecture.to_dict(),
@@ -102,7 +126,8 @@ def describe(
         "preprocessing": description.preprocessing.to_dict(),
         "input": "image" if in_graph else "pixel_values",
         "precision": precision,
-        "temperature": temperature,
+        "temperature": calibration.temperature if calibration else 1.0,
+        **thresholds,
         "score": dict(description.score),
         "epoch": description.epoch,
         "weights_kind": description.weights_kind,
@@ -130,7 +155,7 @@ def finished(graph: onnx.ModelProto, metadata: Mapping[str, Any]) -> bytes:
 @torch.no_grad()
 def self_test_logits(model: nn.Module, spec: Preprocessing) -> np.ndarray:
     """What torch makes of the self-test's image, float32 (classes,)."""
-    network = FromPixels(model.eval().float().cpu(), spec).eval()
+    network = FromPixels(model.eval().float().cpu(), spec, 1.0).eval()
     logits, _ = network(torch.from_numpy(self_test_pixels(spec.img_size)))
     return np.asarray(logits[0])
 

@@ -12,9 +12,10 @@ from torch import nn
 from export.predict import Predictor
 from resnet_dist.data.index import ImageTable
 from resnet_dist.data.loader import EvalImages
-from resnet_dist.data.transforms import ToInput
+from resnet_dist.data.transforms import Batch, ToInput
 from resnet_dist.errors import DataError
 from resnet_dist.evaluate.intervals import paired_drop, wilson
+from resnet_dist.model.parts import cut
 
 LOGITS, PROBABILITIES = 1e-4, 1e-4  # the first as a share of max(1, the largest logit)
 FP16_AGREEMENT = 0.995
@@ -30,6 +31,7 @@ class Equality:
     max_logit_difference: float = 0.0
     max_logit: float = 0.0
     max_probability_difference: float = 0.0
+    max_feature_difference: float | None = None
     top1_agreement: float = 1.0
     near_ties: int = 0
     accuracy_torch: float | None = None
@@ -59,11 +61,13 @@ def in_torch(model: nn.Module, table: ImageTable, predictor: Predictor) -> Itera
         yield batch.images, np.asarray(model(to_input(batch)).float())
 
 
-def check_equality(model: nn.Module, table: ImageTable, file: Path, labelled: bool) -> Equality:
+def check_equality(
+    model: nn.Module, table: ImageTable, file: Path, labelled: bool, temperature: float = 1.0
+) -> Equality:
     """Compare the torch pipeline with the predictor on the written file, both starting from the image files.
 
-    `model` is in float32 on the CPU, in evaluation mode. `labelled` says whether the targets of the table mean
-    anything. Raises DataError where an image cannot be read.
+    `model` is in float32 on the CPU, in evaluation mode; its probabilities are those at `temperature`. `labelled` says
+    whether the targets of the table mean anything. Raises DataError where an image cannot be read.
     """
     predictor = Predictor(file, threads=torch.get_num_threads(), providers="cpu")
     found = Equality(images=len(table))
@@ -76,7 +80,11 @@ def check_equality(model: nn.Module, table: ImageTable, file: Path, labelled: bo
         _compare_inputs(found, predictor, to_input, pixels, loaded, names)
         for size in BATCHES:
             others = np.concatenate([predictor.logits(loaded[i : i + size]) for i in range(0, len(loaded), size)])
-            _compare_outputs(found, logits, others, predictor.probabilities(loaded), names)
+            _compare_outputs(found, logits, others, predictor.probabilities(loaded), temperature, names)
+        if predictor.has_features:
+            _compare_features(
+                found, cut(model, "head")[0](to_input(_batch_of(pixels))), predictor.features(loaded), names
+            )
         best, other = logits.argmax(1), others.argmax(1)
         agree += int((best == other).sum())
         targets = table.targets[start : start + len(pixels)]
@@ -97,27 +105,42 @@ def _loaded(predictor: Predictor, name: str) -> np.ndarray:
     return pixels
 
 
+def _batch_of(pixels: torch.Tensor) -> Batch:
+    return Batch(pixels, *[torch.zeros(len(pixels), dtype=torch.int64)] * 3)
+
+
 def _compare_inputs(
     found: Equality, predictor: Predictor, to_input: ToInput, pixels: torch.Tensor, loaded: np.ndarray, names: list[str]
 ) -> None:
     """The predictor's input against training's, bit for bit."""
-    from resnet_dist.data.transforms import Batch
-
     (given,) = predictor.inputs(loaded).values()
-    empty = torch.zeros(len(pixels), dtype=torch.int64)
-    expected = np.asarray(pixels) if given.dtype == np.uint8 else np.asarray(to_input(Batch(pixels, *[empty] * 3)))
+    expected = np.asarray(pixels) if given.dtype == np.uint8 else np.asarray(to_input(_batch_of(pixels)))
     for row, name in enumerate(names):
         if not np.array_equal(given[row], expected[row]):
             found.inputs_equal = False
             found.problems.append(f"{name}: the input is not that of training")
 
 
+def _compare_features(found: Equality, features: torch.Tensor, others: np.ndarray, names: list[str]) -> None:
+    """Features within the same share of their size as logits."""
+    expected = np.asarray(features)
+    off, scale = np.abs(expected - others).max(axis=1), np.maximum(1.0, np.abs(expected).max(axis=1))
+    found.max_feature_difference = max(found.max_feature_difference or 0.0, float(off.max()))
+    wrong = np.flatnonzero(~(off <= LOGITS * scale))
+    found.problems += [f"{names[row]}: features are off by {off[row]:.1e}" for row in wrong]
+
+
 def _compare_outputs(
-    found: Equality, logits: np.ndarray, others: np.ndarray, probabilities: np.ndarray, names: list[str]
+    found: Equality,
+    logits: np.ndarray,
+    others: np.ndarray,
+    probabilities: np.ndarray,
+    temperature: float,
+    names: list[str],
 ) -> None:
     """Logits within a share of their size, probabilities, and the best class where it is not a near tie."""
     difference, scale = np.abs(logits - others).max(axis=1), np.maximum(1.0, np.abs(logits).max(axis=1))
-    expected = np.asarray(torch.from_numpy(logits).softmax(1))
+    expected = np.asarray((torch.from_numpy(logits) / temperature).softmax(1))
     off = np.abs(expected - probabilities).max(axis=1)
     ordered = np.sort(logits, axis=1)
     tie = ordered[:, -1] - ordered[:, -2] < 2 * difference if logits.shape[1] > 1 else np.zeros(len(logits), bool)

@@ -63,7 +63,7 @@ def test_batches_and_threads_change_nothing(bundle: Path, photos: Path, capsys: 
 def test_formats(bundle: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = bundle / "model.onnx"
     as_csv = table(run(capsys, model, photos, "--top-k", "2")[1])
-    assert list(as_csv[0]) == ["path", "prediction", "top1", "top2", "p1", "p2", "error"]
+    assert list(as_csv[0]) == ["path", "prediction", "top1", "top2", "p1", "p2", "abstained", "error"]
     lines = [
         json.loads(line) for line in run(capsys, model, photos, "--format", "jsonl", "--top-k", "9")[1].splitlines()
     ]
