@@ -28,6 +28,8 @@ VERBS = {  # verb: what it does; its module is resnet_dist.verbs.<verb> unless M
     "summary": "layers, shapes, parameters and FLOPs of a model",
     "recipes": "list the named techniques, or print one",
     "bench": "where the time of training goes on this machine, and what to change",
+    "bench ladder": "what each lever of speed is worth here, one after the other",
+    "bench scaling": "how training speeds up with processes on this machine",
     "doctor": "what this machine has, and a proof that two processes equal one",
     "demo": "train on handwritten digits, offline, in two minutes",
 }
@@ -54,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"resnet-dist {__version__}")
         return 0
-    verb = arguments[0]
+    words = 2 if " ".join(arguments[:2]) in VERBS else 1
+    verb = " ".join(arguments[:words])
     try:
-        return run(verb, arguments[1:])
+        return run(verb, arguments[words:])
     except ResnetDistError as error:
         if debug:
             traceback.print_exc()
@@ -83,12 +86,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 def module_of(verb: str) -> str:
     """The name of the module with a verb's `Config` and `main`."""
-    return MODULES.get(verb, f"resnet_dist.verbs.{verb.replace('-', '_')}")
+    return MODULES.get(verb, f"resnet_dist.verbs.{verb.replace('-', '_').replace(' ', '_')}")
 
 
 def _overview() -> str:
     lines = [f"resnet-dist {__version__}: fine-tune a ResNet on a folder of images and ship it", ""]
-    lines += [f"  resnet-dist {verb:<10} {text}" for verb, text in VERBS.items()]
+    lines += [f"  resnet-dist {verb:<13} {text}" for verb, text in VERBS.items()]
     lines += ["", "resnet-dist VERB --help shows the options of a verb."]
     return "\n".join(lines)
 

@@ -59,7 +59,8 @@ def main() -> None:
                     found["full"][name][-1]["whole"] = contest(name, "full", None, options)
             if "head" in found and last:
                 found["head"][name].append(contest(name, "head", None, options))
-    results = {"machine": machine(), "rounds": options.rounds, "steps": options.steps, "epochs": EPOCHS, "jobs": found}
+    results = {"machine": machine(), "rounds": options.rounds, "steps": options.steps}
+    results |= {"batch_size": options.batch_size, "epochs": EPOCHS, "jobs": found}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=2) + "\n")
     print("\n".join(tables(results)))
@@ -74,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="that are timed in a round")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--jobs", nargs="+", choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--only", nargs="+", choices=[*PEERS, *OURS], default=[*PEERS, *OURS])
     parser.add_argument("--accuracy", action=argparse.BooleanOptionalAction, default=True)
@@ -91,7 +93,8 @@ def contest(name: str, job: str, steps: int | None, options: argparse.Namespace)
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         out = Path(folder) / "out.json"
         arguments = ["--job", job, "--data", options.data, "--weights", options.weights, "--epochs", epochs]
-        arguments += ["--json", out, "--warmup", options.warmup, *([] if steps is None else ["--steps", steps])]
+        arguments += ["--batch-size", options.batch_size, "--json", out, "--warmup", options.warmup]
+        arguments += [] if steps is None else ["--steps", steps]
         words = [str(word) for word in (python, *launcher, script, *arguments, *own)]
         environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
         print(f"{name}, {job}{'' if steps is None else f', {steps} steps'} ...", file=sys.stderr, flush=True)
@@ -113,8 +116,12 @@ def machine() -> dict[str, Any]:
 
 def tables(results: dict[str, Any]) -> Iterator[str]:
     """Both jobs as markdown, our ratio to each peer beside its target."""
-    yield f"{results['machine']['cpu']}, {results['machine']['cores']} cores, {results['rounds']} rounds"
     jobs: Found = results["jobs"]
+    versions = {}
+    for rounds in (rounds for job in jobs.values() for rounds in job.values()):
+        versions |= rounds[-1]["versions"]
+    yield f"{results['machine']['cpu']}, {results['machine']['cores']} cores, {results['rounds']} rounds"
+    yield ", ".join(f"{name} {version}" for name, version in versions.items())
     if jobs.get("full"):
         yield ""
         yield "| full fine-tuning | images/s, median (lowest to highest) | resnet-dist / it | target | top-1 | MiB |"

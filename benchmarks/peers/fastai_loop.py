@@ -29,7 +29,7 @@ class Tick(Callback):
 
 def train(job: peer.Job, tick: Callable[[], None]) -> float:
     """Learner.fit; in the head's job the frozen BatchNorm layers keep their statistics, by fastai's own callback."""
-    normalize = Normalize.from_stats(peer.MEAN, peer.STD, cuda=False)
+    normalize = Normalize.from_stats(peer.MEAN, peer.STD, cuda=peer.DEVICE.type == "cuda")
     whole = [Resize(256), CropPad(job.size)]
     loaders = ImageDataLoaders.from_folder(
         job.data,

@@ -26,6 +26,7 @@ from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LR = {"full": 1e-3, "head": 1e-2}  # SGD with momentum 0.9, those of the tutorials
 
 
@@ -40,7 +41,7 @@ class Job(NamedTuple):
     data: Path
     weights: Path
     epochs: int
-    batch_size: int = 32
+    batch_size: int
     size: int = 224
 
     @property
@@ -50,21 +51,27 @@ class Job(NamedTuple):
 
 
 class Clock:
-    """Notes when every optimizer step ended."""
+    """Notes when every optimizer step ended; waits for a GPU before the first step that counts and after the last."""
 
     def __init__(self, steps: int | None, warmup: int) -> None:
-        self.steps, self.warmup = steps, warmup
+        self.steps, self.warmup = steps, max(1, warmup)
         self.ends: list[float] = []
 
     def tick(self) -> None:
         """Called after every step. Raises Enough after the last that is to be timed."""
+        number = len(self.ends) + 1
+        is_last = self.steps is not None and number == self.warmup + self.steps
+        if DEVICE.type == "cuda" and (is_last or number == self.warmup):
+            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
-        if self.steps is not None and len(self.ends) == self.warmup + self.steps:
-            raise Enough
+        if is_last:
+            raise Enough("the clock has seen its steps")  # fastai reads the first argument
 
     def seconds(self) -> list[float]:
-        """Of the steps after the warm-up, with the loading between them."""
-        ends = self.ends[max(1, self.warmup) - 1 :]
+        """Of the steps after the warm-up, with the loading between them; on a GPU their mean, which alone is known."""
+        ends = self.ends[self.warmup - 1 :]
+        if DEVICE.type == "cuda":
+            return [(ends[-1] - ends[0]) / (len(ends) - 1)]
         return [after - before for before, after in pairwise(ends)]
 
 
@@ -78,11 +85,12 @@ def run(train: Train, packages: Sequence[str]) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--json", type=Path, required=True)
     options, _ = parser.parse_known_args()
-    job = Job(options.job, options.data, options.weights, options.epochs)
+    job = Job(options.job, options.data, options.weights, options.epochs, options.batch_size)
     clock = Clock(options.steps, options.warmup)
     start = time.perf_counter()
     top1 = None
@@ -93,10 +101,11 @@ def run(train: Train, packages: Sequence[str]) -> None:
     found: dict[str, Any] = {
         "step_seconds": median,
         "images_per_second": job.batch_size / median,
-        "steps": len(clock.seconds()),
+        "steps": len(clock.ends) - clock.warmup,
         "train_seconds": seconds,
         "top1": top1,
         "peak_memory_mib": peak_memory_mib(),
+        "peak_gpu_memory_mib": torch.cuda.max_memory_allocated() >> 20 if DEVICE.type == "cuda" else 0,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", *packages)},
     }
@@ -117,7 +126,7 @@ def with_weights(model: nn.Module, job: Job) -> nn.Module:
     if job.kind == "head":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("fc."))
-    return model
+    return model.to(DEVICE)
 
 
 def torchvision_model(job: Job) -> nn.Module:
@@ -143,5 +152,5 @@ def evaluate(model: nn.Module, job: Job) -> float:
     model.eval()
     correct = 0
     for inputs, targets in DataLoader(images, batch_size=job.batch_size, num_workers=2):
-        correct += int((model(inputs).argmax(1) == targets).sum())
+        correct += int((model(inputs.to(DEVICE)).argmax(1) == targets.to(DEVICE)).sum())
     return correct / len(images)

@@ -1,5 +1,6 @@
 """timm's train.py: its dataset, loader, model and optimizer; as documented, or tuned with bf16 and channels_last."""
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,12 +13,12 @@ from timm.optim import create_optimizer_v2
 from timm.utils import AverageMeter
 
 TUNED = "--tuned" in sys.argv  # train.py --amp --amp-dtype bfloat16 --channels-last
+WORKERS = min(16, os.cpu_count() or 1)  # tuned; 4 is its default
 LOG_INTERVAL = 50
 
 
 def train(job: peer.Job, tick: Callable[[], None]) -> float:
     """train_one_epoch and validate, epoch after epoch."""
-    device = torch.device("cpu")
     loader = create_loader(
         create_dataset("", root=str(job.data), split="train"),
         input_size=(3, job.size, job.size),
@@ -26,8 +27,9 @@ def train(job: peer.Job, tick: Callable[[], None]) -> float:
         no_aug=job.kind == "head",
         color_jitter=0.0,
         interpolation="bilinear",
-        num_workers=2 if TUNED else 4,
-        device=device,
+        num_workers=WORKERS if TUNED else 4,
+        pin_memory=TUNED,
+        device=peer.DEVICE,
     )
     model = peer.with_weights(create_model("resnet18", num_classes=job.classes), job)
     if TUNED:
@@ -39,7 +41,7 @@ def train(job: peer.Job, tick: Callable[[], None]) -> float:
         for index, (inputs, target) in enumerate(loader):
             if TUNED:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16) if TUNED else nullcontext():
+            with torch.autocast(peer.DEVICE.type, torch.bfloat16) if TUNED else nullcontext():
                 loss = loss_fn(model(inputs), target)
             loss.backward()
             optimizer.step()

@@ -15,7 +15,7 @@ def train(job: peer.Job, tick: Callable[[], None]) -> float:
     changed = v2.Compose([*crop, v2.ToDtype(torch.float32, scale=True), v2.Normalize(peer.MEAN, peer.STD)])
     transform = changed if job.kind == "full" else peer.eval_transform(job)
     images = ImageFolder(job.data / "train", transform)
-    loader = DataLoader(images, batch_size=job.batch_size, shuffle=True, num_workers=4, pin_memory=False)
+    loader = DataLoader(images, batch_size=job.batch_size, shuffle=True, num_workers=4, pin_memory=True)
     model = peer.torchvision_model(job)
     criterion = torch.nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(
@@ -25,6 +25,7 @@ def train(job: peer.Job, tick: Callable[[], None]) -> float:
     for _ in range(job.epochs):
         peer.train_mode(model, job)
         for image, target in loader:
+            image, target = image.to(peer.DEVICE, non_blocking=True), target.to(peer.DEVICE, non_blocking=True)
             output = model(image)
             loss = criterion(output, target)
             optimizer.zero_grad()

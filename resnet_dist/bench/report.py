@@ -5,10 +5,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from resnet_dist.bench.loading import loaders, stages
+from resnet_dist.bench.loading import loading
 from resnet_dist.bench.machine import describe, roofs
 from resnet_dist.bench.timing import Plan
-from resnet_dist.bench.training import measure_regime, prepare
+from resnet_dist.bench.training import job_of, measure_regime, shortened
 from resnet_dist.config import TrainConfig
 from resnet_dist.train.job import Job
 
@@ -21,13 +21,19 @@ HOST_BOUND = 0.9  # share of a step in which the host gives out work, from which
 def make_report(
     accelerator: Accelerator, cfg: TrainConfig, regimes: tuple[str, ...], plan: Plan, epochs: int, steps: int
 ) -> tuple[dict[str, Any], Job]:
-    """Everything that is measured, as plain JSON values, and the job that it was measured with."""
-    job = prepare(accelerator, cfg, steps)
+    """Everything that is measured, as plain JSON values, and the job that loading was measured with."""
+    blueprint = shortened(accelerator, cfg, steps)
     found: dict[str, Any] = {"format_version": FORMAT_VERSION, "machine": describe(accelerator)}
-    found["settings"] = settings(job)
     found["roofs"] = roofs(accelerator, plan)
-    found["loading"] = {"stages": stages(job, plan), **loaders(job, plan)}
-    found["regimes"] = {name: measure_regime(job, name, plan, epochs, found["roofs"]) for name in regimes}
+    found["regimes"] = {
+        name: measure_regime(job_of(accelerator, blueprint), name, plan, epochs, found["roofs"]) for name in regimes
+    }
+    job = job_of(accelerator, blueprint)
+    found["settings"] = settings(job)
+    found["loading"] = loading(job, plan)
+    for regime in found["regimes"].values():
+        if not regime["features_are_kept"]:
+            regime["training"]["overlap"] = overlap(found, regime)
     found["verdict"] = verdict(found)
     return found, job
 
@@ -44,9 +50,18 @@ def settings(job: Job) -> dict[str, Any]:
         "optimizer": cfg.optim.opt,
         "aug": cfg.augment.aug,
         "workers": job.workers,
+        "images_are_kept": job.train_images.read is not job.train_images.reader,
         "training_images": len(job.index.train),
         "classes": len(job.index.classes),
     }
+
+
+def overlap(found: dict[str, Any], regime: dict[str, Any]) -> float:
+    """Speed of whole training as a share of the slower of loading and computing by themselves; 1 is the best."""
+    load = found["loading"].get("from_kept", found["loading"]["from_files"])["loader"]["images_per_second"]
+    processes = found["machine"]["processes"]
+    alone = processes * min(load, regime["compute"]["step"]["images_per_second"])
+    return float(regime["training"]["later_epochs"]["images_per_second"] / alone)
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -76,16 +91,18 @@ def verdict(found: dict[str, Any]) -> str:
 
 
 def _data_bound(found: dict[str, Any], regime: dict[str, Any]) -> str:
-    """What to do where the loop waits for data: more loader processes while there are cores, else less work."""
-    machine, workers = found["machine"], found["settings"]["workers"]
-    load = found["loading"]["loader"]["images_per_second"]
+    """What to do where the loop waits for data: keep images, then more loader processes, then smaller files."""
+    machine, workers, kept = found["machine"], found["settings"]["workers"], found["settings"]["images_are_kept"]
+    load = found["loading"]["from_kept" if kept else "from_files"]["loader"]["images_per_second"]
     compute = regime["compute"]["step"]["images_per_second"]
     wait = regime["training"]["data_wait_share"]
     text = f"data-bound: waits {wait:.0%} of the time; loader {load:.0f}, compute {compute:.0f} images/s"
     spare = machine["cores_per_process"] - (machine["threads"] if machine["device"] == "cpu" else 0)
+    if not kept:
+        return f"{text} -> --cache ram"
     if spare > workers:
         return f"{text} -> --workers {spare}"
-    return f"{text} -> smaller files (resize them once to about the training size)"
+    return f"{text} -> smaller files (resize them once to about twice --img-size)"
 
 
 # In words
@@ -94,23 +111,19 @@ def _data_bound(found: dict[str, Any], regime: dict[str, Any]) -> str:
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """The report as text."""
     yield from _head(found)
-    yield f"{'':<30}{'images/s':>10} {'(p10 to p90)':>20}{'ms/step':>10}   of the limit"
-    for name, timing in {**found["loading"]["stages"], **_loop_parts(found)}.items():
-        yield _row(f"load: {name}", timing, "")
+    yield f"{'':<30}{'images/s':>10} {'(p10 to p90)':>20}{'ms/step':>10}"
+    workers = found["settings"]["workers"]
+    names = {"loader": f"loader, {workers} processes", "input": "input, on the device"}
+    for source, stages in found["loading"].items():
+        yield {"from_files": "loading from files", "from_kept": "loading from what is kept"}[source]
+        yield from (_row(f"  {names.get(name, name)}", timing, "") for name, timing in stages.items())
     for name, regime in found["regimes"].items():
-        yield f"{name}{' (features kept)' if regime['features_are_kept'] else ''}"
+        yield f"training {name}{', from kept features' if regime['features_are_kept'] else ''}"
         yield from _regime_rows(regime)
     if "predict" in found:
         start = found["predict"]["seconds_to_first_labels"]
         yield _row("predict, files to labels", found["predict"], f"{start:.1f} s to the first, loading included")
     yield f"verdict: {found['verdict']}"
-
-
-def _loop_parts(found: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"with {found['settings']['workers']} workers": found["loading"]["loader"],
-        "to the device": found["loading"]["input"],
-    }
 
 
 def _head(found: dict[str, Any]) -> Iterator[str]:
@@ -135,8 +148,10 @@ def _regime_rows(regime: dict[str, Any]) -> Iterator[str]:
     if "communication" in compute:
         hidden = compute["communication"]["step_alone"]["seconds"] / compute["step"]["seconds"]
         yield _row("  step without gradients' sum", compute["communication"]["step_alone"], f"{hidden:.0%} of the step")
-    yield _row("  first epoch, from files", training["first_epoch"], "")
-    yield _row("  later epochs", training["later_epochs"], f"waits for data {training['data_wait_share']:.0%}")
+    yield _row("  first epoch", training["first_epoch"], "")
+    remark = f"waits for data {training['data_wait_share']:.0%}"
+    remark += f", {training['overlap']:.0%} of the slower part" if "overlap" in training else ""
+    yield _row("  later epochs", training["later_epochs"], remark)
     memory = regime["peak_memory"]
     yield f"  peak memory: host {memory['host_mib']} MiB, GPU {memory['gpu_mib']} MiB"
 

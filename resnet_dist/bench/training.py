@@ -24,7 +24,7 @@ from resnet_dist.model.trainable import set_trainable, train_mode
 from resnet_dist.provenance import forget_peak_memory, peak_memory
 from resnet_dist.run_folder import RunFolder
 from resnet_dist.stop import StopRequests
-from resnet_dist.train.job import Job, build_job, draw
+from resnet_dist.train.job import Blueprint, Job, build_job, draw
 from resnet_dist.train.loop import Learner, begin_phase, end_phase, train_one_epoch, train_step
 from resnet_dist.train.progress import Display
 from resnet_dist.train.state import State
@@ -36,19 +36,32 @@ REGIMES = {  # what learns; the BatchNorm statistics of what does not learn are 
 }
 
 
-def prepare(accelerator: Accelerator, cfg: TrainConfig, steps: int) -> Job:
-    """A job that leaves nothing on disk, with as many training images as fill so many steps, or all if there are less.
+def shortened(accelerator: Accelerator, cfg: TrainConfig, steps: int) -> Blueprint:
+    """The blueprint with as many training images as fill so many steps, spread evenly over the data, or all there are.
 
-    The images are spread evenly over the data. Raises UsageError, DataError.
+    Raises UsageError, DataError.
     """
     blueprint = draw(accelerator, cfg)
     share = blueprint.batches.share
     train = spread(blueprint.index.train, steps * share.global_batch)
     batches = TrainBatches(len(train), cfg.run.seed, share, cfg.data.drop_last)
-    index = dataclasses.replace(blueprint.index, train=train)
-    blueprint = dataclasses.replace(blueprint, index=index, batches=batches)
+    return dataclasses.replace(blueprint, index=dataclasses.replace(blueprint.index, train=train), batches=batches)
+
+
+def job_of(accelerator: Accelerator, blueprint: Blueprint) -> Job:
+    """A job that shows nothing and leaves nothing on disk."""
     run = RunFolder(Path("bench"), active=False)
     return build_job(accelerator, blueprint, run, Display(enabled=False), StopRequests())
+
+
+def begin(job: Job, name: str, epochs: int) -> tuple[Job, Learner]:
+    """The job and the learner of one of REGIMES, for so many epochs, with its features, if any, computed."""
+    phase = dataclasses.replace(REGIMES[name], epochs=epochs)
+    job = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, phase=(phase,)))
+    learner = begin_phase(job, phase)
+    learner.source.fill(job)
+    train_mode(job.model, phase)
+    return job, learner
 
 
 def spread(table: ImageTable, count: int) -> ImageTable:
@@ -58,22 +71,23 @@ def spread(table: ImageTable, count: int) -> ImageTable:
 
 
 def measure_regime(job: Job, name: str, plan: Plan, epochs: int, roofs: dict[str, Any]) -> dict[str, Any]:
-    """Everything about training in one of REGIMES: the work of a step, its time alone, and that of whole epochs."""
-    phase = dataclasses.replace(REGIMES[name], epochs=epochs)
-    job = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, phase=(phase,)))
+    """Everything about training in one of REGIMES: whole epochs, the work of a step, and its time alone.
+
+    The job is used up: its caches are full and its weights changed.
+    """
     forget_peak_memory()
-    learner = begin_phase(job, phase)
     start = time.perf_counter()
-    learner.source.fill(job)
-    found: dict[str, Any] = {"seconds_to_fill_features": time.perf_counter() - start}
-    found |= {"features_are_kept": learner.source.train_module is not job.model}
+    job, learner = begin(job, name, epochs)
+    found: dict[str, Any] = {
+        "seconds_to_begin": time.perf_counter() - start,
+        "features_are_kept": learner.source.train_module is not job.model,
+        "training": whole_training(job, learner, epochs),
+        "peak_memory": peak_memory(),
+    }
     batches = [batch.to(job.accelerator.device) for batch in next(learner.source.train_loader.epoch(0))]
-    train_mode(job.model, phase)
     found["work"] = work(job, learner, batches[0], roofs)
     found["compute"] = compute(job, learner, batches, plan)
     found["limits"] = limits(job.accelerator, found, roofs)
-    found["training"] = whole_training(job, learner, epochs)
-    found["peak_memory"] = peak_memory()
     end_phase(job, learner)
     return found
 

@@ -5,7 +5,7 @@ import io
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,8 @@ from resnet_dist.config import (
 )
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from resnet_dist.bench.timing import Plan
     from resnet_dist.train.job import Job
 
@@ -79,26 +81,20 @@ def train_config(cfg: Any, data: str) -> TrainConfig:
 def main(cfg: Config) -> int:
     """Measure, print, write the JSON file. Returns the exit code. Raises ResnetDistError."""
     from resnet_dist.bench.report import lines, make_report
-    from resnet_dist.bench.synthetic import photographs
     from resnet_dist.distributed import machine_errors, on_main, start
     from resnet_dist.run_folder import to_json, write_atomically
 
     accelerator, line = start(cfg.system)
-    show = print if accelerator.is_main_process else _silent
+    show = printer(accelerator)
     show(line)
     with tempfile.TemporaryDirectory(prefix="resnet-dist-bench-") as own:
-        folder = Path(on_main(accelerator, lambda: own))
-        if cfg.data.data is None:
-            show("no DATA: synthetic photographs")
-            count = cfg.epoch_steps * accelerator.num_processes * cfg.data.batch_size * cfg.optim.grad_accum
-            on_main(accelerator, lambda: photographs(folder / "photographs", count))
-        chosen = train_config(cfg, str(folder / "photographs"))
+        chosen = with_data(accelerator, cfg, Path(own))
         with machine_errors(accelerator, cfg.data.batch_size, cfg.optim.grad_accum):
             plan = plan_of(cfg, accelerator.device.type)
             found, job = make_report(accelerator, chosen, cfg.regimes, plan, cfg.epochs, cfg.epoch_steps)
             found["settings"]["data"] = "synthetic" if cfg.data.data is None else "images"
             if cfg.predict:
-                found["predict"] = on_main(accelerator, lambda: time_prediction(job, folder, plan))
+                found["predict"] = on_main(accelerator, lambda: time_prediction(job, Path(own), plan))
     for text in lines(found):
         show(text)
     if cfg.json is not None:
@@ -107,8 +103,27 @@ def main(cfg: Config) -> int:
     return 0
 
 
-def _silent(_: str) -> None:
-    """What the other processes say."""
+def printer(accelerator: "Accelerator") -> Callable[[str], None]:
+    """What prints a line, on the main process only."""
+
+    def show(line: str) -> None:
+        if accelerator.is_main_process:
+            print(line, flush=True)
+
+    return show
+
+
+def with_data(accelerator: "Accelerator", cfg: Any, folder: Path) -> TrainConfig:
+    """The training that is measured; where no DATA is named, of photographs made in `folder` of the main process."""
+    from resnet_dist.bench.synthetic import photographs
+    from resnet_dist.distributed import on_main
+
+    made = on_main(accelerator, lambda: str(folder / "photographs"))
+    if cfg.data.data is None:
+        printer(accelerator)("no DATA: synthetic photographs")
+        count = cfg.epoch_steps * accelerator.num_processes * cfg.data.batch_size * cfg.optim.grad_accum
+        on_main(accelerator, lambda: photographs(Path(made), count))
+    return train_config(cfg, made)
 
 
 def plan_of(cfg: Config, device: str) -> "Plan":

@@ -1,0 +1,111 @@
+"""`bench ladder` and `bench scaling`: what they run, and what they make of the numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resnet_dist.bench.ladder import GROUND, LEVERS
+from resnet_dist.cli import main
+from resnet_dist.options import parse
+from resnet_dist.verbs import bench, bench_scaling
+
+SHORT = ["--batch-size", "4", "--img-size", "32", "--epoch-steps", "2", "--epochs", "2", "--workers", "0"]
+
+
+def scaling_config(*arguments: str) -> bench_scaling.Config:
+    made: bench_scaling.Config = parse(bench_scaling.Config, arguments, "resnet-dist bench scaling")
+    return made
+
+
+# The ladder
+
+
+def test_every_rung_is_measured_in_every_round(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ladder.json"
+    assert main(["bench", "ladder", str(folder), *SHORT, "--rounds", "2", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rungs"]
+    names = [row["rung"] for row in rows]
+    assert names[0] == GROUND.name and names[1:] == [r.name for r in LEVERS if r.name in names]
+    assert len(names) >= len(LEVERS)  # all, but for the one that only GPUs have
+    for row in rows:
+        assert 0 < row["lowest"] <= row["images_per_second"] <= row["highest"] and row["rounds"] == 2
+    # Two rounds: the median is the mean of both.
+    assert all(row["images_per_second"] == pytest.approx((row["lowest"] + row["highest"]) / 2) for row in rows)
+    out = capsys.readouterr().out
+    told = [line for line in out.splitlines() if line.startswith("round ")]
+    assert told == [f"round {number} of 2: {name}" for number in (1, 2) for name in names]  # in turns
+    assert f"{rows[-1]['images_per_second'] / rows[0]['images_per_second']:.2f}x" in out.splitlines()[-1]
+
+
+def test_a_ladder_needs_an_epoch_that_counts(refused: Any) -> None:
+    assert "--epochs 1: must be at least 2" in refused(2, "bench", "ladder", "--epochs", "1")
+
+
+# Scaling
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        [],
+        ["photos", "--batch-size", "8", "--mixed-precision", "no", "--drop-last", "--no-tf32", "--workers", "0"],
+        ["--lr-groups", "stem=1e-05 head=0.001", "--head", "mlp", "--head-hidden", "8,4", "--windows", "3"],
+    ],
+)
+def test_processes_are_given_what_was_typed(typed: list[str]) -> None:
+    """The command line that is made says the same to `bench` as what was typed."""
+    cfg = scaling_config(*typed)
+    given = parse(bench.Config, [*bench_scaling.arguments_of(cfg), *bench_scaling.FULL_ONLY], "resnet-dist bench")
+    for name in ("data", "preprocess", "augment", "model", "optim", "system", "windows", "epochs", "epoch_steps"):
+        assert getattr(given, name) == getattr(cfg, name), name
+    assert given.regimes == ("full",) and not given.predict
+
+
+def report(processes: int, device: str, step: float, whole: float, alone: float | None = None) -> dict[str, Any]:
+    """As `bench` writes it: images/s of a step per process, of whole training in all, seconds of a step alone."""
+    compute: dict[str, Any] = {"step": {"images_per_second": step, "seconds": 1.0}}
+    if alone is not None:
+        compute["communication"] = {"step_alone": {"seconds": alone}, "all_reduce_bytes": {"median": 2e9}}
+    training = {"later_epochs": {"images_per_second": whole}}
+    machine = {"processes": processes, "device": device, "threads": 1}
+    return {"machine": machine, "regimes": {"full": {"compute": compute, "training": training}}}
+
+
+def test_on_gpus_many_processes_should_do_as_many_times_the_work() -> None:
+    row = bench_scaling.row(report(4, "cuda", 90.0, 300.0, alone=0.75), report(1, "cuda", 100.0, 100.0))
+    assert row["step_images_per_second"] == 360.0
+    assert row["step_efficiency"] == pytest.approx(0.9) and row["training_efficiency"] == pytest.approx(0.75)
+    assert row["exposed_communication"] == pytest.approx(0.25)
+    assert "25% of a step, all-reduce 2 GB/s" in list(bench_scaling.lines([row]))[1]
+
+
+def test_on_a_cpu_processes_share_the_cores() -> None:
+    row = bench_scaling.row(report(2, "cpu", 45.0, 80.0, alone=1.1), report(1, "cpu", 100.0, 100.0))
+    assert row["step_efficiency"] == pytest.approx(0.9) and row["training_efficiency"] == pytest.approx(0.8)
+    assert row["exposed_communication"] == 0.0
+
+
+def test_what_cannot_be_scaled_is_refused(refused: Any, tmp_path: Path) -> None:
+    assert "--world-sizes 0: must be at least 1" in refused(2, "bench", "scaling", "--world-sizes", "0")
+
+
+@pytest.mark.matrix
+def test_one_and_two_processes_are_measured(folder: Path, tmp_path: Path) -> None:
+    """The parts of `bench` that processes do together: sums of gradients, and parameters equal at the end."""
+    file = tmp_path / "scaling.json"
+    fast = ["--windows", "2", "--window-steps", "1", "--warmup-steps", "0", "--mixed-precision", "no", "--threads", "1"]
+    assert main(["bench", "scaling", str(folder), *SHORT, *fast, "--json", str(file)]) == 0
+    one, two = json.loads(file.read_text())["worlds"]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert "all_reduce_bytes" in two and "all_reduce_bytes" not in one
+    assert 0 <= two["exposed_communication"] < 1
+
+
+@pytest.mark.matrix
+def test_failure_of_the_processes_is_one_line(refused: Any, tmp_path: Path) -> None:
+    said = refused(4, "bench", "scaling", tmp_path / "nothing", *SHORT)
+    assert "failed" in said and "there is no such folder or manifest" in said
