@@ -44,7 +44,7 @@ def kept(config: TrainConfig) -> Layer:
 def portable(config: TrainConfig) -> Layer:
     """The stored form without paths: what a checkpoint may carry to other machines and people."""
     values = kept(config)
-    paths = ("data", "val_dir", "exclude_list", "init_from")
+    paths = ("data", "val_dir", "exclude_list", "init_from", "cache_dir")
     for section in ("data", "run"):
         values[section] = {name: value for name, value in values[section].items() if name not in paths}
     values["model"] = {**values["model"], "weights": Path(config.model.weights).name}

@@ -267,7 +267,7 @@ def _images_below(folder: Path, found: _Found, above: frozenset[tuple[int, int]]
     for entry in _entries(folder):
         if _is_folder(entry):
             yield from _images_below(Path(entry.path), found, above | {here})
-        elif Path(entry.name).suffix.lower() in EXTENSIONS:
+        elif Path(entry.name).suffix.lower() in EXTENSIONS and (entry.is_symlink() or entry.is_file()):  # no pipe
             yield entry.path
         else:
             found.ignored[Path(entry.name).suffix.lower()] += 1

@@ -1,6 +1,7 @@
 """Batches for one process: which samples, in which order, loaded by how many helpers."""
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +21,7 @@ from resnet_dist.errors import DataError, MachineError, UsageError
 from resnet_dist.stop import shield_loader
 
 Read = Callable[[int], np.ndarray]  # the decoded image at a position, uint8 (H, W, 3)
+_loaders: "weakref.WeakSet[DataLoader[Batch]]" = weakref.WeakSet()  # with whatever processes they have
 Key = tuple[int, int]  # (epoch, position in the table): what the sampler sends to the loader processes
 
 
@@ -93,7 +95,8 @@ class TrainImages(Dataset[Batch]):
         self.table, self.spec, self.cfg, self.seed = table, spec, cfg, seed
         self.transform = augment(cfg, spec)
         least = 2 * spec.img_size if cfg.scaled_decode else 0
-        self.read: Read = Reader(table, spec) if starts_fitted(cfg) else Reader(table, None, least)
+        self.reader = Reader(table, spec) if starts_fitted(cfg) else Reader(table, None, least)
+        self.read: Read = self.reader  # a cache may take its place
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch | DataError:
         """The batch, or the error instead of it: raised in a loader process it would arrive wrapped in a traceback."""
@@ -124,7 +127,8 @@ class EvalImages(Dataset[Batch]):
 
     def __init__(self, table: ImageTable, spec: Preprocessing) -> None:
         self.table, self.spec = table, spec
-        self.read: Read = Reader(table, spec)
+        self.reader = Reader(table, spec)
+        self.read: Read = self.reader  # a cache may take its place
 
     def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
         """The batch, or the error instead of it (see TrainImages)."""
@@ -184,7 +188,7 @@ class EvalLoader:
 
 
 def _loader(samples: Samples, workers: int, pin_memory: bool, batch_sampler: Any) -> DataLoader[Batch]:
-    return DataLoader(
+    loader: DataLoader[Batch] = DataLoader(
         samples,  # type: ignore[arg-type]
         batch_sampler=batch_sampler,
         num_workers=workers,
@@ -195,6 +199,20 @@ def _loader(samples: Samples, workers: int, pin_memory: bool, batch_sampler: Any
         # A process that is being spawned cannot yet ignore a signal; a forked one can, and it shares the index.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
+    _loaders.add(loader)
+    return loader
+
+
+def close_loaders() -> None:
+    """End all loader processes of this process.
+
+    They ignore the signal by which Python ends such processes when it leaves, and it would wait for them for ever.
+    """
+    for loader in list(_loaders):
+        batches = getattr(loader, "_iterator", None)
+        if loader.num_workers and batches is not None:
+            batches._shutdown_workers()
+            loader._iterator = None
 
 
 def _as_it_is(batch: Any) -> Any:

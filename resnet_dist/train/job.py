@@ -33,9 +33,10 @@ from resnet_dist.header import best_of
 from resnet_dist.model import weights
 from resnet_dist.model.resnet import Architecture, build, empty
 from resnet_dist.model.trainable import updating_batch_norms
-from resnet_dist.options import portable
 from resnet_dist.run_folder import RunFolder
 from resnet_dist.stop import StopRequests
+from resnet_dist.stored import portable
+from resnet_dist.train.caching import cache_images
 from resnet_dist.train.checkpoint import Description, start_from
 from resnet_dist.train.ema import Ema
 from resnet_dist.train.losses import Loss, class_weights
@@ -171,7 +172,8 @@ def build_job(
         workers = default_workers(device, launcher.local_world_size())
     on_gpu = device.type == "cuda"
     balance = class_weights(cfg.loss, index.classes, index.train.targets)
-    train_images = TrainImages(index.train, spec, cfg.augment, cfg.run.seed)
+    train_images, val_images = TrainImages(index.train, spec, cfg.augment, cfg.run.seed), EvalImages(index.val, spec)
+    display.say(cache_images(accelerator, cfg, [train_images, val_images]))
     return Job(
         accelerator=accelerator,
         cfg=cfg,
@@ -183,7 +185,7 @@ def build_job(
         loss=Loss(cfg.loss, None if balance is None else balance.to(device)),
         train_images=train_images,
         train_loader=TrainLoader(train_images, blueprint.batches, workers, pin_memory=on_gpu),
-        val_loader=eval_loader(accelerator, cfg, EvalImages(index.val, spec), workers),
+        val_loader=eval_loader(accelerator, cfg, val_images, workers),
         workers=workers,
         to_input=ToInput(spec, device),
         run=run,
