@@ -31,6 +31,7 @@ def main(cfg: TrainConfig) -> int:
 def train(cfg: TrainConfig) -> Path | None:
     """The whole job. Returns the run folder; None on a dry run. Raises ResnetDistError, recorded in run.json."""
     with stop_requests() as stop:  # from the first moment on, before torch is imported
+        from resnet_dist.data.loader import close_loaders
         from resnet_dist.distributed import on_main, start
         from resnet_dist.run_folder import RunFolder
         from resnet_dist.train.progress import Display
@@ -48,6 +49,7 @@ def train(cfg: TrainConfig) -> Path | None:
             display.say(line)
             return _train_in(accelerator, cfg, run, resuming, display, stop)
         finally:
+            close_loaders()
             run.unlock()
 
 

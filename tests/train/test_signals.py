@@ -209,6 +209,20 @@ def test_second_signal_exits_at_once() -> None:
     assert (done.returncode, done.stdout) == (128 + SIGINT, f"{int(SIGTERM)}\n")
 
 
+def test_no_loader_process_outlives_the_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They ignore the signals with which Python would end them: it would wait for them when it ends itself."""
+    seen = []
+
+    def stop_and_look() -> None:
+        seen.extend(psutil.Process().children())
+        stop_here()
+
+    interrupt("mid-epoch", stop_and_look, monkeypatch.setattr)
+    assert main(["train", str(folder), *ENDLESS, "--workers", "2", "-o", str(tmp_path / "run")]) == 75
+    assert len(seen) >= 4, "of training and of validation"
+    assert not [process for process in seen if is_alive(process)]
+
+
 def test_handlers_are_put_back(folder: Path, tmp_path: Path) -> None:
     def mine(*_: object) -> None:
         raise AssertionError
