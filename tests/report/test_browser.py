@@ -26,7 +26,6 @@ from resnet_dist.run_folder import to_csv, write_atomically
 from tests.conftest import CLASSES
 from tests.report.pages import HOSTILE, made_evaluation
 
-pytestmark = pytest.mark.matrix
 ODD = ("<script>alert(1)</script>.jpg", 'quo"ted,\nname.jpg', "caf\udce9.jpg", "ünï😀.jpg")
 
 
@@ -135,6 +134,7 @@ def test_a_cell_shows_its_images(page: webdriver.Chrome, evaluation: Evaluation)
     assert set(shown(page)) == counts[1, 1]
 
 
+@pytest.mark.matrix
 def test_the_matrix_by_keys(page: webdriver.Chrome, evaluation: Evaluation) -> None:
     """One tab stop; arrows move, the words follow, Enter and Space open."""
     assert len(page.find_elements(By.CSS_SELECTOR, ".matrix td[tabindex='0']")) == 1
@@ -154,6 +154,7 @@ def test_the_matrix_by_keys(page: webdriver.Chrome, evaluation: Evaluation) -> N
     assert page.switch_to.active_element.get_attribute("data-column") == "0"
 
 
+@pytest.mark.matrix
 def test_everything_is_reached_by_the_tabulator(page: webdriver.Chrome) -> None:
     """The first stop skips to the content; of the matrix one stop; every control has a name."""
     page.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
@@ -171,6 +172,7 @@ def test_everything_is_reached_by_the_tabulator(page: webdriver.Chrome) -> None:
     assert page.execute_script("return [...document.images].every((image) => image.alt)")
 
 
+@pytest.mark.matrix
 def test_filters(page: webdriver.Chrome, evaluation: Evaluation) -> None:
     records = evaluation.records
     wrong = {as_script(evaluation.paths[i]) for i in (records.target != records.prediction).nonzero()[0]}
@@ -196,6 +198,7 @@ def test_filters(page: webdriver.Chrome, evaluation: Evaluation) -> None:
     assert len(found) == 60 and found == pytest.approx(sorted(found), rel=1e-3)  # the page has four digits
 
 
+@pytest.mark.matrix
 def test_marks_are_exported(page: webdriver.Chrome, evaluation: Evaluation, downloads: Path) -> None:
     """Of odd names byte for byte, as Python's own reader takes them; a mark shows wherever the image does."""
     content = evaluation_content(evaluation, None, None, {})
@@ -229,6 +232,7 @@ def test_marks_are_exported(page: webdriver.Chrome, evaluation: Evaluation, down
     assert not page.find_element(By.ID, "marked").is_displayed()
 
 
+@pytest.mark.matrix
 def test_classes_sort(page: webdriver.Chrome, evaluation: Evaluation) -> None:
     table = page.find_element(By.CSS_SELECTOR, "section[aria-labelledby='classes'] table")
     heading = table.find_element(By.XPATH, ".//th[.='recall']")
@@ -246,6 +250,21 @@ def test_classes_sort(page: webdriver.Chrome, evaluation: Evaluation) -> None:
         assert recalls() == pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.matrix
+def test_a_dot_of_the_map_shows_its_image(page: webdriver.Chrome, evaluation: Evaluation, tmp_path: Path) -> None:
+    """The map is there where embeddings are, with a dot for every image."""
+    content = evaluation_content(evaluation, None, None, {})
+    content["map"] = [[row, row % 8, row // 8] for row in range(60)]
+    write_page(tmp_path / "report.html", "A page", content)
+    page.get((tmp_path / "report.html").as_uri())
+    dots = page.find_elements(By.CSS_SELECTOR, "svg.dots circle")
+    assert len(dots) == 60
+    row = content["images"]["path"].index("00017.jpg")
+    dots[row].click()
+    assert shown(page) == ["00017.jpg"]
+
+
+@pytest.mark.matrix
 def test_hostile_names_do_nothing(page: webdriver.Chrome, tmp_path: Path) -> None:
     """Classes and title that are markup are shown as they are: no dialog opens, no element appears."""
     evaluation = made_evaluation(tmp_path / "hostile", HOSTILE, 12, names=ODD)
@@ -258,6 +277,7 @@ def test_hostile_names_do_nothing(page: webdriver.Chrome, tmp_path: Path) -> Non
     assert [option.get_attribute("textContent") for option in options][1:] == list(HOSTILE)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_follow_the_system_and_can_be_read(page: webdriver.Chrome, scheme: str) -> None:
     """Text against its ground at a contrast of at least 4.5 to 1 (WCAG 2.1, level AA)."""
@@ -283,6 +303,7 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+@pytest.mark.matrix
 def test_a_hundred_classes_and_five_thousand_images(browser: webdriver.Chrome, tmp_path: Path) -> None:
     """Under 15 MB, whatever the pictures are; nothing is wider than a telephone; a cell is still found by keys."""
     classes = tuple(f"class {i:03d}" for i in range(100))

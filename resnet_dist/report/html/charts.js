@@ -79,7 +79,7 @@ function numbersOf(chart, series) {
     scroll(`Numbers of ${chart.title}`, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows))));
 }
 
-// points: [[row, x, y], ...]; a click on a dot shows the images of its label.
+// points: [[row, x, y], ...]; a click on a dot shows its image.
 function pointMap(points, open) {
   const x = scale(points.map((point) => point[1]), 10, BOX.width - 10);
   const y = scale(points.map((point) => point[2]), BOX.height - 10, 10);
@@ -91,7 +91,7 @@ function pointMap(points, open) {
     "aria-label": `Map of ${points.length} images by the two main directions of what the network sees in them; alike images lie together` }, ...points.map(dot));
   const rowOf = (event) => event.target.dataset.row;
   drawing.addEventListener("pointerover", (event) => { if (rowOf(event)) reading.textContent = words(Number(rowOf(event))); });
-  drawing.addEventListener("click", (event) => { if (rowOf(event)) open(images.target[rowOf(event)], null); });
+  drawing.addEventListener("click", (event) => { if (rowOf(event)) open(null, null, images.path[rowOf(event)]); });
   const names = [...new Set(points.map((point) => images.target[point[0]]))].sort((a, b) => a - b).slice(0, 20);
   const legend = el("div", { class: "legend", "aria-hidden": "true" }, ...names.map((number) =>
     el("span", {}, svg("svg", { viewBox: "0 0 26 10" }, svg("circle", { cx: 13, cy: 5, r: 5, fill: hue(number) })), nameOf(number))));
@@ -99,4 +99,4 @@ function pointMap(points, open) {
 }
 
 // Colours of many classes, as far apart on the wheel as their golden angle.
-const hue = (number) => `hsl(${(number * 137.508) % 360} 65% 52%)`;
+const hue = (number) => `hsl(${(number * 137.508 + 210) % 360} 65% 52%)`;

@@ -82,7 +82,8 @@ const SORTS = {
   "by path": (a, b) => (images.path[a] < images.path[b] ? -1 : 1),
 };
 
-// All evaluated images with filters. Returns [element, open], where open(label, prediction) shows those of one cell.
+// All evaluated images with filters. Returns [element, open], where open(label, prediction, words) shows those that fit,
+// null standing for any.
 function gallery() {
   const options = content.classes.map((name, number) => el("option", { value: number }, name));
   const choice = (id) => el("select", { id, onchange: () => apply() }, el("option", { value: "" }, "any"), ...options.map((option) => option.cloneNode(true)));
@@ -110,9 +111,9 @@ function gallery() {
     el("label", {}, "path or class contains", text), el("label", {}, "label", label), el("label", {}, "predicted", prediction),
     el("label", {}, "order", order), el("label", {}, wrong, " mistakes only"), el("button", { type: "button", onclick: reset }, "Show all"));
   apply();
-  const open = (target, predicted) => {
-    reset();
-    label.value = String(target); prediction.value = predicted === null ? "" : String(predicted);
+  const open = (target, predicted, words = "") => {
+    wrong.checked = false;
+    text.value = words; label.value = target ?? ""; prediction.value = predicted ?? "";
     apply();
     const heading = document.getElementById("images");
     heading.scrollIntoView(); heading.focus({ preventScroll: true });
