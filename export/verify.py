@@ -123,7 +123,7 @@ def _compare_inputs(
 
 def _compare_features(found: Equality, features: torch.Tensor, others: np.ndarray, names: list[str]) -> None:
     """Features within the same share of their size as logits."""
-    expected = np.asarray(features)
+    expected = np.asarray(features.detach())
     off, scale = np.abs(expected - others).max(axis=1), np.maximum(1.0, np.abs(expected).max(axis=1))
     found.max_feature_difference = max(found.max_feature_difference or 0.0, float(off.max()))
     wrong = np.flatnonzero(~(off <= LOGITS * scale))

@@ -3,14 +3,12 @@
 import torch
 from torch import nn
 
-VIEWS = {"flip": 2, "crops": 10}
-
 
 def views_of(images: torch.Tensor, kind: str, size: int) -> list[torch.Tensor]:
     """(B, C, S, S) as views of (B, C, size, size).
 
-    "flip": the image (S equals `size`) and its mirror image. "crops": the centre and the four corners, and the mirror
-    images of these five; the centre comes first, at `round((S - size) / 2)`.
+    "flip": the image (S equals `size`) and its mirror image. "crops": the centre, at `round((S - size) / 2)`, and the
+    four corners, then the mirror images of these five.
     """
     images_and_mirrors = [images, images.flip(3)]
     if kind == "flip":
