@@ -16,9 +16,11 @@ from resnet_dist.wording import printable, suggestion
 VERBS = {  # verb: what it does; its module is resnet_dist.verbs.<verb> unless MODULES says otherwise
     "train": "fine-tune a ResNet on a folder of images",
     "lr-find": "find a learning rate for a recipe on your data",
-    "compare": "train several techniques on your data, and say which differences are real",
+    "reproduce": "do a run again, and say what differs",
+    "compare": "train several techniques on your data: which differences are real",
     "eval": "evaluate a run or a checkpoint, exactly, with one line per image",
     "export": "turn the best checkpoint into ONNX files that prove themselves",
+    "hub": "a folder of the best checkpoint that timm and the Hugging Face Hub read",
     "predict": "label images with an exported model, without torch",
     "explain": "where in an image the network sees what it says",
     "report": "make the page of a run anew: report.html, one file to look at",
