@@ -136,16 +136,16 @@ def plan_of(cfg: Config, device: str) -> "Plan":
 
 def time_prediction(job: "Job", folder: Path, plan: "Plan") -> dict[str, Any]:
     """Export the network as it is, and time the predictor on a batch of files: to labels, and its start."""
-    from export import command
     from export.predict import Predictor
     from resnet_dist.bench.timing import summary
+    from resnet_dist.cli import run
     from resnet_dist.train.checkpoint import save_best
     from resnet_dist.train.state import Best
 
     checkpoint = folder / "bench.safetensors"
     save_best(checkpoint, job.model, job.described(Best({}, 0, "raw")))
     with contextlib.redirect_stdout(io.StringIO()):
-        command.main(command.Config(run=str(checkpoint), output_dir=str(folder / "export"), images=1))
+        run("export", [str(checkpoint), "--output-dir", str(folder / "export"), "--images", "1"])
     table = job.index.train
     files = [table.root / table.paths[i] for i in range(min(len(table), job.cfg.data.batch_size))]
     start = time.perf_counter()
