@@ -4,6 +4,7 @@ import csv
 import hashlib
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ SPLIT_NAMES = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+SPLIT_OF = {spelling: split for split, spellings in SPLIT_NAMES.items() for spelling in spellings}
 NOT_DATA = {"__macosx", "thumbs.db", "desktop.ini"}
 
 
@@ -155,7 +157,8 @@ def _index(root: Path, found: _Found, cfg: DataConfig) -> ImageIndex:
         notes.append(note)
     classes = tuple(sorted({label for _, label, split in rows if split == "train"}))
     _check_classes(rows, classes)
-    absent = [c for c in classes if c not in {label for _, label, split in rows if split == "val"}]
+    validated = {label for _, label, split in rows if split == "val"}
+    absent = [name for name in classes if name not in validated]
     if absent:
         notes.append(f"WARNING: no validation images for class {listed(absent)}; the class keeps its index")
     train, val, test = (_table(root, rows, classes, split) for split in ("train", "val", "test"))
@@ -324,9 +327,9 @@ def _read_manifest(file: Path) -> _Found:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
     except csv.Error as error:
         raise DataError(f"{file}: not a CSV file ({error})") from None
-    duplicates = [path for path, count in Counter(path for path, _, _ in found.rows).items() if count > 1]
-    if duplicates:
-        raise DataError(f"{file}: '{duplicates[0]}' is listed more than once")
+    if len({path for path, _, _ in found.rows}) < len(found.rows):
+        counts = Counter(path for path, _, _ in found.rows)
+        raise DataError(f"{file}: '{max(counts, key=lambda path: counts[path] > 1)}' is listed more than once")
     unsplit = sum(split is None for _, _, split in found.rows)
     if 0 < unsplit < len(found.rows):
         raise DataError(f"{file}: {unsplit} of {len(found.rows)} rows have no split: give all of them one, or none")
@@ -337,10 +340,10 @@ def _manifest_row(file: Path, number: int, row: dict[str, str]) -> tuple[str, st
     path, label, split = row["path"], row["label"], (row.get("split") or "").strip().lower()
     if not path or not label:
         raise DataError(f"{file}, line {number}: path and label must not be empty")
-    known = next((name for name, spellings in SPLIT_NAMES.items() if split in spellings), None)
+    known = SPLIT_OF.get(split)
     if split and known is None:
         raise DataError(f"{file}, line {number}: split '{split}' is not one of {', '.join(SPLIT_NAMES)}")
-    return path, label, known
+    return path, sys.intern(label), known  # one str per class, not per image
 
 
 def write_manifest(file: Path, index: ImageIndex) -> None:
