@@ -315,6 +315,19 @@ def test_a_damaged_run_is_one_line(run: Path, tmp_path: Path, refused: Callable[
     assert "label_errors.csv: damaged, or of another run ('cow'" in refused(6, "report", copy, "--no-near-duplicates")
 
 
+def test_images_that_are_gone_are_listed_without_pictures(
+    run: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    facts = json.loads((run / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(facts | {"data_root": str(tmp_path / "gone")}))
+    assert "gone: the images of this run are no longer there" in refused(3, "report", copy)
+    assert main(["report", str(copy), "--no-near-duplicates"]) == 0
+    content = content_of(copy / "report.html")
+    assert content["images"]["picture"] == [""] * 16 and content["overlays"] == {}
+
+
 def test_findings_that_look_alike_within_a_split(tmp_path: Path) -> None:
     """Pairs of evaluated images only are not of training images, and are left out."""
     evaluation = made_evaluation(tmp_path / "a", CLASSES, 3)
