@@ -49,7 +49,8 @@ def main(cfg: Config) -> int:
     train(settings(images, run, cfg.epochs))
     code = export_and_predict(images, run)
     print(
-        f"\nMade: {run}/checkpoints/best.safetensors, which torchvision and timm load as it is;"
+        f"\nMade: {run}/report.html, everything on one page;"
+        f"\n      {run}/checkpoints/best.safetensors, which torchvision and timm load as it is;"
         f"\n      {run}/plots: curves, confusion matrix, samples, predictions; {run}/eval/val/predictions.csv;"
         f"\n      {run}/export: model.onnx and predict.py, which need no torch; {run}/digits.png"
         f"\nNext: resnet-dist predict {run} {images}/7"

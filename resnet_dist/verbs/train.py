@@ -257,7 +257,8 @@ def _train_and_report(
             "stopped by a signal while the best checkpoint was evaluated; resume to do that again"
         ) from None
     rows = [(name, str(metric)) for name, metric in metrics.items()]
-    rows = [("run folder", str(run.path)), ("best checkpoint", str(run.best)), *rows]
+    rows = [("run folder", str(run.path)), ("to look at", str(run.path / "report.html")), *rows]
+    rows.append(("best checkpoint", str(run.best)))
     rows.append(("best epoch", f"{state.best.epoch} of {state.epochs_done}" if state.best else "none"))
     rows.append(("stopped by", state.stopped_by or "the last epoch"))
     rows.append(("minutes", f"{state.elapsed() / 60:.1f}"))
