@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import os
+import stat
 import struct
 import sys
 import warnings
@@ -150,6 +151,9 @@ def decode(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
 def opened(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """An image whose header was read and is acceptable. What goes wrong then or within is raised as ImageError."""
     try:
+        kind = stat.S_IFREG if isinstance(source, bytes) else stat.S_IFMT(Path(source).stat().st_mode)
+        if kind not in (stat.S_IFREG, stat.S_IFDIR):  # opening it could wait without end
+            raise ImageError("a pipe or a device, not a file")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError(f"{image.width}x{image.height} pixels, more than the limit of {max_pixels}")
@@ -471,7 +475,9 @@ def _read_metadata(path: Path, text: str) -> dict[str, Any]:
             raise ValueError("its thresholds do not fit")
         if values["precision"] not in SELF_TEST_TOLERANCE:
             raise ValueError("its precision is unknown")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if not all(isinstance(logit, int | float) for logit in values["self_test"]):
+            raise ValueError("its self-test is not numbers")
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ModelError(f"{path}: not a model that resnet-dist exported ({error})") from None
     return dict(values)
 

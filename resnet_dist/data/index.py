@@ -406,6 +406,8 @@ def flat_rows(folder: Path, pattern: str) -> list[tuple[str, str]]:
         match = re.search(pattern, Path(path).name)
         if match is None or not match[1]:
             raise DataError(f"{path}: --label-by '{pattern}' finds no label in this name")
+        if match[1] in (".", ".."):
+            raise DataError(f"{path}: its label would be '{match[1]}', which as a folder is another one")
         rows.append((os.path.relpath(path, folder), match[1]))
     if not rows:
         raise DataError(f"{folder}: no images found{_ignored_text(found)}")
