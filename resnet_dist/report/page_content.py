@@ -28,6 +28,7 @@ MOST_POINTS = 400  # of a curve
 MOST_DOTS = 2_000  # of the map
 MATRIX = 100  # classes that the confusion matrix shows
 TOP_LOSSES = 24
+CLASS_COLUMNS = ("class", "images", "precision", "recall", "F1", "most often taken for")
 PER_CELL = 6  # pictures of each cell of the confusion matrix before other images get one
 
 
@@ -90,7 +91,7 @@ def evaluation_content(
         "images": images.with_pictures(needed),
         "confusion": [[int(t), int(p), int(counts[t, p])] for t, p in np.argwhere(counts > 0)],
         "matrix": _matrix_classes(counts),
-        "class_columns": ["class", "images", "precision", "recall", "F1", "most often taken for", "training images"],
+        "class_columns": [*CLASS_COLUMNS, *(["training images"] if training else [])],
         "class_rows": _class_rows(records, classes, counts, training),
         "top_losses": worst,
         "overlays": {place[position]: picture for position, picture in overlays.items()},
@@ -157,7 +158,7 @@ def _class_rows(
         taken_for = int(others[number].argmax())
         confused = f"{classes[taken_for]} ({others[number, taken_for]})" if others[number, taken_for] else None
         scores = [None if row[name] is None else _rounded(row[name]) for name in ("precision", "recall", "f1")]
-        rows.append([row["class"], row["images"], *scores, confused, training.get(row["class"])])
+        rows.append([row["class"], row["images"], *scores, confused, *([training[row["class"]]] if training else [])])
     return rows
 
 
