@@ -162,18 +162,30 @@ class ToInput:
     """On the device: uint8 batches to the float input of the network, flipped, normalised and mixed."""
 
     def __init__(self, spec: Preprocessing, device: torch.device) -> None:
-        self.mean = torch.tensor(spec.mean, dtype=torch.float32, device=device)
-        self.std = torch.tensor(spec.std, dtype=torch.float32, device=device)
+        # For a whole row of pixels: repeated over rows of 3 * img_size values, a CPU is four times as fast as over 3.
+        self.mean = torch.tensor(spec.mean, dtype=torch.float32, device=device).repeat(spec.img_size)
+        self.std = torch.tensor(spec.std, dtype=torch.float32, device=device).repeat(spec.img_size)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """float32 (B, 3, img_size, img_size) in channels_last order; bit-equal to `export.predict.normalise`."""
         images = batch.images
         if batch.flip is not None:
-            images = torch.where(batch.flip[:, None, None, None], images.flip(2), images)
-        values = images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+            images = mirrored(images, batch.flip)
+        rows = images.flatten(2).to(torch.float32)
+        values = rows.div_(255).sub_(self.mean).div_(self.std).view(images.shape)
         if batch.mix is not None:
             values = _mix(values, batch.mix)
         return values.permute(0, 3, 1, 2)
+
+
+def mirrored(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """The images (B, S, S, 3) whose `flip`, bool (B,), is set from right to left, the others as they are."""
+    if images.device.type != "cpu":  # where asking which they are would wait for the device
+        return torch.where(flip[:, None, None, None], images.flip(2), images)
+    images = images.clone()
+    for row in flip.nonzero()[:, 0].tolist():
+        images[row] = images[row].flip(1)
+    return images
 
 
 def _mix(values: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:

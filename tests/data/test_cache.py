@@ -307,9 +307,9 @@ def run(data: Path, out: Path, *options: str) -> list[str]:
 
 def open_files() -> Iterator[str]:
     """What this process has open."""
-    for number in os.listdir("/proc/self/fd"):
+    for link in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):  # the one that lists them
-            yield os.readlink(f"/proc/self/fd/{number}")
+            yield str(link.readlink())
 
 
 def test_a_run_is_the_same_with_every_cache(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

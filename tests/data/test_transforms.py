@@ -16,6 +16,7 @@ from resnet_dist.data.transforms import (
     Batch,
     ToInput,
     augment,
+    mirrored,
     mix_of_pair,
     sample_key,
     starts_fitted,
@@ -297,3 +298,14 @@ def test_a_batch_moves_whole() -> None:
         name: (value.shape, value.dtype) for name, value in vars(batch).items()
     }
     assert all(value.is_meta for value in vars(moved).values())
+
+
+def test_flips_are_numpys_and_leave_the_batch_alone() -> None:
+    """Some of a batch, none and all."""
+    images = np.random.default_rng(3).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    batch = torch.from_numpy(images.copy())
+    for flips in ([True, False, False, True, False], [False] * 5, [True] * 5):
+        flip = torch.tensor(flips)
+        expected = np.stack([image[:, ::-1] if f else image for image, f in zip(images, flips, strict=True)])
+        assert np.array_equal(mirrored(batch, flip).numpy(), expected)
+    assert np.array_equal(batch.numpy(), images)
