@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 # Pillow hands those to external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 MAX_PIXELS = 64_000_000
+MAX_FILE_BYTES = 1 << 29  # twice what that many pixels take uncompressed
 ORIENTATION = 0x0112  # the Exif field
 TURNS = dict(enumerate((None, *(Image.Transpose(t) for t in (0, 3, 1, 5, 4, 6, 2))), 1))  # by Exif orientation
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -151,9 +152,12 @@ def decode(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
 def opened(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """An image whose header was read and is acceptable. What goes wrong then or within is raised as ImageError."""
     try:
-        kind = stat.S_IFREG if isinstance(source, bytes) else stat.S_IFMT(Path(source).stat().st_mode)
-        if kind not in (stat.S_IFREG, stat.S_IFDIR):  # opening it could wait without end
-            raise ImageError("a pipe or a device, not a file")
+        if not isinstance(source, bytes):
+            status = Path(source).stat()
+            if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):  # opening it could wait without end
+                raise ImageError("a pipe or a device, not a file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise ImageError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError(f"{image.width}x{image.height} pixels, more than the limit of {max_pixels}")
