@@ -1,6 +1,6 @@
 """The report of `resnet-dist bench`: put together, in words, and with a verdict that says what to change."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate import Accelerator
@@ -19,15 +19,27 @@ HOST_BOUND = 0.9  # share of a step in which the host gives out work, from which
 
 
 def make_report(
-    accelerator: Accelerator, cfg: TrainConfig, regimes: tuple[str, ...], plan: Plan, epochs: int, steps: int
+    accelerator: Accelerator,
+    cfg: TrainConfig,
+    regimes: tuple[str, ...],
+    plan: Plan,
+    epochs: int,
+    steps: int,
+    say: Callable[[str], object],
 ) -> tuple[dict[str, Any], Job]:
-    """Everything that is measured, as plain JSON values, and the job that loading was measured with."""
+    """Everything that is measured, as plain JSON values, and the job that loading was measured with.
+
+    `say` tells what is being measured.
+    """
     blueprint = shortened(accelerator, cfg, steps)
     found: dict[str, Any] = {"format_version": FORMAT_VERSION, "machine": describe(accelerator)}
+    say("measuring matrix products and memory ...")
     found["roofs"] = roofs(accelerator, plan)
-    found["regimes"] = {
-        name: measure_regime(job_of(accelerator, blueprint), name, plan, epochs, found["roofs"]) for name in regimes
-    }
+    found["regimes"] = {}
+    for name in regimes:
+        say(f"measuring training, {name} ...")
+        found["regimes"][name] = measure_regime(job_of(accelerator, blueprint), name, plan, epochs, found["roofs"])
+    say("measuring loading ...")
     job = job_of(accelerator, blueprint)
     found["settings"] = settings(job)
     found["loading"] = loading(job, plan)

@@ -61,8 +61,15 @@ class Config:
         yield from train_config(self, "DATA").problems()
         yield from out_of_range(self, 1, math.inf, "windows", "window_steps", "epochs", "epoch_steps")
         yield from out_of_range(self, 0, math.inf, "warmup_steps")
+        yield from json_problems(self.json)
         if not self.regimes:
             yield "--regimes is empty: name at least one of full, layer4+head, head"
+
+
+def json_problems(file: str | None) -> Iterator[str]:
+    """What is wrong with --json, which is written only minutes later."""
+    if file is not None and not Path(file).parent.is_dir():
+        yield f"--json {file}: there is no folder {Path(file).parent}"
 
 
 def train_config(cfg: Any, data: str) -> TrainConfig:
@@ -91,9 +98,10 @@ def main(cfg: Config) -> int:
         chosen = with_data(accelerator, cfg, Path(own))
         with machine_errors(accelerator, cfg.data.batch_size, cfg.optim.grad_accum):
             plan = plan_of(cfg, accelerator.device.type)
-            found, job = make_report(accelerator, chosen, cfg.regimes, plan, cfg.epochs, cfg.epoch_steps)
+            found, job = make_report(accelerator, chosen, cfg.regimes, plan, cfg.epochs, cfg.epoch_steps, show)
             found["settings"]["data"] = "synthetic" if cfg.data.data is None else "images"
             if cfg.predict:
+                show("measuring prediction ...")
                 found["predict"] = on_main(accelerator, lambda: time_prediction(job, Path(own), plan))
     for text in lines(found):
         show(text)

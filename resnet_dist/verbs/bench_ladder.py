@@ -15,7 +15,7 @@ from resnet_dist.config import (
     SystemConfig,
     out_of_range,
 )
-from resnet_dist.verbs.bench import train_config
+from resnet_dist.verbs.bench import json_problems, train_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Config:
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
         yield from train_config(self, "DATA").problems()
+        yield from json_problems(self.json)
         yield from out_of_range(self, 1, math.inf, "rounds", "epoch_steps")
         yield from out_of_range(self, 2, math.inf, "epochs")
 

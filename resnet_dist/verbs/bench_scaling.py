@@ -22,7 +22,7 @@ from resnet_dist.config import (
 )
 from resnet_dist.errors import MachineError
 from resnet_dist.options import options_of
-from resnet_dist.verbs.bench import train_config
+from resnet_dist.verbs.bench import json_problems, train_config
 
 TIMEOUT = 3600
 FULL_ONLY = ("--regimes", "full", "--no-predict")
@@ -56,6 +56,7 @@ class Config:
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
         yield from train_config(self, "DATA").problems()
+        yield from json_problems(self.json)
         yield from out_of_range(self, 1, math.inf, "world_sizes", "windows", "window_steps", "epochs", "epoch_steps")
         yield from out_of_range(self, 0, math.inf, "warmup_steps")
         if not self.world_sizes:
