@@ -69,7 +69,8 @@ class DataConfig:
     workers: int | None = option(None, "-j", "--num-workers", "--dataloader-num-workers")
     """Loader processes per training process (default: from cores and processes)."""
     cache: Literal["none", "ram", "disk", "device", "auto"] = "auto"
-    """Keep decoded images after the first epoch (the same pixels); auto: in memory if they fit in half of it."""
+    """Keep decoded images (the same pixels): ram; disk; device (a GPU keeps those without random changes; else as ram);
+    auto (ram where they fit in half of what is free)."""
     cache_dir: str | None = None
     """Folder of --cache disk (default: resnet-dist in the user's cache folder)."""
 

@@ -98,6 +98,11 @@ class TrainImages(Dataset[Batch]):
         self.reader = Reader(table, spec) if starts_fitted(cfg) else Reader(table, None, least)
         self.read: Read = self.reader  # a cache may take its place
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether a sample is the same in every epoch."""
+        return self.cfg.aug == "none" and not (self.cfg.mixup or self.cfg.cutmix)
+
     def __getitems__(self, keys: Sequence[Key]) -> Batch | DataError:
         """The batch, or the error instead of it: raised in a loader process it would arrive wrapped in a traceback."""
         try:
@@ -145,6 +150,28 @@ def _batch_of(table: ImageTable, images: np.ndarray, positions: Sequence[int], k
     return Batch(torch.from_numpy(images), targets, index, torch.tensor(keys, dtype=torch.int64))
 
 
+class DeviceImages(Dataset[Batch]):
+    """Samples that are the same in every epoch, decoded once and kept on a device.
+
+    `pixels`: uint8 (n, img_size, img_size, 3), in the order of the table. A file that changes later is not looked at.
+    """
+
+    def __init__(self, images: TrainImages | EvalImages, device: torch.device, workers: int) -> None:
+        self.table, self.seed = images.table, images.seed if isinstance(images, TrainImages) else 0
+        self.pixels = torch.empty(len(self.table), *[images.spec.img_size] * 2, 3, dtype=torch.uint8, device=device)
+        for batch in EvalLoader(EvalImages(images.table, images.spec), 32, workers, pin_memory=False):
+            self.pixels[batch.index.to(device)] = batch.images.to(device)
+
+    def __getitems__(self, keys: Sequence[Key | int]) -> Batch:
+        """The batch, its images on the device: by (epoch, position) in training, by position in evaluation."""
+        positions = [key[1] if isinstance(key, tuple) else key for key in keys]
+        sample_keys = [sample_key(self.seed, *key) if isinstance(key, tuple) else 0 for key in keys]
+        index = torch.tensor(positions, dtype=torch.int64)
+        targets = torch.from_numpy(self.table.targets)[index]
+        pixels = self.pixels[index.to(self.pixels.device, non_blocking=True)]
+        return Batch(pixels, targets, index, torch.tensor(sample_keys, dtype=torch.int64))
+
+
 class TrainLoader:
     """The training batches of this process, an optimizer step at a time."""
 
@@ -188,6 +215,10 @@ class EvalLoader:
 
 
 def _loader(samples: Samples, workers: int, pin_memory: bool, batch_sampler: Any) -> DataLoader[Batch]:
+    if isinstance(
+        samples, DeviceImages
+    ):  # nothing is left to do for others, and what is on the device cannot be pinned
+        workers, pin_memory = 0, False
     loader: DataLoader[Batch] = DataLoader(
         samples,  # type: ignore[arg-type]
         batch_sampler=batch_sampler,

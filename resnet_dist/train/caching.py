@@ -4,13 +4,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from resnet_dist.config import TrainConfig
-from resnet_dist.data.cache import ImageCache, choose_tier, default_folder, disk_file, shares
-from resnet_dist.data.loader import EvalImages, TrainImages
+from resnet_dist.data.cache import ImageCache, bytes_needed, choose_tier, default_folder, disk_file, shares
+from resnet_dist.data.loader import DeviceImages, EvalImages, Samples, TrainImages
 from resnet_dist.distributed import on_main
+from resnet_dist.errors import MachineError
 
 
 def cache_images(accelerator: Accelerator, cfg: TrainConfig, samples: Sequence[TrainImages | EvalImages]) -> str:
@@ -39,3 +41,21 @@ def cache_images(accelerator: Accelerator, cfg: TrainConfig, samples: Sequence[T
         os.close(number)
     where = f"in {folder}" if tier.name == "disk" else "in memory"
     return f"decoded images are kept {where} ({tier.why})"
+
+
+def on_device(accelerator: Accelerator, cfg: TrainConfig, samples: TrainImages | EvalImages, workers: int) -> Samples:
+    """The samples, with --cache device kept on this process's GPU where they are the same in every epoch.
+
+    On a CPU, --cache device is --cache ram. Raises MachineError where they take more than half of the free memory of
+    the GPU, and DataError where one cannot be decoded.
+    """
+    is_fixed = isinstance(samples, EvalImages) or samples.is_fixed
+    if cfg.data.cache != "device" or accelerator.device.type != "cuda" or not is_fixed:
+        return samples
+    needed, free = bytes_needed(samples.reader), torch.cuda.mem_get_info(accelerator.device)[0]
+    if needed > free / 2:
+        raise MachineError(
+            f"--cache device: {len(samples.table)} images take {needed >> 20} MiB, more than half of what is free on "
+            f"{accelerator.device} ({free >> 20} MiB); take --cache ram"
+        )
+    return DeviceImages(samples, accelerator.device, workers)

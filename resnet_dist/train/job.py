@@ -36,7 +36,7 @@ from resnet_dist.model.trainable import updating_batch_norms
 from resnet_dist.run_folder import RunFolder
 from resnet_dist.stop import StopRequests
 from resnet_dist.stored import portable
-from resnet_dist.train.caching import cache_images
+from resnet_dist.train.caching import cache_images, on_device
 from resnet_dist.train.checkpoint import Description, start_from
 from resnet_dist.train.ema import Ema
 from resnet_dist.train.losses import Loss, class_weights
@@ -174,6 +174,7 @@ def build_job(
     balance = class_weights(cfg.loss, index.classes, index.train.targets)
     train_images, val_images = TrainImages(index.train, spec, cfg.augment, cfg.run.seed), EvalImages(index.val, spec)
     display.say(cache_images(accelerator, cfg, [train_images, val_images]))
+    train_samples, val_samples = (on_device(accelerator, cfg, one, workers) for one in (train_images, val_images))
     return Job(
         accelerator=accelerator,
         cfg=cfg,
@@ -184,8 +185,8 @@ def build_job(
         ema=Ema(model, cfg.run.ema_decay) if cfg.run.ema else None,
         loss=Loss(cfg.loss, None if balance is None else balance.to(device)),
         train_images=train_images,
-        train_loader=TrainLoader(train_images, blueprint.batches, workers, pin_memory=on_gpu),
-        val_loader=eval_loader(accelerator, cfg, val_images, workers),
+        train_loader=TrainLoader(train_samples, blueprint.batches, workers, pin_memory=on_gpu),
+        val_loader=eval_loader(accelerator, cfg, val_samples, workers),
         workers=workers,
         to_input=ToInput(spec, device),
         run=run,

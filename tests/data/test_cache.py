@@ -25,7 +25,7 @@ from resnet_dist.config import AugmentConfig
 from resnet_dist.data.cache import RECORD, START, ImageCache, bytes_needed, choose_tier, disk_file, shares
 from resnet_dist.data.decode import Reader, load_image
 from resnet_dist.data.index import ImageTable, PathTable
-from resnet_dist.data.loader import EvalImages, EvalLoader, Share, TrainBatches, TrainImages, TrainLoader
+from resnet_dist.data.loader import DeviceImages, EvalImages, EvalLoader, Share, TrainBatches, TrainImages, TrainLoader
 from resnet_dist.errors import DataError, MachineError
 from tests.conftest import TINY, make_folder, write_image
 from tests.data.test_loader import assert_equal_batches
@@ -105,6 +105,22 @@ def test_evaluation_batches_are_the_same(table: ImageTable, tmp_path: Path, work
     for _ in range(2):
         assert_equal_batches([list(EvalLoader(plain, 5, 0, False))], [list(loader)])
     assert only_kept(plain.reader, tmp_path / "kept")(11).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_on_a_device_make_the_same_batches(table: ImageTable, workers: int) -> None:
+    """On the CPU as the device; where every epoch has the same pixels, which is what may be kept so."""
+    images = TrainImages(table, SPEC, AUGMENTATIONS["none"], seed=3)
+    assert [TrainImages(table, SPEC, cfg, 0).is_fixed for cfg in AUGMENTATIONS.values()] == [False, False, False, True]
+    assert not TrainImages(table, SPEC, AugmentConfig(aug="none", mixup=0.2), 0).is_fixed
+    batches = TrainBatches(len(table), 3, Share(4, accumulate=2), drop_last=False)
+    loaders = [TrainLoader(images, batches, 0, pin_memory=False)]
+    loaders += [TrainLoader(DeviceImages(images, torch.device("cpu"), workers), batches, workers, pin_memory=False)]
+    for epoch, first_step in ((0, 0), (1, 0), (2, 1)):
+        assert_equal_batches(*(list(loader.epoch(epoch, first_step)) for loader in loaders))
+    plain = EvalImages(table, SPEC)
+    kept = DeviceImages(plain, torch.device("cpu"), workers)
+    assert_equal_batches([list(EvalLoader(plain, 5, 0, False))], [list(EvalLoader(kept, 5, workers, False))])
 
 
 def fill(cache: ImageCache, order: list[int]) -> None:
