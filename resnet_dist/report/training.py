@@ -19,6 +19,7 @@ from resnet_dist.evaluate.metrics import Measured
 from resnet_dist.evaluate.records import Records, evaluate
 from resnet_dist.model.resnet import build
 from resnet_dist.report import plots
+from resnet_dist.report.card import run_card
 from resnet_dist.report.evaluation import write_evaluation
 from resnet_dist.report.on_disk import read_evaluation
 from resnet_dist.report.page import write_run_page
@@ -61,6 +62,7 @@ def write_results(run: RunFolder, job: Job, best: Best, records: Records) -> dic
     run.update(
         status="done", exit_code=0, reason="", best={"epoch": best.epoch, "weights": best.weights_kind, **values}
     )
+    run.write("README.md", run_card(run.path))
     return metrics
 
 
