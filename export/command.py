@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet_dist.config import option, out_of_range
 from resnet_dist.errors import ArtifactError, DataError, MachineError, UsageError
+from resnet_dist.fields import option, out_of_range
 
 if TYPE_CHECKING:
     import numpy as np

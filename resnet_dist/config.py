@@ -8,32 +8,15 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from resnet_dist.duration import Duration
+from resnet_dist.fields import option, out_of_range
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BEST_METRICS = {"top1": "max", "top5": "max", "macro_f1": "max", "loss": "min"}
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
-
-
-def option(default: Any, *aliases: str, positional: bool = False) -> Any:
-    """A dataclass field with the other spellings that fingers know (`--optimizer` for `--opt`, `-b`)."""
-    return field(default=default, metadata={"aliases": aliases, "positional": positional})
-
-
-def out_of_range(cfg: Any, low: float, high: float, *names: str, open_low: bool = False) -> Iterator[str]:
-    """One line for each named field that is set and not within [low, high] (or (low, high] if open_low)."""
-    for name in names:
-        value = getattr(cfg, name)
-        for item in value if isinstance(value, tuple) else (value,):
-            if item is None or (low < item <= high) or (item == low and not open_low):
-                continue
-            wanted = f"above {low:g}" if open_low else f"at least {low:g}"
-            wanted += "" if high == math.inf else f" and at most {high:g}"
-            shown = str(item) if isinstance(item, int) else f"{item:g}"
-            yield f"--{name.replace('_', '-')} {shown}: must be {wanted}"
 
 
 @dataclass(frozen=True, kw_only=True)

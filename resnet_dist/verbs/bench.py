@@ -19,8 +19,8 @@ from resnet_dist.config import (
     RunConfig,
     SystemConfig,
     TrainConfig,
-    out_of_range,
 )
+from resnet_dist.fields import out_of_range
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

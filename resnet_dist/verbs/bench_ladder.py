@@ -6,15 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from resnet_dist.config import (
-    AugmentConfig,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    PreprocessConfig,
-    SystemConfig,
-    out_of_range,
-)
+from resnet_dist.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SystemConfig
+from resnet_dist.fields import out_of_range
 from resnet_dist.verbs.bench import json_problems, train_config
 
 

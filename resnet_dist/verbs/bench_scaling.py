@@ -11,16 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resnet_dist.config import (
-    AugmentConfig,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    PreprocessConfig,
-    SystemConfig,
-    out_of_range,
-)
+from resnet_dist.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SystemConfig
 from resnet_dist.errors import MachineError
+from resnet_dist.fields import out_of_range
 from resnet_dist.options import options_of
 from resnet_dist.verbs.bench import json_problems, train_config
 

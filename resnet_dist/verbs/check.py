@@ -7,7 +7,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet_dist.config import DataConfig, PreprocessConfig, option
+from resnet_dist.config import DataConfig, PreprocessConfig
+from resnet_dist.fields import option
 from resnet_dist.wording import printable
 
 if TYPE_CHECKING:

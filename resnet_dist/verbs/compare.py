@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnet_dist.config import DataConfig, TrainConfig, out_of_range
+from resnet_dist.config import DataConfig, TrainConfig
 from resnet_dist.errors import MachineError, NonFiniteError, UsageError
+from resnet_dist.fields import out_of_range
 from resnet_dist.options import Parser, convert, parse
 from resnet_dist.recipes import layers
 from resnet_dist.stored import Layer, kept, read_toml

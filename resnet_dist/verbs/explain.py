@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from resnet_dist.config import SystemConfig, option, out_of_range
+from resnet_dist.config import SystemConfig
 from resnet_dist.errors import ArtifactError, DataError, UsageError
+from resnet_dist.fields import option, out_of_range
 from resnet_dist.wording import listed, suggestion
 
 if TYPE_CHECKING:

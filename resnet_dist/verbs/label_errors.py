@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet_dist.config import ModelConfig, SystemConfig, option, out_of_range
+from resnet_dist.config import ModelConfig, SystemConfig
 from resnet_dist.errors import UsageError
+from resnet_dist.fields import option, out_of_range
 from resnet_dist.wording import printable, shortened
 
 if TYPE_CHECKING:

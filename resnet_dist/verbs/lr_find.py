@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnet_dist.config import TrainConfig, out_of_range
+from resnet_dist.config import TrainConfig
 from resnet_dist.errors import MachineError, Preempted, UsageError
+from resnet_dist.fields import out_of_range
 from resnet_dist.stop import StopRequested, StopRequests, stop_requests
 
 if TYPE_CHECKING:

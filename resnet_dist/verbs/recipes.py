@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from resnet_dist.config import option
+from resnet_dist.fields import option
 from resnet_dist.recipes import headline, texts
 from resnet_dist.wording import suggestion
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnet_dist.config import option
+from resnet_dist.fields import option
 
 if TYPE_CHECKING:
     from resnet_dist.data.check import Finding

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from resnet_dist.config import option, out_of_range
 from resnet_dist.errors import MachineError, UsageError
+from resnet_dist.fields import option, out_of_range
 
 Row = tuple[str, str, str]  # path relative to the source, label, part
 

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from resnet_dist.config import ModelConfig, Phase, option, out_of_range
+from resnet_dist.config import ModelConfig, Phase
+from resnet_dist.fields import option, out_of_range
 
 
 @dataclass(frozen=True, kw_only=True)

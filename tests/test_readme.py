@@ -1,0 +1,54 @@
+"""The README's commands are run, as they stand but for a network and images of seconds."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from resnet_dist import cli
+from resnet_dist.cli import main
+from resnet_dist.options import parse
+from resnet_dist.recipes import layers
+from tests.conftest import make_folder
+
+README = Path(__file__).parents[1] / "README.md"
+QUICK = ["--weights", "none", "--stem", "small", "--img-size", "16", "--epochs", "2", "--threads", "1"]
+TRAINS = ("train", "lr-find", "compare", "bench")
+
+
+def commands() -> list[list[str]]:
+    """Every `resnet-dist ...` line of a fenced block, in order, comments and output left out."""
+    blocks = re.findall(r"^```\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith("resnet-dist ")]
+    return [line[1:] for line in words]
+
+
+def test_there_are_commands_and_every_verb_is_named() -> None:
+    named = {line[0] for line in commands()} | set(re.findall(r"resnet-dist ([a-z-]+)", README.read_text()))
+    assert len(commands()) > 10
+    assert {verb.split()[0] for verb in cli.VERBS} <= named
+
+
+@pytest.mark.parametrize("line", commands(), ids=" ".join)
+def test_every_command_is_understood(line: list[str]) -> None:
+    if line[0] == "predict" or "--resume" in line:
+        pytest.skip("needs what other commands make: the test below runs it")
+    module = importlib.import_module(cli.module_of(line[0]))
+    parse(module.Config, line[1:], "resnet-dist", layers if line[0] in cli.WITH_RECIPES else None)
+
+
+@pytest.mark.matrix
+def test_the_session_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In order, in one folder: later commands use what earlier ones made."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(Path("photos"), train=20, val=0)
+    make_folder(Path("new_photos"), train=2, val=0, classes=["unsorted"])
+    session = [line for line in commands() if any("photos" in word for word in line)]
+    assert len(session) >= 8
+    for line in session:
+        quick = QUICK if line[0] in TRAINS and "--resume" not in line else []
+        assert main([*line, *quick]) == 0, (line, capsys.readouterr().err)
+    assert Path("runs/photos/report.html").exists() and Path("runs/photos/export/model.onnx").exists()
