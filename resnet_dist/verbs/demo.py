@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resnet_dist.config import (
+from resnet_dist.fields import option
     AugmentConfig,
     DataConfig,
     ModelConfig,
