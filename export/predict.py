@@ -25,7 +25,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TextIO
@@ -575,13 +575,10 @@ def _positive(text: str) -> int:
 
 
 def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number in 0..1, not {text!r}")
-    return value
+    with suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number in 0..1, not {text!r}")
 
 
 def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
@@ -621,7 +618,7 @@ def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
 def _check_embed(file: Path, predictor: Predictor) -> None:
     if file.suffix not in (".npy", ".csv"):
         raise UsageError(f"--embed {file}: the name must end in .npy or .csv")
-    if file.exists() or not file.absolute().parent.is_dir():
+    if file.exists() or not file.parent.is_dir():
         raise UsageError(f"--embed {file}: {'exists already' if file.exists() else 'there is no such folder'}")
     if not predictor.has_features:
         raise ModelError(f"{predictor.path}: gives no features; export it with --embeddings")
@@ -630,18 +627,16 @@ def _check_embed(file: Path, predictor: Predictor) -> None:
 def save_features(file: Path, rows: Sequence[tuple[str, np.ndarray | None]]) -> None:
     """Features as float32 (images, F) in a .npy file, or as lines of path,f0..fF-1; NaN for an image that is bad."""
     width = next((len(features) for _, features in rows if features is not None), 0)
-    table = np.full((len(rows), width), np.nan, np.float32)
-    for row, (_, features) in enumerate(rows):
-        if features is not None:
-            table[row] = features
+    none = np.full(width, np.nan, np.float32)
+    table = np.array([none if f is None else f for _, f in rows], np.float32).reshape(len(rows), width)
     try:
         if file.suffix == ".npy":
             np.save(file, table, allow_pickle=False)
             return
         with file.open("x", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            _write_row(stream, ["path", *(f"f{i}" for i in range(width))])
-            for (name, _), values in zip(rows, table, strict=True):
-                _write_row(stream, [name, *map(str, values)])
+            lines = ([name, *map(str, values)] for (name, _), values in zip(rows, table, strict=True))
+            for line in itertools.chain([["path", *(f"f{i}" for i in range(width))]], lines):
+                _write_row(stream, line)
     except OSError as error:
         raise UsageError(f"--embed {file}: cannot be written ({error.strerror})") from None
 
