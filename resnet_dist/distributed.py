@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnet_dist import launcher
 from resnet_dist.config import SystemConfig
+from resnet_dist.data.loader import lost_loader
 from resnet_dist.errors import MachineError, ResnetDistError, UsageError
 from resnet_dist.model.trainable import BatchNorm
 
@@ -237,7 +238,7 @@ def check_in_step(accelerator: Accelerator, model: nn.Module) -> None:
 
 @contextmanager
 def machine_errors(accelerator: Accelerator, batch_size: int, accumulate: int) -> Iterator[None]:
-    """Within it, too little memory or disk, or a process that is gone, are MachineErrors with a way out."""
+    """Within it, too little memory or disk, or a process or loader that is gone, are MachineErrors with a way out."""
     try:
         yield
     except OSError as error:
@@ -252,6 +253,8 @@ def machine_errors(accelerator: Accelerator, batch_size: int, accumulate: int) -
     except (RuntimeError, torch.distributed.DistError) as error:
         # gloo and NCCL have a dozen words for it, but each names itself or the connection.
         lost = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
+        if isinstance(error, RuntimeError) and (loader := lost_loader(error)):
+            raise loader from None
         if accelerator.num_processes == 1 or not any(word in str(error) for word in lost):
             raise
         reason = str(error).strip().partition("\n")[0]

@@ -246,6 +246,14 @@ def close_loaders() -> None:
             loader._iterator = None
 
 
+def lost_loader(error: RuntimeError) -> MachineError | None:
+    """What an error of torch means if it is about a loader process that ended; it can strike between any two lines."""
+    if "DataLoader worker" not in str(error):
+        return None
+    reason = str(error).partition("\n")[0]
+    return MachineError(f"a loader process ended ({reason}); if memory ran out, lower --workers")
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -258,10 +266,7 @@ def _checked(loader: DataLoader[Batch]) -> Iterator[Batch]:
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = str(error).partition("\n")[0]
-            raise MachineError(f"a loader process ended ({reason}); if memory ran out, lower --workers") from None
+            raise lost_loader(error) or error from None
         if isinstance(batch, DataError):
             try:
                 raise batch

@@ -19,7 +19,7 @@ import resnet_dist.report.training as report
 from resnet_dist.cli import main
 from resnet_dist.train.state import read_newest_state
 from tests.conftest import TINY
-from tests.launch.helpers import Command, end
+from tests.launch.helpers import Command, end, wait_for_epochs
 from tests.train.interrupted import interrupt, interrupted
 from tests.train.test_resume import LAUNCHED, facts, launched
 
@@ -33,10 +33,7 @@ def training(folder: Path, run: Path, *options: str) -> Iterator[tuple[subproces
     arguments = [*LAUNCHED, "resnet_dist", "train", str(folder), *ENDLESS, *options, "-o", str(run)]
     launcher = Command(arguments, {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15"}).start()
     try:
-        end_of_wait = time.monotonic() + 100
-        while not (run / "metrics.csv").exists():
-            assert launcher.poll() is None and time.monotonic() < end_of_wait, "the first epoch was never done"
-            time.sleep(0.1)
+        wait_for_epochs(run, 2)  # a checkpoint, if asked for, comes after the epoch's line
         first = psutil.Process(launcher.pid)
         family = [first, *first.children(recursive=True)]
         try:
