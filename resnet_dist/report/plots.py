@@ -178,7 +178,8 @@ def embedding_map(file: Path, features: np.ndarray, targets: np.ndarray, classes
     places, shares = principal_axes(features)
     figure, (axes,) = _figure(1, 1, 8, 6.5)
     present = np.unique(targets)
-    colours = colormaps["tab20" if len(present) > 10 else "tab10"].resampled(max(len(present), 1))
+    few = {True: "tab10", False: "tab20"}[len(present) <= 10]
+    colours = colormaps[few] if len(present) <= 20 else colormaps["turbo"].resampled(len(present))
     for number, target in enumerate(present):
         rows = targets == target
         name = " " + shortened(classes[target], 24)  # a label that begins with "_" would be left out
