@@ -89,7 +89,9 @@ def lines(report: "Report", facts: dict[str, Any]) -> Iterator[str]:
     yield f"formats {_counted(facts['formats'])}; modes {_counted(facts['modes'])}; {facts['rotated']} turned by Exif"
     yield from _listing("with an extension of another format", facts["wrong_extension"])
     yield from _listing("under 32 pixels", facts["tiny"])
-    yield f"{len(report.duplicates)} groups of identical files, {len(report.near_duplicates)} pairs that look alike"
+    alike = {finding.path for pair in report.near_duplicates for finding in pair}
+    pairs = f"{len(report.near_duplicates)} pairs that look alike" + (f", of {len(alike)} images" if alike else "")
+    yield f"{len(report.duplicates)} groups of identical files, {pairs}"
     yield from _groups("LEAK: identical files in several splits", report.leaks)
     yield from _groups("possible leak: images that look alike in several splits", [list(p) for p in report.near_leaks])
     yield from _groups("CONTRADICTION: identical files under several labels", report.contradictions)
