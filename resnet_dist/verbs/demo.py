@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resnet_dist.config import (
-from resnet_dist.fields import option
     AugmentConfig,
     DataConfig,
     ModelConfig,
@@ -15,9 +14,9 @@ from resnet_dist.fields import option
     RunConfig,
     ScheduleConfig,
     TrainConfig,
-    option,
 )
 from resnet_dist.errors import MachineError
+from resnet_dist.fields import option
 from resnet_dist.run_folder import RunFolder
 
 SIDE = 64
