@@ -55,7 +55,7 @@ class ImageCache:
                 os.ftruncate(self._fd, self._first + room)  # sparse: takes no space before something is written
             self._bytes = np.frombuffer(mmap.mmap(self._fd, 0), np.uint8)
         except OSError as error:
-            raise MachineError(f"{file}: cannot be used ({error.strerror}); name another --cache-dir") from None
+            raise MachineError(f"{file}: cannot hold images ({error.strerror}); take --cache none") from None
         self._records = self._bytes[START : self._first].view(RECORD)
         ends = self._records["offset"] + self._records["height"] * self._records["width"].astype(np.int64) * 3
         self._free = max(self._first, int(ends.max(initial=0)))  # and on, whatever the first bytes say
@@ -99,33 +99,32 @@ class ImageCache:
         return pixels.reshape(height, width, 3)
 
     def _keep(self, index: int, pixels: np.ndarray, status: os.stat_result) -> None:
-        offset = self._place(pixels.nbytes)
-        if offset is None:
-            return
         record = np.zeros((), RECORD)
         times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         pixels = np.ascontiguousarray(pixels)
-        record[()] = (*times, offset, *pixels.shape[:2], 0)
-        record["checksum"] = _checksum(record, pixels)
         try:  # written, not stored through the map: a full disk is then an error and not the end of the process
+            offset = self._place(pixels.nbytes)
+            if offset is None:
+                return
+            record[()] = (*times, offset, *pixels.shape[:2], 0)
+            record["checksum"] = _checksum(record, pixels)
             _write(self._fd, pixels, offset)
             _write(self._fd, record, START + index * RECORD.itemsize)
         except OSError:
-            self.room = 0
+            self.room = 0  # nothing more is kept
         else:
             self._verified[index] = record["checksum"]
 
     def _place(self, size: int) -> int | None:
-        """Take so many bytes, alone among all processes; None where there is no more room."""
+        """Take so many bytes, alone among all processes; None where there is no more room. Raises OSError."""
         if not self.room:
             return None
         fcntl.lockf(self._fd, fcntl.LOCK_EX)
         try:
-            place = self._bytes[:8].view(np.int64)
-            offset = max(int(place[0]), self._free)
+            offset = max(int(self._bytes[:8].view(np.int64)[0]), self._free)
             if offset + size > self._first + self.room:
                 return None
-            place[0] = offset + size
+            _write(self._fd, np.array(offset + size), 0)
             return offset
         finally:
             fcntl.lockf(self._fd, fcntl.LOCK_UN)
