@@ -11,7 +11,7 @@ from resnet_dist.cli import main
 from resnet_dist.options import parse
 from resnet_dist.verbs import bench, bench_scaling
 
-SHORT = ["--batch-size", "4", "--img-size", "32", "--epoch-steps", "2", "--epochs", "2", "--workers", "0"]
+SHORT = ["--batch-size", "4", "--img-size", "32", "--epoch-steps", "1", "--epochs", "2", "--workers", "0"]
 
 
 def scaling_config(*arguments: str) -> bench_scaling.Config:
