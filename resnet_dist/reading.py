@@ -21,9 +21,9 @@ def read_bounded(file: Path, most: int) -> bytes:
     if status.st_size > most:
         raise ValueError(f"larger than {most >> 20} MiB")
     with file.open("rb") as stream:
-        data = stream.read(most + 1)
-    if len(data) > most:  # it grew meanwhile
-        raise ValueError(f"larger than {most >> 20} MiB")
+        data = stream.read(status.st_size + 1)
+    if len(data) > status.st_size:
+        raise ValueError("it grew while it was read")
     return data
 
 

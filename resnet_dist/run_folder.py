@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from resnet_dist.errors import MachineError, ResnetDistError, UsageError
+from resnet_dist.reading import parse_json, read_bounded
 
 FORMAT_VERSION = 1
+MAX_FACTS = 1 << 24  # bytes of run.json
 LOCK = ".lock"  # a file of a run folder that whoever writes the run holds locked
 
 
@@ -240,11 +242,14 @@ def read_facts(path: Path) -> dict[str, Any]:
     """run.json of a run folder. Raises UsageError where there is none that can be read."""
     file = path / "run.json"
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = parse_json(read_bounded(file, MAX_FACTS))
+        if not isinstance(facts, dict):
+            raise ValueError("not a JSON object")
+        for name, kind in (("status", str), ("epochs", int), ("data_root", str)):
+            if not isinstance(facts.get(name, kind()), kind):
+                raise ValueError(f"its {name} is not one")
     except OSError as error:
         raise UsageError(f"{path}: not a run folder (run.json: {error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise UsageError(f"{file}: damaged, not JSON") from None
-    if not isinstance(facts, dict):
-        raise UsageError(f"{file}: damaged, not a JSON object")
+    except ValueError as error:
+        raise UsageError(f"{file}: damaged: {error}") from None
     return facts

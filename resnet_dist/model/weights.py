@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import urllib.error
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from resnet_dist.errors import ArtifactError, MachineError, UsageError
 from resnet_dist.header import description_in
 from resnet_dist.model.resnet import Architecture, empty, stage_of
 
+MAX_WEIGHTS = 1 << 32  # bytes; a resnet152 with an optimizer's state beside it has a quarter of that
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 NAMES = ("DEFAULT", "IMAGENET1K_V1", "IMAGENET1K_V2")
 Tensors = Mapping[str, torch.Tensor]
@@ -120,6 +122,8 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """
     if not file.is_file():
         raise ArtifactError(f"{file}: there is no such weights file")
+    if _unpacked_bytes(file) > MAX_WEIGHTS:
+        raise ArtifactError(f"{file}: larger than {MAX_WEIGHTS >> 30} GiB, not the weights of a ResNet")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -139,6 +143,16 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): value for name, value in loaded.items()}
 
 
+def _unpacked_bytes(file: Path) -> int:
+    """What reading the file takes: a .pth is a zip archive, whose parts may be packed."""
+    size = file.stat().st_size
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return max(size, sum(part.file_size for part in archive.infolist()))
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return size
+
+
 def load_backbone(model: nn.Module, tensors: Tensors, architecture: Architecture, source: str) -> None:
     """Copy everything but the head from `tensors` into the model. Raises ArtifactError that says what does not fit."""
     wanted = {name: value for name, value in model.state_dict().items() if stage_of(name) != "head"}
@@ -148,6 +162,9 @@ def load_backbone(model: nn.Module, tensors: Tensors, architecture: Architecture
         raise ArtifactError(
             f"{source}: does not fit {architecture.name}: {problems[0]}{_more(problems)}{_fitting(given)}"
         )
+    damaged = [name for name, value in given.items() if not torch.isfinite(value).all()]
+    if damaged:
+        raise ArtifactError(f"{source}: {damaged[0]} holds values that are not finite")
     model.load_state_dict(given, strict=False)
 
 
@@ -160,7 +177,18 @@ def _misfits(wanted: Tensors, given: Tensors) -> list[str]:
         for name, value in wanted.items()
         if name in given and given[name].shape != value.shape
     ]
+    problems += [
+        f"{name} holds {_kind_of(given[name])} instead of {_kind_of(value)}"
+        for name, value in wanted.items()
+        if name in given and name not in counters and _kind_of(given[name]) != _kind_of(value)
+    ]
     return problems
+
+
+def _kind_of(tensor: torch.Tensor) -> str:
+    """What a tensor holds, whatever its precision."""
+    plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_complex()
+    return ("real" if tensor.is_floating_point() else "whole") + " numbers" if plain else "another kind of tensor"
 
 
 def _more(problems: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from resnet_dist.train.job import Job
 from resnet_dist.train.schedule import Schedule
 from resnet_dist.train.state import (
     State,
+    fitting,
     optimizer_tensors,
     read_newest_state,
     remove_leftovers,
@@ -104,11 +106,12 @@ def read_resumed(accelerator: Accelerator, run: RunFolder) -> tuple[Resumed, lis
 
 
 def restore_model(resumed: Resumed, job: Job) -> None:
-    """Put the weights, and their average, back."""
-    job.model.load_state_dict(_under("model/", resumed.tensors))
-    if job.ema is not None:
-        job.ema.module.load_state_dict(_under("ema/", resumed.tensors))
-        job.ema.steps = resumed.facts["ema_steps"]
+    """Put the weights, and their average, back. Raises ArtifactError where they are those of another network."""
+    with fitting(job.run.path):
+        job.model.load_state_dict(_under("model/", resumed.tensors))
+        if job.ema is not None:
+            job.ema.module.load_state_dict(_under("ema/", resumed.tensors))
+            job.ema.steps = int(resumed.facts["ema_steps"])
 
 
 def restore_learner(
@@ -117,18 +120,19 @@ def restore_learner(
     """Put the optimizer's and the schedule's state back, into those of the phase where the run stood.
 
     Each process also gets its own running statistics again, now that wrapping has made them equal; with another number
-    of processes, all keep those of the first.
+    of processes, all keep those of the first. Raises ArtifactError where the state is not one of this run.
     """
-    windows, process = torch.tensor(resumed.facts["windows"]), job.accelerator.process_index
-    if resumed.facts["processes"] == job.accelerator.num_processes:
-        window.copy_(windows[process])
-        own = _under(f"statistics/{job.accelerator.process_index}/", resumed.tensors)
-        for name, buffer in all_statistics(job).items():
-            buffer.copy_(own[name])
-    elif process == 0:
-        window.copy_(windows.sum(dim=0))
-    restore_optimizer(job.model, optimizer, resumed.tensors)
-    schedule.state = dict(resumed.facts["schedule"])
+    with fitting(job.run.path):
+        windows, process = torch.tensor(resumed.facts["windows"]), job.accelerator.process_index
+        if resumed.facts["processes"] == job.accelerator.num_processes:
+            window.copy_(windows[process])
+            own = _under(f"statistics/{job.accelerator.process_index}/", resumed.tensors)
+            for name, buffer in all_statistics(job).items():
+                buffer.copy_(own[name])
+        elif process == 0:
+            window.copy_(windows.sum(dim=0))
+        restore_optimizer(job.model, optimizer, resumed.tensors)
+        schedule.state = dict(resumed.facts["schedule"])
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -141,16 +145,20 @@ def changes(resumed: Resumed, cfg: TrainConfig, fingerprint: Mapping[str, Any], 
     Raises UsageError where the difference would make it another run: other data, classes, network or preprocessing.
     """
     facts = resumed.facts
-    if facts["data"] != fingerprint:
-        raise UsageError(_data_difference(facts["data"], fingerprint))
+    with fitting(Path(cfg.run.resume or cfg.run.output_dir or "")):
+        other_data = "" if facts["data"] == fingerprint else _data_difference(facts["data"], fingerprint)
+        differences = list(_differences(facts["config"], kept(cfg)))
+        batch_then = facts["global_batch"]
+    if other_data:
+        raise UsageError(other_data)
     lines: list[str] = []
     refused: list[str] = []
-    for section, name, old, new in _differences(facts["config"], kept(cfg)):
+    for section, name, old, new in differences:
         line = f"--{name.replace('_', '-')} {old} -> {new}"
         fixed = FIXED.get(section, set())
         (refused if section in FIXED and (fixed is None or name in fixed) else lines).append(line)
-    if facts["global_batch"] != global_batch:
-        refused.append(f"global batch {facts['global_batch']} -> {global_batch}")
+    if batch_then != global_batch:
+        refused.append(f"global batch {batch_then} -> {global_batch}")
     if refused:
         raise UsageError(
             [f"a resumed run keeps its settings, but {line}; start a new run for that" for line in refused]

@@ -2,11 +2,11 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from safetensors.torch import load, save
 from torch import nn
 
 from resnet_dist.errors import ArtifactError, MachineError
+from resnet_dist.reading import parse_json, read_bounded
 from resnet_dist.run_folder import sync_folder, to_json
 
+MAX_FACTS, MAX_STATE = 1 << 24, 1 << 34  # bytes
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 REPLACED = ".replaced"  # ends the name of a state while another of the same step takes its place
 
@@ -84,9 +86,15 @@ class State:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "State":
-        """From the stored form."""
+        """From the stored form. Raises KeyError, TypeError or ValueError where it is not one."""
         best = values["best"]
-        return cls(**{**values, "best": Best(**best) if best else None})
+        state = cls(**{**values, "best": Best(**best) if best else None})
+        counters = (state.phase, state.epoch_in_phase, state.step_in_epoch, state.epochs_done, state.steps_done)
+        if not all(type(n) is int and n >= 0 for n in (*counters, state.epochs_since_best)):
+            raise ValueError("a counter is not a whole number")
+        if not all(isinstance(n, int | float) for n in (*state.sums, state.epoch_seconds, state.seconds)):
+            raise ValueError("a sum is not a number")
+        return state
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -178,14 +186,24 @@ def read_newest_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
 
 
 def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    manifest = json.loads((path / MANIFEST).read_bytes())
-    contents = {name: (path / name).read_bytes() for name in (TENSORS, FACTS)}
+    manifest = parse_json(read_bounded(path / MANIFEST, MAX_FACTS))
+    contents = {name: read_bounded(path / name, MAX_FACTS if name == FACTS else MAX_STATE) for name in (TENSORS, FACTS)}
     for name, data in contents.items():
         if hashlib.sha256(data).hexdigest() != manifest[name]:
             raise ValueError(f"{name} is not what its manifest says")
-    facts = json.loads(contents[FACTS])
+    facts = parse_json(contents[FACTS])
     State.from_dict(facts["state"])
     return load(contents[TENSORS]), facts
+
+
+@contextmanager
+def fitting(run: Path) -> Iterator[None]:
+    """Within it, a saved state that is whole but not of this run raises ArtifactError instead of what torch says."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ArtifactError(f"{run}: its checkpoint does not fit this run ({reason[:200]}); start a new one") from None
 
 
 def remove_leftovers(folder: Path) -> None:
