@@ -5,11 +5,12 @@ import hashlib
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -41,6 +42,7 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 SPLIT_OF = {spelling: split for split, spellings in SPLIT_NAMES.items() for spelling in spellings}
+MAX_LINE = 1 << 20
 NOT_DATA = {"__macosx", "thumbs.db", "desktop.ini"}
 
 
@@ -157,6 +159,7 @@ def _index(root: Path, found: _Found, cfg: DataConfig) -> ImageIndex:
         notes.append(note)
     classes = tuple(sorted({label for _, label, split in rows if split == "train"}))
     _check_classes(rows, classes)
+    notes += _confusable(classes)
     validated = {label for _, label, split in rows if split == "val"}
     absent = [name for name in classes if name not in validated]
     if absent:
@@ -188,6 +191,15 @@ def _check_classes(rows: list[tuple[str, str, str | None]], classes: tuple[str, 
             raise DataError(
                 f"{split} has class {listed(sorted(unknown))}, unknown to train: add training images or take it out"
             )
+
+
+def _confusable(classes: Sequence[str]) -> Iterator[str]:
+    """A warning for names that differ only in case, or in how Unicode composes them: often one class in two folders."""
+    first: dict[str, str] = {}
+    for name in classes:
+        other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            yield f"WARNING: the classes {listed([other, name])} differ only in case or in the encoding of letters"
 
 
 def _table(root: Path, rows: Sequence[tuple[str, str, str | None]], classes: tuple[str, ...], split: str) -> ImageTable:
@@ -315,7 +327,7 @@ def _read_manifest(file: Path) -> _Found:
     found = _Found()
     try:
         with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-            reader = csv.DictReader(stream)
+            reader = csv.DictReader(_lines(file, stream))
             columns = reader.fieldnames or []
             if not {"path", "label"} <= set(columns):
                 raise DataError(
@@ -334,6 +346,14 @@ def _read_manifest(file: Path) -> _Found:
     if 0 < unsplit < len(found.rows):
         raise DataError(f"{file}: {unsplit} of {len(found.rows)} rows have no split: give all of them one, or none")
     return found
+
+
+def _lines(file: Path, stream: TextIO) -> Iterator[str]:
+    """The lines of a file, none of them so long that it could fill the memory."""
+    while line := stream.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise DataError(f"{file}: a line of more than {MAX_LINE} characters, so not a manifest")
+        yield line
 
 
 def _manifest_row(file: Path, number: int, row: dict[str, str]) -> tuple[str, str, str | None]:

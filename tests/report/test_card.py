@@ -223,7 +223,7 @@ def test_upload_is_one_commit_with_the_three_files(
     assert "/you/ants" in capsys.readouterr().out.splitlines()[-1]
     bodies = {path.partition("?")[0]: body for path, body in server.received}
     made = json.loads(bodies["/api/repos/create"])
-    assert (made["name"], made["organization"], made["private"]) == ("ants", "you", True)
+    assert (made["name"], made["organization"], made["visibility"]) == ("ants", "you", "private")
     lines = [json.loads(line) for line in bodies["/api/models/you/ants/commit/main"].splitlines()]
     files = {
         line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
