@@ -169,6 +169,7 @@ def another(option: Option) -> str:
     texts_by_kind = {float: "0.25", Duration: "3", str: "text"}
     named = {"mean": "0.1,0.2,0.3", "std": "0.3,0.2,0.1", "crop_scale": "0.5,0.9", "head_hidden": "5,6"}
     named |= {"lr_milestones": "2,50steps", "lr_groups": "head=0.5 stem=0.125", "tracker": "tensorboard"}
+    named |= {"cache_features": "4"}
     return named.get(option.name) or texts_by_kind.get(kind) or str((option.default or 63) + 1)
 
 
@@ -197,7 +198,7 @@ def test_no_spelling_means_two_things() -> None:
     assert not set(spellings) & {"--recipe", "-c", "--config", "--phase", "--debug", "-h", "--help"}
 
 
-EXTRA = {"stem": ["--weights", "none"], "resume": ["--output-dir", "no-such-folder"]}
+EXTRA = {"stem": ["--weights", "none"], "resume": ["--output-dir", "no-such-folder"], "cache_dir": ["--cache", "disk"]}
 
 
 # --init-from brings settings of an old run along, as a recipe does: tests/train/test_init_from.py.

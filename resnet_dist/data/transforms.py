@@ -162,20 +162,26 @@ class ToInput:
     """On the device: uint8 batches to the float input of the network, flipped, normalised and mixed."""
 
     def __init__(self, spec: Preprocessing, device: torch.device) -> None:
-        # For a whole row of pixels: repeated over rows of 3 * img_size values, a CPU is four times as fast as over 3.
-        self.mean = torch.tensor(spec.mean, dtype=torch.float32, device=device).repeat(spec.img_size)
-        self.std = torch.tensor(spec.std, dtype=torch.float32, device=device).repeat(spec.img_size)
+        self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (spec.mean, spec.std))
+        self.rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """float32 (B, 3, img_size, img_size) in channels_last order; bit-equal to `export.predict.normalise`."""
+        """float32 (B, 3, S, S) of uint8 (B, S, S, 3), channels_last; bit-equal to `export.predict.normalise`."""
         images = batch.images
         if batch.flip is not None:
             images = mirrored(images, batch.flip)
         rows = images.flatten(2).to(torch.float32)
-        values = rows.div_(255).sub_(self.mean).div_(self.std).view(images.shape)
+        mean, std = self._row(images.shape[2])
+        values = rows.div_(255).sub_(mean).div_(std).view(images.shape)
         if batch.mix is not None:
             values = _mix(values, batch.mix)
         return values.permute(0, 3, 1, 2)
+
+    def _row(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and std for a row of so many pixels: over 3 * width values, a CPU is four times as fast as over 3."""
+        if width not in self.rows:
+            self.rows[width] = (self.mean.repeat(width), self.std.repeat(width))
+        return self.rows[width]
 
 
 def mirrored(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
