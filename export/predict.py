@@ -23,10 +23,11 @@ import struct
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TextIO
 
@@ -555,7 +556,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="a .onnx file, or a run folder that was exported")
     parser.add_argument("inputs", metavar="INPUT", nargs="*", help="files, folders, patterns; - reads a list of paths")
     parser.add_argument("--top-k", type=_positive, default=5, metavar="N", help="classes to name per image (5)")
-    parser.add_argument("--format", choices=("table", "csv", "jsonl"), help="table on a terminal, csv elsewhere")
+    parser.add_argument("--format", choices=[*WRITERS], help="table on a terminal, csv elsewhere; excel: inert csv")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of to the terminal")
     parser.add_argument("--abstain-below", type=_share, metavar="P", help="believe no class below this (0..1)")
     parser.add_argument("--embed", metavar="FILE", help="also write what the head takes of every image: .npy or .csv")
@@ -641,7 +642,7 @@ def save_features(file: Path, rows: Sequence[tuple[str, np.ndarray | None]]) -> 
         raise UsageError(f"--embed {file}: cannot be written ({error.strerror})") from None
 
 
-def _write_csv(stream: TextIO, top_k: int, prediction: Prediction | None) -> None:
+def _write_csv(stream: TextIO, top_k: int, prediction: Prediction | None, inert: bool = False) -> None:
     """A line of path,prediction,top1..topk,p1..pk,abstained,error, without a prediction where it abstained; the header
     for None."""
     if prediction is None:
@@ -653,7 +654,8 @@ def _write_csv(stream: TextIO, top_k: int, prediction: Prediction | None) -> Non
     values = [str(np.float32(p)) for p in prediction.probabilities] or [""] * top_k
     abstained = "" if prediction.error else str(prediction.abstained).lower()
     label = "" if prediction.abstained else names[0]
-    _write_row(stream, [prediction.source, label, *names, *values, abstained, prediction.error])
+    row = [prediction.source, label, *names, *values, abstained, prediction.error]
+    _write_row(stream, ["'" + c if inert and c.startswith(("=", "+", "-", "@", "\t", "\r")) else c for c in row])
 
 
 def _write_row(stream: TextIO, row: Sequence[str]) -> None:
@@ -677,7 +679,10 @@ def _write_table(stream: TextIO, top_k: int, prediction: Prediction | None) -> N
         stream.write("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + "\n")
 
 
-WRITERS = {"csv": _write_csv, "jsonl": _write_jsonl, "table": _write_table}
+Writer = Callable[[TextIO, int, Prediction | None], None]
+# excel: csv with an apostrophe before what a spreadsheet would compute
+WRITERS: dict[str, Writer] = {"table": _write_table, "csv": _write_csv, "jsonl": _write_jsonl}
+WRITERS["excel"] = partial(_write_csv, inert=True)
 GRID, TILE = 16, 160
 
 

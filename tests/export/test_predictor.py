@@ -78,6 +78,23 @@ def test_formats(bundle: Path, photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert len(table((tmp_path / "out.csv").read_text())) == 5
 
 
+def test_excel_cells_are_inert(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that a spreadsheet would compute get an apostrophe; everything else is the csv."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"{start}1+1.png" for start in ("", "+", "-", "=", "@")]
+    for name in names:
+        write_image(tmp_path / name, seed=1)
+    plain, inert = (
+        table(run(capsys, bundle / "model.onnx", *paths, "--format", "excel")[1])
+        for paths in ([Path.cwd() / name for name in names], ["*.png"])
+    )
+    assert [row["path"] for row in plain] == [str(tmp_path / name) for name in names]
+    assert sorted(row["path"] for row in inert) == sorted(["1+1.png", *(f"'{name}" for name in names[1:])])
+    assert all(row["p1"][0].isdigit() for row in inert)
+
+
 def test_library_takes_paths_bytes_and_pillow_images(bundle: Path, photos: Path) -> None:
     predictor = Predictor(bundle / "model.onnx", threads=1)
     file = next(iter(sorted(photos.rglob("*.png"))))
