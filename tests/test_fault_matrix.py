@@ -48,6 +48,7 @@ def spoil(own: Path) -> list[str]:
     return ["train/cat/empty.jpg", "train/dog/text.png", "train/emu/train001.png"]
 
 
+@pytest.mark.matrix
 def test_two_processes_skip_the_same_images(own: Path, tmp_path: Path) -> None:
     """They train on as many images as each other and as one process, and one of them lists what was left out."""
     bad = spoil(own)
@@ -65,6 +66,7 @@ def test_two_processes_skip_the_same_images(own: Path, tmp_path: Path) -> None:
     assert images[0] == images[1] == {"train": 11, "val": 9, "test": 0}
 
 
+@pytest.mark.matrix
 def test_two_processes_refuse_them_in_one_line(own: Path, tmp_path: Path) -> None:
     spoil(own)
     done = two_processes("train", own, *TINY, "-o", tmp_path / "run")

@@ -22,6 +22,7 @@ def weights(shared: Path) -> list[str]:
     return ["--model", "resnet18", "--weights", str(shared / "weights/resnet18.safetensors")]
 
 
+@pytest.mark.matrix
 def test_one_epoch_of_a_new_head(shared: Path, weights: list[str], tmp_path: Path) -> None:
     """The ordinary suite's glimpse of the real data: already far above chance, and eval agrees with train."""
     options = ["--recipe", "feature-extractor-bn-eval", "--lr", "1e-2", "--opt", "sgd", "-b", "32", "--epochs", "1"]

@@ -22,6 +22,7 @@ def scaling_config(*arguments: str) -> bench_scaling.Config:
 # The ladder
 
 
+@pytest.mark.matrix
 def test_every_rung_is_measured_in_every_round(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

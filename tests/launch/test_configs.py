@@ -38,9 +38,10 @@ def test_command_for_a_laptop(photos: Path, tmp_path: Path, capsys: pytest.Captu
     assert_trained(tmp_path / "run", capsys.readouterr().out, processes=1)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("section", "number", "launcher", "processes", "precision"),
-    [RUNS[0], *(pytest.param(*run, marks=pytest.mark.matrix) for run in RUNS[1:])],
+    RUNS,
 )
 def test_command_on_one_machine(
     section: str, number: int, launcher: list[str], processes: int, precision: str | None, photos: Path, tmp_path: Path

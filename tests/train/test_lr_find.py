@@ -124,6 +124,7 @@ def test_files_and_stop(found: Path) -> None:
     assert sorted(file.name for file in found.iterdir()) == ["lr_find.csv", "lr_find.png"], "and no run"
 
 
+@pytest.mark.matrix
 def test_two_processes_see_the_same(folder: Path, tmp_path: Path) -> None:
     """The same global batch in two processes: the same losses, the same stop."""
     options = ["lr-find", folder, *TINY, "--recipe", "feature-extractor-bn-eval", "--steps", "20", "--lr-end", "1e3"]
