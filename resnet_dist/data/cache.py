@@ -202,6 +202,8 @@ def choose_tier(asked: str, readers: Sequence[Reader], epochs: int, folder: Path
         return Tier("none", 0, "--cache none")
     if asked == "auto" and (epochs == 1 or not hasattr(os, "memfd_create")):
         return Tier("none", 0, "one epoch reads each image once" if epochs == 1 else "needs Linux")
+    if asked in ("ram", "device") and not hasattr(os, "memfd_create"):
+        raise MachineError(f"--cache {asked}: needs Linux; take --cache disk")
     needed = sum(map(bytes_needed, readers))
     free = _free_disk(folder, readers) if asked == "disk" else launcher.available_memory()
     name = "disk" if asked == "disk" else "ram"

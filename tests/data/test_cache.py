@@ -308,6 +308,19 @@ def test_the_tier_fits_what_is_free(
     assert tier.name == "none" or tier.room >= needed
 
 
+@pytest.mark.parametrize(("asked", "expected"), [("auto", "none"), ("ram", None), ("device", None), ("disk", "disk")])
+def test_without_files_in_memory_only_the_disk_is_left(
+    table: ImageTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, expected: str | None
+) -> None:
+    """As on systems other than Linux."""
+    monkeypatch.delattr(os, "memfd_create")
+    if expected is None:
+        with pytest.raises(MachineError, match=f"--cache {asked}: needs Linux; take --cache disk"):
+            choose_tier(asked, [Reader(table, SPEC)], 5, tmp_path)
+    else:
+        assert choose_tier(asked, [Reader(table, SPEC)], 5, tmp_path).name == expected
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
