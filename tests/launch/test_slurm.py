@@ -179,7 +179,8 @@ def test_job_whose_time_is_up_goes_on_later(cluster: dict[str, str], photos: Pat
     slurm(cluster, "scancel", "--signal=USR1", job)
     wait_for(cluster, job, "Restarts=1", log)
     assert json.loads((run / "run.json").read_text())["status"] == "preempted"
-    slurm(cluster, "scontrol", "update", f"JobId={job}", "StartTime=now")  # or SLURM lets it wait for two minutes
+    # Or SLURM lets it wait for two minutes; in the second of the requeue itself, its nodes refuse the job.
+    slurm(cluster, "scontrol", "update", f"JobId={job}", "StartTime=now+3seconds")
     wait_for(cluster, job, "JobState=COMPLETED", log)
     assert "requeue 1 of 20" in log.read_text()
     assert_every_epoch_once(run, 15)

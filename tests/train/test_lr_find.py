@@ -151,7 +151,7 @@ def test_what_lr_find_does_not_take(folder: Path, refused: Refused, tmp_path: Pa
 def test_suggestion_beats_ten_times_more_and_less(shared: Path, tmp_path: Path) -> None:
     """Full fine-tuning of real weights on real photographs: the training loss of the third epoch, mean of 3 seeds."""
     options = [shared / "hymenoptera", "--recipe", "full-finetune", "--model", "resnet18", "-b", "32", "--workers", "0"]
-    options += ["--weights", shared / "weights/resnet18.safetensors"]
+    options += ["--img-size", "112", "--resize", "128", "--weights", shared / "weights/resnet18.safetensors"]
     job = job_of(tmp_path / "find", *options)
     rate = steepest(range_test(job, job.cfg.phase[-1], 1e-7, 10.0, 100))
     assert rate is not None
