@@ -16,6 +16,10 @@ from resnet_dist.cli import main
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CLASSES = ("cat", "dog", "emu")
 
+# Two test processes share the cores, and so do the programs that they start: a thread that waits must not spin. torch
+# reads this when it is loaded, which nothing above does.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # The smallest network and images that go through every part of the program, as command-line options.
 TINY = ["--model", "resnet18", "--weights", "none", "--stem", "small", "--img-size", "16", "--workers", "0"]
 TINY += ["--threads", "1", "--mixed-precision", "no"]
