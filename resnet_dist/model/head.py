@@ -69,7 +69,8 @@ class ConcatPool(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, F, H, W) to (B, 2F, 1, 1)."""
-        return torch.cat([F.adaptive_avg_pool2d(x, 1), F.adaptive_max_pool2d(x, 1)], dim=1)
+        # torch 2.11 cannot export adaptive_max_pool2d; over the whole map the two are the same.
+        return torch.cat([F.adaptive_avg_pool2d(x, 1), F.max_pool2d(x, x.shape[2:])], dim=1)
 
 
 def mlp(features: int, hidden: tuple[int, ...], classes: int, dropout: float) -> nn.Sequential:
