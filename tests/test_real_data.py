@@ -22,7 +22,6 @@ def weights(shared: Path) -> list[str]:
     return ["--model", "resnet18", "--weights", str(shared / "weights/resnet18.safetensors")]
 
 
-@pytest.mark.matrix
 def test_one_epoch_of_a_new_head(shared: Path, weights: list[str], tmp_path: Path) -> None:
     """The ordinary suite's glimpse of the real data: already far above chance, and eval agrees with train."""
     options = ["--recipe", "feature-extractor-bn-eval", "--lr", "1e-2", "--opt", "sgd", "-b", "32", "--epochs", "1"]
@@ -39,11 +38,12 @@ def test_feature_extractor_and_discriminative(shared: Path, weights: list[str], 
     """At least 0.93 with the issue's command; random weights far below; discriminative within two points."""
     data = shared / "hymenoptera"
     head = ["--recipe", "feature-extractor-bn-eval", "--lr", "1e-2", "--batch-size", "32", "--epochs", "3"]
-    scores = [trained(tmp_path / f"head{seed}", data, *weights, *head, "--seed", str(seed)) for seed in (0, 1)]
+    scores = [trained(tmp_path / f"head{seed}", data, *weights, *head, "--seed", str(seed)) for seed in (0, 1, 2)]
     assert scores[0] >= 0.93 and statistics.mean(scores) >= 0.93
     assert trained(tmp_path / "random", data, "--model", "resnet18", "--weights", "none", *head) < 0.75
     both = ["--recipe", "discriminative", "--batch-size", "32", "--epochs", "6"]
-    assert trained(tmp_path / "all", data, *weights, *both) >= statistics.mean(scores) - 0.02
+    others = [trained(tmp_path / f"all{seed}", data, *weights, *both, "--seed", str(seed)) for seed in (0, 1, 2)]
+    assert statistics.mean(others) >= statistics.mean(scores) - 0.02
 
 
 @pytest.mark.matrix

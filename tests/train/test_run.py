@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from resnet_dist.cli import main
@@ -130,6 +132,28 @@ def test_every_recipe_runs(name: str, folder: Path, tmp_path: Path) -> None:
     assert config["recipe"] == name
     epochs = rows(tmp_path / "run/metrics.csv")
     assert [int(row["phase"]) for row in epochs] == list(range(1, phases + 1))
+
+
+def test_resume_from_the_middle_of_an_epoch_is_bit_identical(folder: Path, tmp_path: Path) -> None:
+    """With augmentation, MixUp, dropout, an average and another number of loader processes."""
+    options = ["--head", "mlp", "--dropout", "0.3", "--mixup", "0.4", "--aug", "trivial", "--ema", "--opt", "adam"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    saving = ["--save-every", "2steps", "--keep-last", "9", "--log-every", "1"]
+    assert main(["train", str(folder), *SHORT, *options, *saving, "-o", str(whole)]) == 0
+    # Six steps: the state after step 2 lies in the middle of the first epoch. Everything later is taken away.
+    shutil.copytree(whole, cut)
+    for later in ("step-000000004", "step-000000006"):
+        shutil.rmtree(cut / "checkpoints" / later)
+    (cut / "checkpoints/best.safetensors").unlink()
+    facts = json.loads((cut / "run.json").read_text())
+    (cut / "run.json").write_text(json.dumps({**facts, "status": "failed"}))
+    assert main(["train", "--resume", str(cut), "--workers", "2"]) == 0
+    best = "checkpoints/best.safetensors"
+    assert (cut / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    last = "checkpoints/step-000000006/state.safetensors"
+    assert (cut / last).read_bytes() == (whole / last).read_bytes()
+    a, b = load_file(cut / best), load_file(whole / best)
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_resume_of_a_finished_run_changes_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
