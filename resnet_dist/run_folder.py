@@ -247,7 +247,7 @@ def read_facts(path: Path) -> dict[str, Any]:
             raise ValueError("not a JSON object")
         for name, kind in (("status", str), ("epochs", int), ("data_root", str)):
             if not isinstance(facts.get(name, kind()), kind):
-                raise ValueError(f"its {name} is not one")
+                raise ValueError(f"its {name} is not {'text' if kind is str else 'a whole number'}")
     except OSError as error:
         raise UsageError(f"{path}: not a run folder (run.json: {error.strerror})") from None
     except ValueError as error:
