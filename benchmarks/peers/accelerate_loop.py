@@ -39,7 +39,7 @@ class Images(Dataset[dict[str, Any]]):
 def train(job: peer.Job, tick: Callable[[], None]) -> float:
     """training_function of the example."""
     accelerator = Accelerator()
-    set_seed(42)
+    set_seed(job.seed)
     whole = Compose([Resize(256), CenterCrop(job.size), ToTensor()])
     changed = Compose([RandomResizedCrop(job.size), RandomHorizontalFlip(), ToTensor()])
     train_images = Images(job.data / "train", changed if job.kind == "full" else whole)

@@ -4,11 +4,11 @@
     python benchmarks/peers/compare.py --data hymenoptera --weights resnet18.safetensors --peers peers/bin/python
 
 Job "full": a resnet18 with ImageNet's weights is fine-tuned on random crops of 224 pixels, batch 32, no two contestants
-at once, round after round (A B C A B C ...); each round times a few steps, files to update, and the last of them runs
-whole epochs to see the accuracy. Job "head": ten epochs of the head without random changes, the wall-clock of the whole
-process. Every contestant validates after each epoch and uses what its own documentation or tuning guide says;
-`accelerate launch` is called plainly. Ratios are medians over the rounds. Takes about a quarter of an hour on two
-cores; with `--rounds 1 --steps 2 --no-accuracy --jobs full` a minute or two, to see that it runs.
+at once, round after round (A B C A B C ...); each round times a few steps, files to update. Job "accuracy": the same
+for whole epochs, once for each seed. Job "head": ten epochs of the head without random changes, the wall-clock of the
+whole process. Every contestant validates after each epoch and uses what its own documentation or tuning guide says;
+`accelerate launch` is called plainly. Ratios are medians over the rounds. Takes about three quarters of an hour on two
+cores; with `--rounds 1 --steps 2 --jobs full` a minute or two, to see that it runs.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ FLOORS = {  # of the ratio resnet-dist / peer in images per second
     "accelerate cv_example, plain launch, fp32": 3.7,
 }
 FP32_FLOOR, HEAD_FLOOR = 1.1, 7.0
-EPOCHS = {"full": 2, "head": 10}
+EPOCHS = {"full": 1000, "accuracy": 4, "head": 10}  # of the first, the clock ends it
 Found = dict[str, dict[str, list[dict[str, Any]]]]  # job: contestant: a result per round
 
 
@@ -50,15 +51,10 @@ def main() -> None:
     """Run the rounds, write the JSON file, print the tables."""
     options = parse_arguments()
     found: Found = {job: {name: [] for name in options.only} for job in options.jobs}
-    for number in range(options.rounds):
-        last = number == options.rounds - 1
-        for name in options.only:
-            if "full" in found:
-                found["full"][name].append(contest(name, "full", options.steps, options))
-                if last and options.accuracy:
-                    found["full"][name][-1]["whole"] = contest(name, "full", None, options)
-            if "head" in found and last:
-                found["head"][name].append(contest(name, "head", None, options))
+    turns = {"full": options.rounds, "accuracy": options.seeds, "head": 1}
+    for job in options.jobs:
+        for number, name in product(range(turns[job]), options.only):
+            found[job][name].append(contest(name, job, number, options))
     results = {"machine": machine(), "rounds": options.rounds, "steps": options.steps}
     results |= {"batch_size": options.batch_size, "epochs": EPOCHS, "jobs": found}
     options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -78,26 +74,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--jobs", nargs="+", choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--only", nargs="+", choices=[*PEERS, *OURS], default=[*PEERS, *OURS])
-    parser.add_argument("--accuracy", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of whole epochs to see the accuracy")
     parser.add_argument("--json", type=Path, default=HERE.parent / "results" / "peers.json")
     return parser.parse_args()
 
 
-def contest(name: str, job: str, steps: int | None, options: argparse.Namespace) -> dict[str, Any]:
+def contest(name: str, job: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One contestant's process: what it reports, and the wall-clock of all of it."""
     python, command = (options.peers, PEERS[name]) if name in PEERS else (sys.executable, OURS[name])
     place = next(index for index, word in enumerate(command) if word.endswith(".py"))
     launcher, script, own = command[:place], HERE / command[place], command[place + 1 :]
-    # Enough epochs for the steps: the clock ends it.
-    epochs = EPOCHS[job] if steps is None else 1000
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         out = Path(folder) / "out.json"
-        arguments = ["--job", job, "--data", options.data, "--weights", options.weights, "--epochs", epochs]
-        arguments += ["--batch-size", options.batch_size, "--json", out, "--warmup", options.warmup]
-        arguments += [] if steps is None else ["--steps", steps]
+        arguments = ["--job", "head" if job == "head" else "full", "--data", options.data, "--seed", seed]
+        arguments += ["--weights", options.weights, "--epochs", EPOCHS[job], "--batch-size", options.batch_size]
+        arguments += ["--json", out, "--warmup", options.warmup]
+        arguments += ["--steps", options.steps] if job == "full" else []
         words = [str(word) for word in (python, *launcher, script, *arguments, *own)]
         environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-        print(f"{name}, {job}{'' if steps is None else f', {steps} steps'} ...", file=sys.stderr, flush=True)
+        print(f"{name}, {job} {seed} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         done = subprocess.run(words, stdout=sys.stderr, env=environment, check=False)
         if done.returncode:
@@ -124,9 +119,14 @@ def tables(results: dict[str, Any]) -> Iterator[str]:
     yield ", ".join(f"{name} {version}" for name, version in versions.items())
     if jobs.get("full"):
         yield ""
-        yield "| full fine-tuning | images/s, median (lowest to highest) | resnet-dist / it | target | top-1 | MiB |"
-        yield "|---|---|---|---|---|---|"
+        yield "| full fine-tuning | images/s, median (lowest to highest) | resnet-dist / it | target | MiB |"
+        yield "|---|---|---|---|---|"
         yield from (full_row(name, jobs["full"]) for name in jobs["full"])
+    if jobs.get("accuracy"):
+        yield ""
+        yield f"| {results['epochs']['accuracy']} epochs of full fine-tuning | top-1, mean (each seed) | MiB |"
+        yield "|---|---|---|"
+        yield from (accuracy_row(name, rounds) for name, rounds in jobs["accuracy"].items())
     if jobs.get("head"):
         yield ""
         yield f"| {results['epochs']['head']} epochs of the head | seconds | it / resnet-dist | target | top-1 | MiB |"
@@ -142,10 +142,15 @@ def full_row(name: str, found: dict[str, list[dict[str, Any]]]) -> str:
     if name in PEERS:
         ratios = [f"{ratio(found, own, name, 'images_per_second'):.2f}" for own in OURS if own in found]
         targets = [f">= {FLOORS[name]}", *([f">= {FP32_FLOOR} in fp32"] if name.endswith("fp32") else [])]
-    top1 = found[name][-1].get("whole", {}).get("top1")
-    shown = "" if top1 is None else f"{top1:.3f}"
     memory = statistics.median(result["peak_memory_mib"] for result in found[name])
-    return f"| {name} | {spread} | {', '.join(ratios)} | {', '.join(targets)} | {shown} | {memory:.0f} |"
+    return f"| {name} | {spread} | {', '.join(ratios)} | {', '.join(targets)} | {memory:.0f} |"
+
+
+def accuracy_row(name: str, rounds: list[dict[str, Any]]) -> str:
+    """A contestant's line: how good it was after whole epochs, and what they took in memory."""
+    scores = [result["top1"] for result in rounds]
+    memory = statistics.median(result["peak_memory_mib"] for result in rounds)
+    return f"| {name} | {statistics.mean(scores):.3f} ({', '.join(f'{s:.3f}' for s in scores)}) | {memory:.0f} |"
 
 
 def head_row(name: str, found: dict[str, list[dict[str, Any]]]) -> str:

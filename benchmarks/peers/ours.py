@@ -32,6 +32,7 @@ def train(job: peer.Job, tick: Callable[[], None]) -> float:
         run = Path(folder) / "run"
         arguments = ["train", str(job.data), "--model", "resnet18", "--weights", str(job.weights), *RECIPES[job.kind]]
         arguments += ["--epochs", str(job.epochs), "--batch-size", str(job.batch_size), "--lr", str(peer.LR[job.kind])]
+        arguments += ["--seed", str(job.seed)]
         loop.update = update_and_tick
         if main([*arguments, *OPTIONS, "-o", str(run)]):
             sys.exit("resnet-dist train failed")

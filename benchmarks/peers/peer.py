@@ -6,6 +6,7 @@ optimizer step and returns the accuracy of its last validation. With `--steps N`
 
 import argparse
 import json
+import random
 import resource
 import statistics
 import sys
@@ -42,6 +43,7 @@ class Job(NamedTuple):
     weights: Path
     epochs: int
     batch_size: int
+    seed: int
     size: int = 224
 
     @property
@@ -86,11 +88,14 @@ def run(train: Train, packages: Sequence[str]) -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--json", type=Path, required=True)
     options, _ = parser.parse_known_args()
-    job = Job(options.job, options.data, options.weights, options.epochs, options.batch_size)
+    job = Job(options.job, options.data, options.weights, options.epochs, options.batch_size, options.seed)
+    random.seed(job.seed)
+    torch.manual_seed(job.seed)
     clock = Clock(options.steps, options.warmup)
     start = time.perf_counter()
     top1 = None
