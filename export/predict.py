@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import os
+import re
 import stat
 import struct
 import sys
@@ -293,10 +294,8 @@ class Predictor:
         ModelError where the file is missing, foreign, damaged, or its checksum is not its own.
         """
         self.path = find_model(model)
-        data = _read_model(self.path)
-        self._session = _open_session(self.path, data, threads, providers)
+        self._session = _open_session(self.path, _checked(self.path), threads, providers)
         properties = self._session.get_modelmeta().custom_metadata_map
-        _check_digest(self.path, data, properties.get(DIGEST, ""))
         self.metadata = _read_metadata(self.path, properties.get(METADATA, ""))
         self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
         self.preprocessing = Preprocessing.from_dict(self.metadata["preprocessing"])
@@ -408,7 +407,11 @@ def self_test_pixels(size: int) -> np.ndarray:
 
 def digest_of(data: bytes, digest: str) -> str:
     """sha256 of a model file with the hex digits of its own digest taken as zeros."""
-    return hashlib.sha256(data.replace(digest.encode(), b"0" * 64)).hexdigest()
+    at, parts = data.index(digest.encode()), memoryview(data)
+    sha256 = hashlib.sha256(parts[:at])
+    sha256.update(b"0" * 64)
+    sha256.update(parts[at + 64 :])
+    return sha256.hexdigest()
 
 
 def find_model(model: str | os.PathLike[str]) -> Path:
@@ -422,17 +425,29 @@ def find_model(model: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _read_model(path: Path) -> bytes:
+def _checked(path: Path) -> str | bytes:
+    """What onnxruntime is to load of a model file whose checksum is its own: the path, or its bytes.
+
+    From bytes it takes no external data, which none of our files has; but it keeps them, a fifth of the memory. So the
+    path is for files in which the words are not that another file would be named with. Raises ModelError.
+    """
     try:
         if path.stat().st_size > MAX_MODEL_BYTES:
             raise ModelError(f"{path}: larger than {MAX_MODEL_BYTES >> 20} MiB, not a model of resnet-dist")
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+    stated = re.search(DIGEST.encode() + rb"\x12\x40([0-9a-f]{64})", data)  # the value, a field of 64 bytes
+    if stated is None or data.count(stated[1]) != 1:
+        raise ModelError(f"{path}: not a whole ONNX file that resnet-dist exported (there is no checksum in it)")
+    if digest_of(data, stated[1].decode()) != stated[1].decode():
+        raise ModelError(f"{path}: damaged or changed: its checksum is not the one that it carries")
+    names_files = b"location" in data or b"EPContext" in data  # external data, a provider's compiled graph
+    return data if names_files else str(path)
 
 
-def _open_session(path: Path, data: bytes, threads: int | None, providers: str) -> Any:
-    """An onnxruntime session on the bytes: from bytes it takes no external data, which none of our files has."""
+def _open_session(path: Path, model: str | bytes, threads: int | None, providers: str) -> Any:
+    """An onnxruntime session on a file or its bytes."""
     try:
         import onnxruntime
     except ImportError:
@@ -448,19 +463,12 @@ def _open_session(path: Path, data: bytes, threads: int | None, providers: str) 
     if providers != "auto" and missing:
         raise ModelError(f"--providers {providers}: this onnxruntime has {', '.join(there)}")
     try:
-        return onnxruntime.InferenceSession(data, options, providers=[name for name in chosen if name in there])
+        return onnxruntime.InferenceSession(model, options, providers=[name for name in chosen if name in there])
     except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen types, UnicodeDecodeError among them
         reason = str(error).strip().split("\n")[0][:200]
         raise ModelError(
             f"{path}: not an ONNX model that onnxruntime {onnxruntime.__version__} loads ({reason})"
         ) from None
-
-
-def _check_digest(path: Path, data: bytes, digest: str) -> None:
-    if len(digest) != 64 or data.count(digest.encode()) != 1:
-        raise ModelError(f"{path}: not a model that resnet-dist exported (no checksum in its metadata)")
-    if digest_of(data, digest) != digest:
-        raise ModelError(f"{path}: damaged or changed: its checksum is not the one that it carries")
 
 
 def _read_metadata(path: Path, text: str) -> dict[str, Any]:
