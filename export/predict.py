@@ -407,11 +407,7 @@ def self_test_pixels(size: int) -> np.ndarray:
 
 def digest_of(data: bytes, digest: str) -> str:
     """sha256 of a model file with the hex digits of its own digest taken as zeros."""
-    at, parts = data.index(digest.encode()), memoryview(data)
-    sha256 = hashlib.sha256(parts[:at])
-    sha256.update(b"0" * 64)
-    sha256.update(parts[at + 64 :])
-    return sha256.hexdigest()
+    return hashlib.sha256(data.replace(digest.encode(), b"0" * 64)).hexdigest()
 
 
 def find_model(model: str | os.PathLike[str]) -> Path:
@@ -426,10 +422,9 @@ def find_model(model: str | os.PathLike[str]) -> Path:
 
 
 def _checked(path: Path) -> str | bytes:
-    """What onnxruntime is to load of a model file whose checksum is its own: the path, or its bytes.
+    """What onnxruntime is to load of a file whose checksum is its own: the path, or bytes. Raises ModelError.
 
-    From bytes it takes no external data, which none of our files has; but it keeps them, a fifth of the memory. So the
-    path is for files in which the words are not that another file would be named with. Raises ModelError.
+    From bytes it reads no other file, which none of ours names; but it keeps them, a fifth of all memory.
     """
     try:
         if path.stat().st_size > MAX_MODEL_BYTES:
@@ -442,8 +437,8 @@ def _checked(path: Path) -> str | bytes:
         raise ModelError(f"{path}: not a whole ONNX file that resnet-dist exported (there is no checksum in it)")
     if digest_of(data, stated[1].decode()) != stated[1].decode():
         raise ModelError(f"{path}: damaged or changed: its checksum is not the one that it carries")
-    names_files = b"location" in data or b"EPContext" in data  # external data, a provider's compiled graph
-    return data if names_files else str(path)
+    # The words with which external data, or a provider's compiled graph, would be named.
+    return data if b"location" in data or b"EPContext" in data else str(path)
 
 
 def _open_session(path: Path, model: str | bytes, threads: int | None, providers: str) -> Any:
