@@ -424,7 +424,7 @@ def find_model(model: str | os.PathLike[str]) -> Path:
 def _checked(path: Path) -> str | bytes:
     """What onnxruntime is to load of a file whose checksum is its own: the path, or bytes. Raises ModelError.
 
-    From bytes it reads no other file, which none of ours names; but it keeps them, a fifth of all memory.
+    From bytes it reads no other file, which only a model with these two words could name; but it keeps the bytes.
     """
     try:
         if path.stat().st_size > MAX_MODEL_BYTES:
@@ -437,7 +437,6 @@ def _checked(path: Path) -> str | bytes:
         raise ModelError(f"{path}: not a whole ONNX file that resnet-dist exported (there is no checksum in it)")
     if digest_of(data, stated[1].decode()) != stated[1].decode():
         raise ModelError(f"{path}: damaged or changed: its checksum is not the one that it carries")
-    # The words with which external data, or a provider's compiled graph, would be named.
     return data if b"location" in data or b"EPContext" in data else str(path)
 
 
