@@ -340,7 +340,7 @@ class SystemConfig:
     threads: int | None = None
     """CPU threads per process (default: cores divided by the processes of this machine)."""
     keep_memory: bool = True
-    """On a CPU, keep the memory that tensors free for the next ones: faster, and a tenth more of it at the peak."""
+    """On a CPU, keep the memory that tensors free for the next ones: faster, up to a fifth more of it at the peak."""
     sync_bn: Literal["auto", "on", "off"] = "auto"
     """BatchNorm over the batches of all processes; auto: on GPUs when it trains on under 16 images per process."""
     ddp_comm_hook: Literal["none", "bf16"] = "none"

@@ -59,8 +59,8 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
         ],
     )
     check_launch(accelerator.num_processes)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory(cfg.keep_memory)
+    if cfg.keep_memory and accelerator.device.type == "cpu":
+        keep_freed_memory()
     threads, why_threads = choose_threads(cfg.threads)
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -76,19 +76,19 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
     )
 
 
-def keep_freed_memory(keep: bool) -> None:
-    """Let this process keep the memory that its tensors free, for the next ones, or not; glibc's allocator only.
+def keep_freed_memory() -> None:
+    """Let this process keep, from now on, the memory that its tensors free, for the next ones; with glibc only.
 
     It maps blocks above 32 MiB anew each time and gives the top of its heap back, and every page is zeroed and mapped
     again when it is touched: 100,000 of them in a step of resnet18 (224 pixels, batch 32), a tenth to a fifth of its
-    time on a virtual machine. Keeping costs a tenth more memory at the peak, as blocks of all sizes share the heap.
-    Source: mallopt(3), whose defaults are the other values.
+    time on a virtual machine. Keeping costs up to a fifth more memory at the peak, as blocks of all sizes share it.
+    Source: mallopt(3).
     """
     trim_threshold, mmap_max = -1, -4  # their names in malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
     with suppress(AttributeError, OSError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, -1 if keep else 128 << 10)
-        mallopt(mmap_max, 0 if keep else 1 << 16)
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
 
 
 def start_trackers(accelerator: Accelerator, folder: Path, config: Mapping[str, Any]) -> None:

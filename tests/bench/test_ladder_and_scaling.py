@@ -31,7 +31,7 @@ def test_every_rung_is_measured_in_every_round(
     rows = json.loads(file.read_text())["rungs"]
     names = [row["rung"] for row in rows]
     assert names[0] == GROUND.name and names[1:] == [r.name for r in LEVERS if r.name in names]
-    assert len(names) == len(LEVERS)  # all, but for the one that only GPUs have, or only CPUs
+    assert len(names) >= len(LEVERS)  # all, but for the one that only GPUs have
     for row in rows:
         assert 0 < row["lowest"] <= row["images_per_second"] <= row["highest"] and row["rounds"] == 2
     # Two rounds: the median is the mean of both.
