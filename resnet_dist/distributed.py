@@ -131,8 +131,7 @@ def choose_precision(asked: str, on_cpu: bool) -> tuple[str, str]:
     elif from_launcher is not None:
         chosen, why = from_launcher, "as accelerate launch says; --mixed-precision would win"
     elif on_cpu:
-        has_bf16 = bool({"avx512_bf16", "amx_bf16"} & launcher.cpu_flags())
-        chosen, why = ("bf16", "this CPU has it") if has_bf16 else ("no", "this CPU has no bf16")
+        chosen, why = ("bf16", "this CPU has it") if launcher.cpu_has_bf16() else ("no", "this CPU has no bf16")
     elif torch.cuda.is_available():
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         chosen, why = ("bf16", "this GPU has it") if has_bf16 else ("fp16", "this GPU has no bf16")

@@ -52,6 +52,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16; without that, oneDNN's bf16 is many times slower than float32."""
+    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+
+
 @functools.cache
 def cpu_flags() -> frozenset[str]:
     """What the CPU can do, such as avx512_bf16, in Linux's words; empty elsewhere."""

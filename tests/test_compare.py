@@ -170,11 +170,3 @@ def test_the_six_techniques_are_the_default(folder: Path, tmp_path: Path, capsys
     assert main(["compare", str(folder), *TINY, "-b", "12", "--dry-run", "-o", str(tmp_path / "out")]) == 0
     plans = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resnet18, ")]
     assert len(plans) == len(SIX) == 6 and not (tmp_path / "out").exists()
-
-
-@pytest.mark.matrix
-def test_all_six_run(folder: Path, tmp_path: Path) -> None:
-    options = [*TINY, "--batch-size", "12", "--epochs", "2"]
-    assert main(["compare", str(folder), *options, "-o", str(tmp_path / "out")]) == 0
-    assert {row["technique"] for row in rows(tmp_path / "out/compare.csv")} == set(SIX)
-    assert len(json.loads((tmp_path / "out/compare.json").read_text())["pairs"]) == 15

@@ -32,11 +32,12 @@ def autotune(accelerator: Accelerator, blueprint: Blueprint) -> tuple[TrainConfi
     """
     cfg = blueprint.cfg
     lines: list[str] = []
-    open_precision = cfg.system.mixed_precision == "auto"
+    precisions = _precisions(accelerator.device)
+    open_precision = cfg.system.mixed_precision == "auto" and len(precisions) > 1
     open_workers = cfg.data.workers is None and accelerator.device.type != "cpu"
     if not (open_precision or open_workers):
         return cfg, lines
-    speeds = _speeds(accelerator, blueprint, _precisions(accelerator.device))
+    speeds = _speeds(accelerator, blueprint, precisions)
     best = on_main(accelerator, lambda: max(speeds, key=lambda name: speeds[name]))
     if open_precision:
         cfg = dataclasses.replace(cfg, system=dataclasses.replace(cfg.system, mixed_precision=cast(Any, best)))
@@ -61,7 +62,7 @@ def workers_for(computing: float, loading: float) -> tuple[int, str]:
 def _precisions(device: torch.device) -> list[str]:
     if device.type == "cuda":
         return ["bf16", "fp16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp16", "no"]
-    return ["no", "bf16"] if device.type == "cpu" else ["no"]
+    return ["no", "bf16"] if device.type == "cpu" and launcher.cpu_has_bf16() else ["no"]
 
 
 def _speeds(accelerator: Accelerator, blueprint: Blueprint, precisions: list[str]) -> dict[str, float]:

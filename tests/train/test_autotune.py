@@ -1,48 +1,93 @@
 """The trial decides only what was left open, and what it decides is in force."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from resnet_dist.cli import main
 from resnet_dist.distributed import start
 from resnet_dist.train import autotune as trial
 from resnet_dist.train.autotune import autotune, workers_for
-from resnet_dist.train.job import draw
+from resnet_dist.train.job import Blueprint, draw
 from tests.conftest import TINY
 from tests.train.helpers import config_of
 
 OPEN = [option for option in TINY if option not in ("--mixed-precision", "no")]
 
 
-@pytest.mark.parametrize("slow", ["no", "bf16"])
-def test_the_faster_precision_is_taken(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, slow: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """Pretend that the CPU has bf16, and that one precision is slow by the test's own clock. Returns what is tried."""
+
+    def prepare(slow: str) -> list[str]:
+        tried, now = [], [0.0]
+
+        def step(model: torch.nn.Module, images: torch.Tensor, precision: str) -> None:
+            tried.append(precision)
+            now[0] += 4.0 if precision == slow else 1.0
+
+        monkeypatch.setattr("resnet_dist.launcher.cpu_flags", lambda: {"avx512_bf16"})
+        monkeypatch.setattr(trial, "_step", step)
+        monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        return tried
+
+    return prepare
+
+
+def drawn(folder: Path, *options: str) -> tuple[Accelerator, Blueprint]:
+    cfg = config_of(folder, *options)
+    accelerator, _ = start(cfg.system, cfg.run.seed)
+    return accelerator, draw(accelerator, cfg)
+
+
+def test_the_faster_precision_is_in_force(
+    folder: Path, trials: Callable[[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, tried = trial._step, []
-
-    def step(model: torch.nn.Module, images: torch.Tensor, precision: str) -> None:
-        tried.append(precision)
-        for _ in range(1 + 3 * (precision == slow)):
-            real(model, images, precision)
-
-    monkeypatch.setattr(trial, "_step", step)
-    monkeypatch.setattr(trial, "SECONDS", 0.3)
-    fast = {"no": "bf16", "bf16": "no"}[slow]
-    options = [str(folder), *OPEN, "--autotune", "--epochs", "1", "-o", str(tmp_path / "run")]
-    assert main(["train", *options]) == 0
+    """float32, on a CPU whose bf16 would be taken without a trial."""
+    tried = trials("bf16")
+    assert main(["train", str(folder), *OPEN, "--autotune", "--epochs", "1", "-o", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
-    assert f"autotune: precision {fast} (" in said and f"precision {fast} (--mixed-precision)" in said
+    assert "precision bf16 (this CPU has it)" in said
+    assert "autotune: precision no (images/s and process: no 8.0, bf16 2.0)" in said
+    assert "precision no (--mixed-precision)" in said
     assert set(tried) == {"no", "bf16"}
-    assert f'mixed_precision = "{fast}"' in (tmp_path / "run/config.toml").read_text()
+    assert 'mixed_precision = "no"' in (tmp_path / "run/config.toml").read_text()
+
+
+def test_bf16_is_taken_if_it_is_faster(folder: Path, trials: Callable[[str], list[str]]) -> None:
+    tried = trials("no")
+    cfg, lines = autotune(*drawn(folder, *OPEN, "--autotune"))
+    assert cfg.system.mixed_precision == "bf16" and set(tried) == {"no", "bf16"}
+    assert lines == ["autotune: precision bf16 (images/s and process: no 2.0, bf16 8.0)"]
+
+
+def test_a_cpu_without_bf16_tries_nothing(
+    folder: Path, trials: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One emulated step can take longer than the training."""
+    tried = trials("bf16")
+    monkeypatch.setattr("resnet_dist.launcher.cpu_flags", lambda: {"avx2"})
+    accelerator, blueprint = drawn(folder, *OPEN, "--autotune")
+    assert autotune(accelerator, blueprint) == (blueprint.cfg, []) and not tried
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_tried_step_leaves_the_weights_alone(precision: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    before = copy.deepcopy(model.state_dict())
+    trial._step(model, torch.rand(2, 3, 2, 2), precision)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_typed_values_stay_and_the_random_state_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "SECONDS", 0.01)
-    cfg = config_of(folder, *TINY, "--autotune")
-    accelerator, _ = start(cfg.system, cfg.run.seed)
-    blueprint = draw(accelerator, cfg)
+    accelerator, blueprint = drawn(folder, *TINY, "--autotune")
     before = torch.get_rng_state()
     assert autotune(accelerator, blueprint) == (blueprint.cfg, [])
     assert torch.equal(torch.get_rng_state(), before)

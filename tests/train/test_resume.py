@@ -81,8 +81,16 @@ def stopped_after(run: Path) -> int:
     return int(newest.name.removeprefix("step-"))
 
 
-CELLS = list(itertools.product((1, 2), (0, 2), ("mid-epoch", "epoch end", "phase edge"), (SIGTERM, SIGKILL)))
+# Processes, loader processes, where, how: every pair of values of two of them occurs.
 IN_EVERY_SUITE = [(1, 2, "epoch end", SIGTERM), (2, 0, "mid-epoch", SIGKILL)]
+CELLS = [*IN_EVERY_SUITE, (1, 0, "phase edge", SIGKILL), (2, 2, "phase edge", SIGTERM), (1, 2, "mid-epoch", SIGKILL)]
+CELLS += [(2, 0, "epoch end", SIGKILL), (1, 0, "mid-epoch", SIGTERM)]
+
+
+def test_every_pair_of_circumstances_is_tried() -> None:
+    values = ((1, 2), (0, 2), ("mid-epoch", "epoch end", "phase edge"), (SIGTERM, SIGKILL))
+    for a, b in itertools.combinations(range(4), 2):
+        assert {(cell[a], cell[b]) for cell in CELLS} == set(itertools.product(values[a], values[b]))
 
 
 @pytest.mark.parametrize(
