@@ -24,7 +24,7 @@ from resnet_dist.train.checkpoint import save_best
 from resnet_dist.train.compile import compiled, pays
 from resnet_dist.train.features import Input, Source, source
 from resnet_dist.train.job import Job
-from resnet_dist.train.optim import build_optimizer, param_groups, step_if_finite
+from resnet_dist.train.optim import build_optimizer, param_groups, scaled_step, step_if_finite
 from resnet_dist.train.resume import Resumed, restore_learner, save_state
 from resnet_dist.train.schedule import Schedule
 from resnet_dist.train.state import Best, State, newest_state
@@ -36,7 +36,8 @@ class Learner:
 
     `forward` is the wrapped network, or the compiled form of it, which only training uses. `window`, float32 (5,) on
     the device, is what this process adds up between two polls: the sums of losses, of weights, of correct predictions
-    and of samples; and whether a gradient was not finite.
+    and of samples; and whether a gradient was not finite. `skipped`, float32 () on the device, counts the steps of the
+    phase that fp16 skipped because a gradient overflowed; it is the same on every process.
     """
 
     phase: Phase
@@ -46,6 +47,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     window: torch.Tensor
+    skipped: torch.Tensor
 
 
 def train(job: Job, resumed: Resumed | None = None) -> State:
@@ -58,6 +60,7 @@ def train(job: Job, resumed: Resumed | None = None) -> State:
         learner = begin_phase(job, job.cfg.phase[state.phase])
         if resumed:
             restore_learner(resumed, job, learner.optimizer, learner.schedule, learner.window)
+            learner.skipped.fill_(state.skipped)
             resumed = None
         try:
             learner.source.fill(job)
@@ -69,6 +72,7 @@ def train(job: Job, resumed: Resumed | None = None) -> State:
             raise Preempted(
                 f"stopped by a signal after {state.steps_done} optimizer steps; a checkpoint is written"
             ) from None
+        check_that_a_step_was_taken(job, state)
         end_phase(job, learner)
         is_last = state.phase + 1 == len(job.cfg.phase)
         if is_last or state.stopped_by == "time limit":
@@ -88,7 +92,8 @@ def begin_phase(job: Job, phase: Phase) -> Learner:
     chosen = source(job, phase)
     net, optimizer = wrap(job.accelerator, chosen.train_module, built, job.cfg.optim.grad_accum)
     forward = compiled(net) if job.cfg.system.compile == "on" else net
-    return Learner(phase, chosen, net, forward, optimizer, schedule, torch.zeros(5, device=job.accelerator.device))
+    window, skipped = (torch.zeros(shape, device=job.accelerator.device) for shape in (5, ()))
+    return Learner(phase, chosen, net, forward, optimizer, schedule, window, skipped)
 
 
 def end_phase(job: Job, learner: Learner) -> None:
@@ -156,13 +161,13 @@ def update(job: Job, learner: Learner) -> None:
     """Take the step, unless the gradient is not finite: then the parameters stay as they are until the next poll.
 
     DDP has averaged the gradients, so all processes decide alike, and nobody waits for the device. Under fp16, where
-    an overflow is part of the method, GradScaler decides.
+    an overflow is part of the method, GradScaler decides; only where no scale helps it counts as not finite.
     """
     accelerator, optimizer, clip = job.accelerator, learner.optimizer, job.cfg.optim.clip_grad
     if accelerator.scaler is not None:
         if clip is not None:
             accelerator.clip_grad_norm_(learner.net.parameters(), clip)
-        optimizer.step()
+        scaled_step(optimizer, accelerator.scaler, learner.skipped, learner.window[4])
     else:
         gradients = [p.grad for p in learner.net.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
@@ -215,9 +220,13 @@ def poll(job: Job, learner: Learner, state: State) -> None:
     loss, weight, correct, count = values
     rates = {group["name"].partition("/")[0]: group["lr"] for group in learner.optimizer.param_groups}
     shown = {"loss": f"{loss / weight:.4f}", "top1": f"{correct / count:.4f}"}
+    row: dict[str, Any] = {"step": state.steps_done, "epoch": state.epochs_done + 1, "phase": state.phase + 1}
+    row |= {"loss": loss / weight, "top1": correct / count, "lr": rates}
+    if job.accelerator.scaler is not None:
+        row["skipped"] = state.skipped
+        shown |= {"skipped": str(state.skipped)} if state.skipped else {}
     job.display.advance(state.step_in_epoch, shown, int(count))
-    row = {"step": state.steps_done, "epoch": state.epochs_done + 1, "phase": state.phase + 1}
-    job.run.append_step({**row, "loss": loss / weight, "top1": correct / count, "lr": rates})
+    job.run.append_step(row)
     tracked = {f"lr/{name}": rate for name, rate in rates.items()}
     job.accelerator.log({"train/loss": loss / weight, "train/top1": correct / count, **tracked}, step=state.steps_done)
     limit = job.cfg.run.time_limit
@@ -226,18 +235,39 @@ def poll(job: Job, learner: Learner, state: State) -> None:
 
 
 def check_finite(job: Job, learner: Learner, state: State) -> list[float]:
-    """The sums of the window over all processes. Raises NonFiniteError on all of them if something is not finite."""
-    sums: list[float] = job.accelerator.reduce(learner.window.clone(), "sum").tolist()
-    *values, bad = sums
+    """The sums of the window over all processes. Raises NonFiniteError on all of them if something is not finite.
+
+    Also lets the state know how many steps of the phase fp16 has skipped.
+    """
+    sums = job.accelerator.reduce(learner.window.clone(), "sum")
+    read: list[float] = torch.cat([sums, learner.skipped[None]]).tolist()  # one wait for the device
+    *values, bad, skipped = read
+    state.skipped = int(skipped)
     if bad or not math.isfinite(values[0]):
         what = "a gradient" if math.isfinite(values[0]) else "the loss"
         newest = newest_state(job.run.path / "checkpoints")
         saved = f"the last checkpoint ({newest}) is finite" if newest else "no checkpoint was written yet"
         raise NonFiniteError(
             f"{what} became infinite or NaN in the steps before step {state.steps_done}; it did not reach the "
-            f"parameters, and {saved}; lower --lr or set --clip-grad"
+            f"parameters, and {saved}; {way_out(job)}"
         )
     return values
+
+
+def check_that_a_step_was_taken(job: Job, state: State) -> None:
+    """Raises NonFiniteError where fp16 skipped every step of the phase that ends: nothing was learnt in it."""
+    steps = state.epoch_in_phase * job.train_loader.steps_per_epoch + state.step_in_epoch
+    if 0 < steps == state.skipped:
+        raise NonFiniteError(
+            f"a gradient was infinite or NaN in each of the {steps} steps of phase {state.phase + 1}: all of them "
+            f"were skipped, and nothing was learnt; {way_out(job)}"
+        )
+
+
+def way_out(job: Job) -> str:
+    """What to try where something is not finite."""
+    other = "" if job.accelerator.scaler is None else ", or take --mixed-precision bf16 or no"
+    return f"lower --lr or set --clip-grad{other}"
 
 
 def finish_epoch(job: Job, learner: Learner, state: State) -> None:
@@ -294,6 +324,7 @@ def report_epoch(
     parts.append(f"train loss {learned['loss']:.4f} top1 {learned['top1']:.4f}")
     parts += [f"{names[kind]} loss {s['loss']:.4f} top1 {s['top1']:.4f}" for kind, s in scores.items()]
     parts.append(f"{learned['images_per_second']:.1f} images/s" + ("  *best*" if is_best else ""))
+    parts += [f"fp16 skipped {state.skipped} steps of this phase"] if state.skipped else []
     job.display.say("  ".join(parts))
     row: dict[str, Any] = {"epoch": state.epochs_done, "phase": state.phase + 1, "step": state.steps_done}
     row |= {f"train_{name}": value for name, value in learned.items()}

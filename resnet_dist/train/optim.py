@@ -21,6 +21,9 @@ DEFAULT_LR = {
 }
 DEFAULT_WEIGHT_DECAY = {"sgd": 1e-4, "adamw": 1e-2}
 DEFAULT_MOMENTUM = {"sgd": 0.9}
+# GradScaler starts at 2^16 and halves its scale for every step that it skips. 21 skipped steps more than it recovers
+# from (it doubles after 2,000 good ones) mean that no scale helps: the gradients themselves are not finite.
+LOWEST_SCALE = 2.0**-4
 
 
 def default_lr(opt: str, only_head: bool, pretrained: bool) -> tuple[float, str]:
@@ -86,12 +89,26 @@ def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.opt
     device = groups[0]["params"][0].device.type
     fused = True if device in ("cpu", "cuda") else None
     if cfg.opt == "sgd":
-        return torch.optim.SGD(groups, momentum=momentum, nesterov=cfg.nesterov, fused=fused)
+        sgd = torch.optim.SGD(groups, momentum=momentum, nesterov=cfg.nesterov, fused=fused)
+        if momentum:
+            start_momentum_at_zero(sgd)
+        return sgd
     if cfg.opt == "rmsprop":
         return torch.optim.RMSprop(groups, momentum=momentum)
     if cfg.opt == "adagrad":
         return torch.optim.Adagrad(groups, fused=fused)
     return (torch.optim.AdamW if cfg.opt == "adamw" else torch.optim.Adam)(groups, fused=fused)
+
+
+def start_momentum_at_zero(optimizer: torch.optim.SGD) -> None:
+    """Give every parameter a momentum buffer of zeros; the first step then is what it is without one.
+
+    torch makes the buffers of fused SGD in its first step, uninitialised. If that step is skipped because a gradient
+    is not finite, they stay so, and the second step would apply them.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
@@ -107,3 +124,19 @@ def step_if_finite(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
     plain.found_inf = bad
     optimizer.step()
     del plain.found_inf
+
+
+def scaled_step(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, skipped: torch.Tensor, bad: torch.Tensor
+) -> None:
+    """An optimizer step under fp16, which GradScaler skips, lowering its scale, if a gradient is not finite.
+
+    `skipped`, float32 on the device, counts the skipped steps. `bad`, also float32 there, becomes 1 where the scale
+    falls below `LOWEST_SCALE`. Both are found without waiting for the device. Needs a backward pass before it.
+    """
+    scale = scaler._scale  # on the device; get_scale() would wait for it
+    assert scale is not None, "set by the first backward pass"
+    before = scale.clone()
+    optimizer.step()
+    skipped += scale < before
+    torch.maximum(bad, (scale < LOWEST_SCALE).float(), out=bad)

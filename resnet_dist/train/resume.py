@@ -58,6 +58,7 @@ def save_state(
         "state": state.to_dict(),
         "windows": job.accelerator.gather(window[None]).tolist(),
         "schedule": schedule.state,
+        "scaler": job.accelerator.scaler.state_dict() if job.accelerator.scaler is not None else None,
         "ema_steps": job.ema.steps if job.ema is not None else 0,
         "processes": job.accelerator.num_processes,
         "global_batch": job.train_loader.batches.share.global_batch,
@@ -117,7 +118,7 @@ def restore_model(resumed: Resumed, job: Job) -> None:
 def restore_learner(
     resumed: Resumed, job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, window: torch.Tensor
 ) -> None:
-    """Put the optimizer's and the schedule's state back, into those of the phase where the run stood.
+    """Put the state of the optimizer, the schedule and fp16's scaler back, into those of the phase where the run stood.
 
     Each process also gets its own running statistics again, now that wrapping has made them equal; with another number
     of processes, all keep those of the first. Raises ArtifactError where the state is not one of this run.
@@ -133,6 +134,10 @@ def restore_learner(
             window.copy_(windows.sum(dim=0))
         restore_optimizer(job.model, optimizer, resumed.tensors)
         schedule.state = dict(resumed.facts["schedule"])
+        saved = resumed.facts.get("scaler")  # states of older versions have none
+        if job.accelerator.scaler is not None and saved is not None:
+            known = job.accelerator.scaler.state_dict()
+            job.accelerator.scaler.load_state_dict({name: type(known[name])(saved[name]) for name in known})
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ class State:
     """Where a run stands: enough, with the weights and the optimizer, to go on from here.
 
     `sums` are the training sums of the epoch so far (loss, weight, correct, samples, over all processes), `seconds`
-    what the run has taken before this process started.
+    what the run has taken before this process started, `skipped` the steps of the phase that fp16 skipped.
     """
 
     phase: int = 0
@@ -47,6 +47,7 @@ class State:
     step_in_epoch: int = 0
     epochs_done: int = 0
     steps_done: int = 0
+    skipped: int = 0
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     epoch_seconds: float = 0.0
     best: Best | None = None
@@ -62,6 +63,7 @@ class State:
     def begin_phase(self, number: int) -> None:
         """Stand at the start of a phase; early stopping ends a phase only, so it begins anew too."""
         self.phase, self.epoch_in_phase, self.epochs_since_best, self.stopped_by = number, 0, 0, None
+        self.skipped = 0
 
     def end_epoch(self) -> dict[str, float]:
         """Stand after the epoch; returns its mean loss, top1 and speed over all processes."""
@@ -90,7 +92,7 @@ class State:
         best = values["best"]
         state = cls(**{**values, "best": Best(**best) if best else None})
         counters = (state.phase, state.epoch_in_phase, state.step_in_epoch, state.epochs_done, state.steps_done)
-        if not all(type(n) is int and n >= 0 for n in (*counters, state.epochs_since_best)):
+        if not all(type(n) is int and n >= 0 for n in (*counters, state.epochs_since_best, state.skipped)):
             raise ValueError("a counter is not a whole number")
         if not all(isinstance(n, int | float) for n in (*state.sums, state.epoch_seconds, state.seconds)):
             raise ValueError("a sum is not a number")
