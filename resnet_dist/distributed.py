@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast,
     broadcast_object_list,
+    gather_object,
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,34 +33,53 @@ from resnet_dist.model.trainable import BatchNorm
 
 T = TypeVar("T")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# gloo and NCCL have a dozen words for a lost process, but each names itself or the connection.
+LOST_PROCESS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
+NO_MEMORY = (
+    "out of memory",
+    "alloc_failed",
+    "cuda calloc",
+    "cuda malloc",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "memoryallocation",
+)
 HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
 
 
 def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tuple[Accelerator, str]:
     """The Accelerator of this run, and a line that says what it is: processes, device, precision, threads, and why.
 
-    Raises UsageError for a launch or a setting that cannot work: above all several processes that do not know of each
-    other, each believing itself to be the main one and writing the same files.
+    A line that begins with WARNING follows for whatever makes the run slow or odd. Raises UsageError for a launch or a
+    setting that cannot work: above all several processes that do not know of each other, each believing itself to be
+    the main one and writing the same files. Raises MachineError where the launcher's variables are set in part, or the
+    processes do not find each other.
     """
+    launcher.check()
     missing = sorted(set(trackers) - {str(tracker) for tracker in get_available_trackers()})
     if missing:
         raise UsageError(f"--tracker {missing[0]}: not a tracker that Accelerate knows and whose package is installed")
     on_cpu = launcher.cpu_is_asked_for() or not torch.accelerator.is_available()
+    check_gpus(on_cpu)
     precision, why_precision = choose_precision(cfg.mixed_precision, on_cpu)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # from a run before this one, in the same process
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=precision,
-        step_scheduler_with_optimizer=False,
-        log_with=list(trackers) or None,
-        project_dir="." if trackers else None,  # demanded here; start_trackers knows the place
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=HOOKS[cfg.ddp_comm_hook]),
-            InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.dist_timeout)),
-        ],
-    )
+    with finding_each_other():
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=precision,
+            step_scheduler_with_optimizer=False,
+            log_with=list(trackers) or None,
+            project_dir="." if trackers else None,  # demanded here; start_trackers knows the place
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=HOOKS[cfg.ddp_comm_hook]),
+                InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.dist_timeout)),
+            ],
+        )
     check_launch(accelerator.num_processes)
+    warnings = [*launch_warnings(cfg.mixed_precision, precision, on_cpu), *compare_processes(accelerator, precision)]
     if cfg.keep_memory and accelerator.device.type == "cpu":
         keep_freed_memory()
     threads, why_threads = choose_threads(cfg.threads)
@@ -70,10 +91,83 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
     processes = accelerator.num_processes
     backend = f", {torch.distributed.get_backend()}" if processes > 1 else ""
     plural = "es" if processes > 1 else ""
-    return accelerator, (
+    line = (
         f"{processes} process{plural} on {accelerator.device.type}{backend}; precision {precision} ({why_precision}); "
         f"{threads} thread{'s' if threads > 1 else ''} per process ({why_threads})"
     )
+    return accelerator, "\n".join([line, *(f"WARNING: {warning}" for warning in warnings)])
+
+
+@contextmanager
+def finding_each_other() -> Iterator[None]:
+    """Within it, processes that do not find each other are a MachineError in one line."""
+    try:
+        yield
+    except (RuntimeError, torch.distributed.DistError) as error:
+        if launcher.world_size() == 1:
+            raise
+        raise MachineError(
+            f"the {launcher.world_size()} processes of the run did not find each other ({first_line(error)}); see that "
+            "all were started, and that they reach MASTER_ADDR and MASTER_PORT"
+        ) from None
+
+
+def check_gpus(on_cpu: bool) -> None:
+    """Refuse more processes on this machine than GPUs that this one sees: each needs a GPU of its own."""
+    if on_cpu or not torch.cuda.is_available():
+        return
+    seen, needed = torch.cuda.device_count(), launcher.local_world_size()
+    if needed > seen:
+        raise UsageError(
+            f"{needed} processes on this machine, but this one sees {seen} GPU{'s' if seen > 1 else ''} "
+            f"({launcher.visible_gpus()}); start at most {seen}, and let each see the GPUs of all: with srun "
+            "--gpus-per-node, not --gpus-per-task; of MIG slices a process sees only one"
+        )
+
+
+def launch_warnings(asked: str, chosen: str, on_cpu: bool) -> Iterator[str]:
+    """What the launcher was told in vain, or without knowing what it costs."""
+    if launcher.is_one_of_several():
+        yield (
+            "accelerate launch was told of several processes (it set MASTER_ADDR and MASTER_PORT), but started one; "
+            "on CPUs take --config_file launch/cpu.yaml instead of --cpu, on GPUs --multi_gpu"
+        )
+    slow = asked == "auto" and chosen == "no" and not on_cpu and torch.cuda.is_available()
+    if slow and torch.cuda.is_bf16_supported(including_emulation=False):
+        yield (
+            "the launcher asks for mixed precision no, its default, but this GPU has bf16, about twice as fast: "
+            "accelerate launch --mixed_precision bf16, or --mixed-precision bf16 after the verb"
+        )
+
+
+def compare_processes(accelerator: Accelerator, precision: str) -> list[str]:
+    """Warnings where processes have different GPUs or versions of torch.
+
+    Raises UsageError, on all of them, where they have chosen different precisions, as their gradients are averaged.
+    """
+    if accelerator.num_processes == 1:
+        return []
+    on_gpu = accelerator.device.type == "cuda"
+    device = torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type
+    facts = gather_object([(precision, device, str(torch.__version__))])
+    precisions, devices, versions = (ranks_by_value(values) for values in zip(*facts, strict=True))
+    if len(precisions) > 1:
+        raise UsageError(
+            f"the processes chose different precisions ({in_words(precisions)}); give all the same, such as "
+            f"--mixed-precision {'bf16' if 'fp16' not in precisions else 'fp16'}"
+        )
+    kinds = {"devices": devices, "versions of torch": versions}
+    return [f"the processes have different {kind}: {in_words(v)}" for kind, v in kinds.items() if len(v) > 1]
+
+
+def ranks_by_value(values: Sequence[str]) -> dict[str, list[int]]:
+    """The ranks that have each value."""
+    return {value: [rank for rank, one in enumerate(values) if one == value] for value in sorted(set(values))}
+
+
+def in_words(ranks: Mapping[str, Sequence[int]]) -> str:
+    """Such as "bf16 on rank 0, 1; fp16 on rank 2"."""
+    return "; ".join(f"{value} on rank {', '.join(map(str, numbers))}" for value, numbers in ranks.items())
 
 
 def keep_freed_memory() -> None:
@@ -162,20 +256,43 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """The result of `action`, which only the main process performs; its error, if any, is raised on every process.
 
     What reads or writes shared things (folders, downloads), and what must be decided once, goes through here: no
-    process is left waiting for one that failed.
+    process is left waiting for one that failed. Errors of ours and of the system are the same everywhere; any other is
+    a bug, which the main process raises as it is, and the others as a ResnetDistError that names it.
     """
-    outcome: list[T | ResnetDistError | None] = [None]
+    failure: Exception | None = None
+    outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome[0] = action()
-        except ResnetDistError as error:
-            outcome[0] = error
+        except Exception as error:
+            if isinstance(error, ResnetDistError):
+                error.shared = True
+            if accelerator.num_processes == 1:
+                raise
+            failure, outcome[1] = error, _for_others(error)
     if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    if isinstance(outcome[0], ResnetDistError):
-        outcome[0].shared = True
-        raise outcome[0]
-    return outcome[0]  # type: ignore[return-value]
+        with machine_errors(accelerator):
+            broadcast_object_list(outcome)
+    if failure is not None or outcome[1] is not None:
+        raise failure or outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def _for_others(error: Exception) -> Exception:
+    """The error as other processes raise it; it must survive being sent."""
+    if isinstance(error, ResnetDistError):
+        return error
+    if isinstance(error, OSError) and type(error).__module__ == "builtins":
+        return OSError(error.errno, error.strerror, error.filename and str(error.filename))
+    bug = ResnetDistError(f"the main process failed: {type(error).__name__}: {first_line(error)}")
+    bug.shared = True
+    return bug
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, at most 200 characters."""
+    return str(error).strip().partition("\n")[0][:200]
 
 
 def wrap(
@@ -189,6 +306,34 @@ def wrap(
     if isinstance(net, DistributedDataParallel):
         net.broadcast_buffers = False  # set here: the argument of that name is deprecated in torch 2.15
     return net, prepared
+
+
+def share_weights(accelerator: Accelerator, model: nn.Module) -> None:
+    """Move a network to this process's device and give every process the parameters and buffers of the main one."""
+    model.to(accelerator.device)
+    if accelerator.num_processes > 1:
+        with machine_errors(accelerator):
+            broadcast(dict(model.state_dict()))
+
+
+def model_from_main(
+    accelerator: Accelerator, load: Callable[[], tuple[nn.Module, T]], build: Callable[[T], nn.Module]
+) -> tuple[nn.Module, T]:
+    """The network that the main process loads, on every process and its device, in evaluation mode; and what it is of.
+
+    The others build an empty one from that, such as a checkpoint's description, and get the weights.
+    """
+    loaded: list[nn.Module] = []
+
+    def load_one() -> T:
+        model, origin = load()
+        loaded.append(model)
+        return origin
+
+    origin = on_main(accelerator, load_one)
+    model = loaded[0] if loaded else build(origin)
+    share_weights(accelerator, model)
+    return model.eval(), origin
 
 
 def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
@@ -254,28 +399,59 @@ def check_in_step(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 @contextmanager
-def machine_errors(accelerator: Accelerator, batch_size: int, accumulate: int) -> Iterator[None]:
-    """Within it, too little memory or disk, or a process or loader that is gone, are MachineErrors with a way out."""
+def machine_errors(accelerator: Accelerator, batch_size: int = 0, accumulate: int = 1) -> Iterator[None]:
+    """Within it, too little memory or disk, or a process or loader that is gone, are MachineErrors with a way out.
+
+    `batch_size` is what a step of training computes with, 0 for anything else.
+    """
     try:
         yield
     except OSError as error:
+        if is_out_of_memory(error):
+            raise _out_of_memory(accelerator, batch_size, accumulate) from None
         if error.errno not in DISK_ERRORS:
             raise
         raise MachineError(f"{error.filename or 'a file of the run'}: cannot be written ({error.strerror})") from None
-    except torch.OutOfMemoryError:
-        smaller = f"--batch-size {max(1, batch_size // 2)} --grad-accum {2 * accumulate}"
-        raise MachineError(
-            f"{accelerator.device}: out of memory with {batch_size} images per process; try {smaller}"
-        ) from None
-    except (RuntimeError, torch.distributed.DistError) as error:
-        # gloo and NCCL have a dozen words for it, but each names itself or the connection.
-        lost = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
+    except (RuntimeError, MemoryError, torch.distributed.DistError) as error:
         if isinstance(error, RuntimeError) and (loader := lost_loader(error)):
             raise loader from None
-        if accelerator.num_processes == 1 or not any(word in str(error) for word in lost):
+        if is_out_of_memory(error):
+            raise _out_of_memory(accelerator, batch_size, accumulate) from None
+        if "device-side assert" in str(error):
+            raise MachineError(
+                f"{accelerator.device}: a GPU program met a value that it cannot use ({first_line(error)}); run again "
+                "with CUDA_LAUNCH_BLOCKING=1 to see where"
+            ) from None
+        if accelerator.num_processes == 1 or not any(word in str(error) for word in LOST_PROCESS):
             raise
-        reason = str(error).strip().partition("\n")[0]
-        raise MachineError(f"another process of the run ended or hangs: {reason[:200]}") from None
+        raise MachineError(f"another process of the run ended or hangs: {first_line(error)}") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host has no memory left, in the words of torch, cuDNN, cuBLAS, NCCL or the system."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in NO_MEMORY)
+
+
+def _out_of_memory(accelerator: Accelerator, batch_size: int, accumulate: int) -> MachineError:
+    if not batch_size:
+        return MachineError(f"{accelerator.device}: out of memory")
+    smaller = f"--batch-size {max(1, batch_size // 2)} --grad-accum {2 * accumulate}"
+    return MachineError(f"{accelerator.device}: out of memory with {batch_size} images per process; try {smaller}")
+
+
+@contextmanager
+def memory_for(accelerator: Accelerator, what: str, remedy: str) -> Iterator[None]:
+    """Within it, too little memory is a MachineError that names what did not fit, and a way out that helps there."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MachineError(f"{accelerator.device}: out of memory for {what}; {remedy}") from None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The errors a user can meet. Each is one line on the terminal and one documented exit code.
 
-ResnetDistError            1   (not raised itself; an exception outside this tree is a bug, also 1)
+ResnetDistError            1   (itself only for a bug of the main process, on the others; any other exception: also 1)
 ├── UsageError             2   a flag, a config file or a combination of them is wrong
 ├── DataError              3   the images, labels or manifest are wrong
 ├── MachineError           4   disk, permission, network, device or launcher

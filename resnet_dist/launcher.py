@@ -1,23 +1,57 @@
 """What the launcher and the machine say: the only reader of RANK, WORLD_SIZE, OMP_NUM_THREADS; no torch here."""
 
 import functools
+import math
 import os
+import sys
 from pathlib import Path
+
+from resnet_dist.errors import MachineError
+
+# What a launcher tells every process; torch needs all five to let the processes find each other.
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
 
 
 def rank() -> int:
     """This process's number in the whole job, 0 where there is no launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """How many processes the launcher started, 1 where there is none."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, _number("WORLD_SIZE", 1))
 
 
 def local_world_size() -> int:
     """How many of them run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+    return max(1, _number("LOCAL_WORLD_SIZE", world_size()))
+
+
+def check() -> None:
+    """Raise MachineError where the variables of a launcher are set in part, or hold what cannot be."""
+    given = {name: os.environ[name] for name in (*VARIABLES, "LOCAL_WORLD_SIZE") if os.environ.get(name)}
+    numbers = {name: value for name, value in given.items() if name in NUMBERS}
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(given):
+        return  # an address alone, which some clusters always set, does no harm
+    shown = " ".join(f"{name}={value}" for name, value in given.items())
+    remedy = "start with accelerate launch or torchrun, or unset them all for one process"
+    for name, value in numbers.items():
+        if not value.isdecimal() or int(value) > 65_535:
+            raise MachineError(f"{name}={value}: not a whole number from 0 to 65535; {remedy}")
+    world, number = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    alone = "LOCAL_RANK" not in given and (world, number) == (1, 0)  # as if nothing were set
+    if not alone and (missing := [name for name in VARIABLES if name not in given]):
+        raise MachineError(f"{shown}: set, but not {', '.join(missing)}; {remedy}")
+    here = _number("LOCAL_WORLD_SIZE", world)
+    if world <= number or here <= _number("LOCAL_RANK", 0) or world < here:
+        raise MachineError(f"{shown}: these contradict each other; {remedy}")
 
 
 def is_distributed() -> bool:
@@ -28,6 +62,50 @@ def is_distributed() -> bool:
 def is_launched() -> bool:
     """Whether accelerate launch or torchrun started this process."""
     return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def has_launcher() -> bool:
+    """Whether the parent of this process is accelerate launch or torchrun, whose end is to be its own.
+
+    Not so where a shell started it, which may end while its processes go on.
+    """
+    return ("TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ) and _parent_is_python()
+
+
+def is_orphan() -> bool:
+    """Whether torchrun started this process (accelerate launch does it through torchrun) and has ended already.
+
+    It gives each process a session of its own. Known on Linux only.
+    """
+    has_session = os.getsid(0) == os.getpid()
+    return "TORCHELASTIC_RUN_ID" in os.environ and has_session and not _parent_is_python()
+
+
+def _parent_is_python() -> bool:
+    """Whether the parent runs Python. True where the system does not say."""
+    if sys.platform != "linux":
+        return True
+    parent = Path(f"/proc/{os.getppid()}")
+    try:
+        program = (parent / "exe").readlink()
+    except PermissionError:
+        return parent.stat().st_uid == os.getuid()
+    except OSError:  # it has ended just now, or is outside of this container
+        return False
+    return "python" in program.name.lower() or program == Path("/proc/self/exe").readlink()
+
+
+def is_one_of_several() -> bool:
+    """Whether accelerate launch was told of several processes and started this one only, as `--cpu` makes it do."""
+    said = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+    mpi = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
+    return said and "WORLD_SIZE" not in os.environ and not mpi
+
+
+def visible_gpus() -> str:
+    """What limits the GPUs that this process sees, in words."""
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "CUDA_VISIBLE_DEVICES is not set" if value is None else f"CUDA_VISIBLE_DEVICES={value}"
 
 
 def cpu_is_asked_for() -> bool:
@@ -48,8 +126,45 @@ def omp_threads() -> int | None:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use: those that it may run on, or fewer where its container has a quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(allowed, cpu_quota(CGROUP))))
+
+
+def cpu_quota(root: Path) -> float:
+    """The CPUs of time that the container may take, by version 1 or 2 of control groups; infinity without a limit.
+
+    `root` is where they are mounted. A container sees its own group there, and so does a process in a group below it,
+    whose limits and those of the groups above it all hold.
+    """
+    limits = [math.inf]
+    for line in _lines("/proc/self/cgroup"):
+        _, controllers, below = line.strip().split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounts = (root / "cpu", root / "cpu,cpuacct") if controllers else (root, root / "unified")
+        for mount in mounts:
+            group = mount / below.lstrip("/")
+            limits += [_quota_of(one) for one in (group, *group.parents) if one.is_relative_to(mount)]
+    return min(limits)
+
+
+def _quota_of(group: Path) -> float:
+    """The limit of one group; infinity where it has none."""
+    words = " ".join(_lines(group / "cpu.max")).split()  # version 2: "200000 100000", or "max 100000"
+    if not words:
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        words = [line.strip() for name in names for line in _lines(group / name)]
+    if len(words) != 2 or not all(word.isdecimal() and int(word) > 0 for word in words):
+        return math.inf
+    return int(words[0]) / int(words[1])
+
+
+def _lines(file: str | Path) -> list[str]:
+    try:
+        return Path(file).read_text().splitlines()
+    except OSError:
+        return []
 
 
 def cpu_has_bf16() -> bool:
@@ -60,10 +175,7 @@ def cpu_has_bf16() -> bool:
 @functools.cache
 def cpu_flags() -> frozenset[str]:
     """What the CPU can do, such as avx512_bf16, in Linux's words; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
+    lines = _lines("/proc/cpuinfo")
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
 
 

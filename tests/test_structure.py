@@ -19,8 +19,8 @@ HEAVY = ("torch", "torchvision", "accelerate", "safetensors", "sklearn", "matplo
 # Each floor may import those below it; rooms on one floor do not know each other.
 FLOORS = (
     {"export.predict"},
-    {"errors", "duration", "fields", "wording", "launcher", "recipes", "reading"},
-    {"header"},
+    {"errors", "duration", "fields", "wording", "recipes", "reading"},
+    {"header", "launcher"},
     {"stop"},
     {"config"},
     {"stored", "run_folder", "provenance"},

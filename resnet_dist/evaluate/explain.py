@@ -81,7 +81,7 @@ def gradient_shap(model: nn.Module, inputs: torch.Tensor, classes: torch.Tensor)
     before = np.random.get_state()
     np.random.seed(0)  # captum draws from here and from torch
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[inputs.device] if inputs.device.type == "cuda" else []):
             torch.manual_seed(0)
             rows = [
                 GradientShap(model).attribute(

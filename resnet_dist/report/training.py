@@ -1,19 +1,19 @@
 """What stands in the run folder once training has ended: the best checkpoint evaluated, and pictures."""
 
 import csv
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast
 from torch import nn
 
 from export.predict import Preprocessing
 from resnet_dist.data.check import look_at_all
 from resnet_dist.data.loader import TrainImages, epoch_order
 from resnet_dist.data.transforms import ToInput
-from resnet_dist.distributed import on_main
+from resnet_dist.distributed import model_from_main, on_main
 from resnet_dist.errors import DataError, NonFiniteError
 from resnet_dist.evaluate.metrics import Measured
 from resnet_dist.evaluate.records import Records, evaluate
@@ -41,11 +41,8 @@ def finish(job: Job, state: State) -> dict[str, Measured]:
     best = state.best
     if best is None:
         raise NonFiniteError("no epoch had a finite validation score, so there is no best checkpoint; lower --lr")
-    model = build(job.architecture)
-    on_main(job.accelerator, lambda: model.load_state_dict(load_checkpoint(job.run.best)[0].state_dict()) and None)
-    model.to(job.accelerator.device)
-    if job.accelerator.num_processes > 1:
-        broadcast(dict(model.state_dict()))
+    load = functools.partial(load_checkpoint, job.run.best)
+    model, _ = model_from_main(job.accelerator, load, lambda description: build(description.architecture))
     classes = job.index.classes
     records = evaluate(job.accelerator, model, job.val_loader, job.to_input, len(classes), True, job.stop.check)
     metrics = on_main(job.accelerator, lambda: write_results(job.run, job, best, records))

@@ -70,9 +70,9 @@ def _speeds(accelerator: Accelerator, blueprint: Blueprint, precisions: list[str
     device, size = accelerator.device, blueprint.spec.img_size
     batch = blueprint.cfg.data.batch_size
     batch = min(batch, LARGEST_BATCH_ON_CPU) if device.type == "cpu" else batch
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # nothing is drawn on a GPU
         model = build(blueprint.architecture).to(device)
-        images = torch.rand(batch, size, size, 3, device=device).permute(0, 3, 1, 2)
+        images = torch.rand(batch, size, size, 3).to(device).permute(0, 3, 1, 2)
     set_trainable(model, blueprint.cfg.phase[-1])
     train_mode(model, blueprint.cfg.phase[-1])
     return {name: _rate(lambda name=name: _step(model, images, name), batch) for name in precisions}  # type: ignore[misc]

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from resnet_dist.config import TrainConfig
 from resnet_dist.data.cache import ImageCache, bytes_needed, choose_tier, default_folder, disk_file, shares
 from resnet_dist.data.loader import DeviceImages, EvalImages, Samples, TrainImages
-from resnet_dist.distributed import on_main
+from resnet_dist.distributed import memory_for, on_main
 from resnet_dist.errors import MachineError
 
 
@@ -58,4 +58,5 @@ def on_device(accelerator: Accelerator, cfg: TrainConfig, samples: TrainImages |
             f"--cache device: {len(samples.table)} images take {needed >> 20} MiB, more than half of what is free on "
             f"{accelerator.device} ({free >> 20} MiB); take --cache ram"
         )
-    return DeviceImages(samples, accelerator.device, workers)
+    with memory_for(accelerator, "--cache device", "take --cache ram"):
+        return DeviceImages(samples, accelerator.device, workers)

@@ -13,7 +13,7 @@ from resnet_dist.config import Phase
 from resnet_dist.data.index import ImageTable
 from resnet_dist.data.loader import EvalImages, EvalLoader, Key, TrainImages, TrainLoader
 from resnet_dist.data.transforms import Batch, sample_key
-from resnet_dist.distributed import on_main
+from resnet_dist.distributed import memory_for, on_main
 from resnet_dist.errors import DataError
 from resnet_dist.model.parts import cut, first_changing_stage
 from resnet_dist.train.job import Job, eval_loader
@@ -78,7 +78,8 @@ class Features:
     def fill(self, job: Job) -> None:
         """Compute them, each process a part. Raises StopRequested, DataError."""
         if self.values is None:
-            self.values = torch.cat([self._of_view(job, view) for view in self.views])
+            with memory_for(job.accelerator, "the kept features", "take --cache-features off"):
+                self.values = torch.cat([self._of_view(job, view) for view in self.views])
 
     @torch.no_grad()
     def _of_view(self, job: Job, view: EvalImages | View) -> torch.Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import nn
 
 from export.predict import Preprocessing
@@ -27,7 +26,7 @@ from resnet_dist.data.loader import (
 )
 from resnet_dist.data.preprocess import preprocessing
 from resnet_dist.data.transforms import ToInput
-from resnet_dist.distributed import choose_sync_bn, on_main
+from resnet_dist.distributed import choose_sync_bn, on_main, share_weights
 from resnet_dist.errors import UsageError
 from resnet_dist.header import best_of
 from resnet_dist.model import weights
@@ -164,9 +163,7 @@ def build_job(
     if not resumed:
         loaded = on_main(accelerator, lambda: _load_weights(model, cfg, blueprint.architecture, index.classes))
         display.say(loaded)
-    model.to(device)
-    if accelerator.num_processes > 1:  # only the main process read the weights
-        broadcast(dict(model.state_dict()))
+    share_weights(accelerator, model)  # only the main process read them
     workers = cfg.data.workers
     if workers is None:
         workers = default_workers(device, launcher.local_world_size())

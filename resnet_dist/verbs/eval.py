@@ -136,11 +136,14 @@ def main(cfg: Config) -> int:
 def load_network(accelerator: "Accelerator", checkpoint: Path, anew: bool) -> Subject:
     """The network of a checkpoint and its calibration, unless that is to be made `anew`. Raises ArtifactError."""
     from resnet_dist.data.transforms import ToInput
-    from resnet_dist.distributed import on_main
+    from resnet_dist.distributed import model_from_main, on_main
     from resnet_dist.evaluate.calibrate import read_calibration
+    from resnet_dist.model.resnet import build
     from resnet_dist.train.checkpoint import load_checkpoint
 
-    model, description = on_main(accelerator, lambda: load_checkpoint(checkpoint))
+    model, description = model_from_main(
+        accelerator, lambda: load_checkpoint(checkpoint), lambda described: build(described.architecture)
+    )
     classes, spec = description.classes, description.preprocessing
     known = on_main(accelerator, lambda: None if anew else read_calibration(checkpoint, len(classes)))
     temperature, thresholds = (known.temperature, known.thresholds) if known else (1.0, ())
