@@ -11,6 +11,7 @@ from resnet_dist import __version__, launcher
 from resnet_dist.errors import ResnetDistError, UsageError
 from resnet_dist.options import parse
 from resnet_dist.recipes import layers
+from resnet_dist.stop import Stopped, end_with_launcher
 from resnet_dist.wording import printable, suggestion
 
 VERBS = {  # verb: what it does; its module is resnet_dist.verbs.<verb> unless MODULES says otherwise
@@ -41,6 +42,7 @@ WITH_RECIPES = ("train", "lr-find", "compare", "summary")
 
 def entry() -> NoReturn:
     """The console command: run it, and leave without waiting for loader processes that ignore signals."""
+    end_with_launcher()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -67,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _print_error(verb, error)
         return error.exit_code
+    except Stopped as stopped:
+        print(f"resnet-dist {verb}: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
     except KeyboardInterrupt:
         print(f"resnet-dist {verb}: interrupted", file=sys.stderr)
         return 130

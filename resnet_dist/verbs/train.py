@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from resnet_dist.config import TrainConfig
 from resnet_dist.errors import Preempted, ResnetDistError
-from resnet_dist.stop import StopRequested, StopRequests, stop_requests
+from resnet_dist.stop import Stopped, StopRequested, StopRequests, stop_requests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,12 +32,13 @@ def train(cfg: TrainConfig) -> Path | None:
     """The whole job. Returns the run folder; None on a dry run. Raises ResnetDistError, recorded in run.json."""
     with stop_requests() as stop:  # from the first moment on, before torch is imported
         from resnet_dist.data.loader import close_loaders
-        from resnet_dist.distributed import on_main, start
+        from resnet_dist.distributed import machine_errors, on_main, start
         from resnet_dist.run_folder import RunFolder
         from resnet_dist.train.progress import Display
 
         accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
-        stop.connect(cfg.system.dist_timeout)
+        with machine_errors(accelerator):
+            stop.connect(cfg.system.dist_timeout)
         display = Display(accelerator.is_main_process)
         path = on_main(accelerator, lambda: where(cfg))
         run = RunFolder(path, active=accelerator.is_main_process)
@@ -46,8 +47,15 @@ def train(cfg: TrainConfig) -> Path | None:
             return path
         try:
             resuming = on_main(accelerator, lambda: claim(run, cfg))
+            stop.on_exit = lambda code, reason: record_stop(run, code, reason, resuming)
             display.say(line)
             return _train_in(accelerator, cfg, run, resuming, display, stop)
+        except Stopped as stopped:
+            if stop.on_exit is not None:
+                stop.on_exit(128 + stopped.number, str(stopped))
+                if resuming:
+                    raise Preempted(f"{stopped}; the last checkpoint is untouched") from None
+            raise
         finally:
             close_loaders()
             run.unlock()
@@ -107,12 +115,24 @@ def record_end(accelerator: "Accelerator", run: "RunFolder", error: BaseExceptio
     """
     from resnet_dist.distributed import on_main
 
+    if isinstance(error, Stopped):
+        return  # recorded by who catches it; nothing was trained, and nobody is waited for
     if isinstance(error, Preempted):
         facts = {"status": "preempted", "exit_code": error.exit_code, "reason": str(error)}
         on_main(accelerator, lambda: run.update(**facts))
     else:
         code = error.exit_code if isinstance(error, ResnetDistError) else 1
         run.end("failed", code, str(error) or type(error).__name__)
+
+
+def record_stop(run: "RunFolder", code: int, reason: str, resuming: bool) -> None:
+    """Write into run.json, if it says "running", that a signal ended the run before it trained.
+
+    A run that resumes has a checkpoint, so that it can be resumed again.
+    """
+    if (run.path / "run.json").exists():
+        status, code = ("preempted", Preempted.exit_code) if resuming else ("failed", code)
+        run.end(status, code, reason)
 
 
 def where(cfg: TrainConfig) -> Path:

@@ -168,11 +168,28 @@ def stop_here() -> None:
     os.kill(os.getpid(), SIGTERM)
 
 
-def test_told_before_the_first_step(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt("start", stop_here, monkeypatch.setattr)
-    assert main(["train", str(folder), *ENDLESS, "-o", str(tmp_path / "run")]) == 75
-    assert facts(tmp_path / "run")["status"] == "preempted"
-    assert read_newest_state(tmp_path / "run/checkpoints")[1]["state"]["steps_done"] == 1
+def test_told_before_the_first_step(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is nothing to save: it ends at once, as run.json says; a run that was resumed keeps its checkpoint."""
+    run = tmp_path / "run"
+    arguments = ["train", str(folder), *ENDLESS, "--epochs", "1", "--save-every", "1steps", "-o", str(run)]
+    with monkeypatch.context() as patch:
+        interrupt("start", stop_here, patch.setattr)
+        assert main(arguments) == 128 + SIGTERM
+    assert capsys.readouterr().err == "resnet-dist train: stopped by SIGTERM before the first step\n"
+    known = facts(run)
+    assert (known["status"], known["exit_code"], known["reason"]) == (
+        "failed",
+        128 + SIGTERM,
+        "stopped by SIGTERM before the first step",
+    )
+    assert main([*arguments, "--resume", "auto"]) == 0
+    with monkeypatch.context() as patch:
+        interrupt("start", stop_here, patch.setattr)
+        assert main([*arguments, "--epochs", "2", "--resume", "auto"]) == 75
+    assert (facts(run)["status"], facts(run)["exit_code"]) == ("preempted", 75)
+    assert read_newest_state(run / "checkpoints")[1]["state"]["steps_done"] == 3
 
 
 def test_told_while_the_best_checkpoint_is_evaluated(
@@ -182,7 +199,7 @@ def test_told_while_the_best_checkpoint_is_evaluated(
     run = tmp_path / "run"
     arguments = ["train", str(folder), *TINY, "--epochs", "1", "--batch-size", "8", "-o", str(run), "--resume", "auto"]
     with monkeypatch.context() as patch:
-        patch.setattr(report, "build", interrupted(report.build, 1, stop_here))
+        patch.setattr(report, "load_checkpoint", interrupted(report.load_checkpoint, 1, stop_here))
         assert main(arguments) == 75
     assert facts(run)["status"] == "preempted" and not (run / "eval").exists()
     metrics = (run / "metrics.csv").read_text()
@@ -207,6 +224,7 @@ SECOND_SIGNAL = """
 import os, signal, time
 from resnet_dist.stop import stop_requests
 with stop_requests() as stop:
+    stop.check()
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)
     print(stop.signal, flush=True)
