@@ -1,7 +1,6 @@
 """Start Accelerate the one right way, and the few things that processes say to each other."""
 
 import ctypes
-import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,23 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnet_dist import launcher
 from resnet_dist.config import SystemConfig
-from resnet_dist.data.loader import lost_loader
 from resnet_dist.errors import MachineError, ResnetDistError, UsageError
+from resnet_dist.faults import finding_each_other, first_line, machine_errors
 from resnet_dist.model.trainable import BatchNorm
 
 T = TypeVar("T")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-# gloo and NCCL have a dozen words for a lost process, but each names itself or the connection.
-LOST_PROCESS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
-NO_MEMORY = (
-    "out of memory",
-    "alloc_failed",
-    "cuda calloc",
-    "cuda malloc",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "memoryallocation",
-)
 HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
 
 
@@ -96,20 +83,6 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
         f"{threads} thread{'s' if threads > 1 else ''} per process ({why_threads})"
     )
     return accelerator, "\n".join([line, *(f"WARNING: {warning}" for warning in warnings)])
-
-
-@contextmanager
-def finding_each_other() -> Iterator[None]:
-    """Within it, processes that do not find each other are a MachineError in one line."""
-    try:
-        yield
-    except (RuntimeError, torch.distributed.DistError) as error:
-        if launcher.world_size() == 1:
-            raise
-        raise MachineError(
-            f"the {launcher.world_size()} processes of the run did not find each other ({first_line(error)}); see that "
-            "all were started, and that they reach MASTER_ADDR and MASTER_PORT"
-        ) from None
 
 
 def check_gpus(on_cpu: bool) -> None:
@@ -290,11 +263,6 @@ def _for_others(error: Exception) -> Exception:
     return bug
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, at most 200 characters."""
-    return str(error).strip().partition("\n")[0][:200]
-
-
 def wrap(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -396,62 +364,6 @@ def check_in_step(accelerator: Accelerator, model: nn.Module) -> None:
             f"the processes no longer hold the same parameters ({int(differs.sum())} differ, first {first}); "
             "resume from the last checkpoint, and check the machines"
         )
-
-
-@contextmanager
-def machine_errors(accelerator: Accelerator, batch_size: int = 0, accumulate: int = 1) -> Iterator[None]:
-    """Within it, too little memory or disk, or a process or loader that is gone, are MachineErrors with a way out.
-
-    `batch_size` is what a step of training computes with, 0 for anything else.
-    """
-    try:
-        yield
-    except OSError as error:
-        if is_out_of_memory(error):
-            raise _out_of_memory(accelerator, batch_size, accumulate) from None
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise MachineError(f"{error.filename or 'a file of the run'}: cannot be written ({error.strerror})") from None
-    except (RuntimeError, MemoryError, torch.distributed.DistError) as error:
-        if isinstance(error, RuntimeError) and (loader := lost_loader(error)):
-            raise loader from None
-        if is_out_of_memory(error):
-            raise _out_of_memory(accelerator, batch_size, accumulate) from None
-        if "device-side assert" in str(error):
-            raise MachineError(
-                f"{accelerator.device}: a GPU program met a value that it cannot use ({first_line(error)}); run again "
-                "with CUDA_LAUNCH_BLOCKING=1 to see where"
-            ) from None
-        if accelerator.num_processes == 1 or not any(word in str(error) for word in LOST_PROCESS):
-            raise
-        raise MachineError(f"another process of the run ended or hangs: {first_line(error)}") from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host has no memory left, in the words of torch, cuDNN, cuBLAS, NCCL or the system."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in NO_MEMORY)
-
-
-def _out_of_memory(accelerator: Accelerator, batch_size: int, accumulate: int) -> MachineError:
-    if not batch_size:
-        return MachineError(f"{accelerator.device}: out of memory")
-    smaller = f"--batch-size {max(1, batch_size // 2)} --grad-accum {2 * accumulate}"
-    return MachineError(f"{accelerator.device}: out of memory with {batch_size} images per process; try {smaller}")
-
-
-@contextmanager
-def memory_for(accelerator: Accelerator, what: str, remedy: str) -> Iterator[None]:
-    """Within it, too little memory is a MachineError that names what did not fit, and a way out that helps there."""
-    try:
-        yield
-    except (RuntimeError, MemoryError, OSError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MachineError(f"{accelerator.device}: out of memory for {what}; {remedy}") from None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ FLOORS = (
     {"stored", "run_folder", "provenance"},
     {"options"},
     {"data", "model"},
+    {"faults"},
     {"distributed"},
     {"evaluate"},
     {"train"},

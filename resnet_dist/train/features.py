@@ -13,8 +13,9 @@ from resnet_dist.config import Phase
 from resnet_dist.data.index import ImageTable
 from resnet_dist.data.loader import EvalImages, EvalLoader, Key, TrainImages, TrainLoader
 from resnet_dist.data.transforms import Batch, sample_key
-from resnet_dist.distributed import memory_for, on_main
+from resnet_dist.distributed import on_main
 from resnet_dist.errors import DataError
+from resnet_dist.faults import memory_for
 from resnet_dist.model.parts import cut, first_changing_stage
 from resnet_dist.train.job import Job, eval_loader
 

@@ -88,7 +88,8 @@ def train_config(cfg: Any, data: str) -> TrainConfig:
 def main(cfg: Config) -> int:
     """Measure, print, write the JSON file. Returns the exit code. Raises ResnetDistError."""
     from resnet_dist.bench.report import lines, make_report
-    from resnet_dist.distributed import machine_errors, on_main, start
+    from resnet_dist.distributed import on_main, start
+    from resnet_dist.faults import machine_errors
     from resnet_dist.run_folder import to_json, write_atomically
 
     accelerator, line = start(cfg.system)

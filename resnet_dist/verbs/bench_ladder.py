@@ -42,7 +42,8 @@ def main(cfg: Config) -> int:
     """Measure, print, write the JSON file. Returns the exit code. Raises ResnetDistError."""
     from resnet_dist.bench.ladder import climb, lines
     from resnet_dist.bench.machine import describe
-    from resnet_dist.distributed import machine_errors, on_main, start
+    from resnet_dist.distributed import on_main, start
+    from resnet_dist.faults import machine_errors
     from resnet_dist.run_folder import to_json, write_atomically
     from resnet_dist.verbs.bench import printer, with_data
 

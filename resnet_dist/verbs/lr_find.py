@@ -62,7 +62,8 @@ def main(cfg: Config) -> int:
 
 
 def _find(cfg: Config, stop: StopRequests) -> None:
-    from resnet_dist.distributed import machine_errors, on_main, start
+    from resnet_dist.distributed import on_main, start
+    from resnet_dist.faults import machine_errors
     from resnet_dist.run_folder import RunFolder
     from resnet_dist.train.job import build_job, draw
     from resnet_dist.train.lr_range import range_test

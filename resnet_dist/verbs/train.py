@@ -32,7 +32,8 @@ def train(cfg: TrainConfig) -> Path | None:
     """The whole job. Returns the run folder; None on a dry run. Raises ResnetDistError, recorded in run.json."""
     with stop_requests() as stop:  # from the first moment on, before torch is imported
         from resnet_dist.data.loader import close_loaders
-        from resnet_dist.distributed import machine_errors, on_main, start
+        from resnet_dist.distributed import on_main, start
+        from resnet_dist.faults import machine_errors
         from resnet_dist.run_folder import RunFolder
         from resnet_dist.train.progress import Display
 
@@ -69,7 +70,8 @@ def _train_in(
     display: "Display",
     stop: "StopRequests",
 ) -> Path | None:
-    from resnet_dist.distributed import machine_errors, on_main
+    from resnet_dist.distributed import on_main
+    from resnet_dist.faults import machine_errors
     from resnet_dist.train.job import draw
 
     blueprint = draw(accelerator, cfg)
