@@ -135,6 +135,10 @@ def test_finished_runs_are_grouped_by_their_settings(
 def test_runs_that_cannot_be_compared(compared: Path, tmp_path: Path, refused: Refused) -> None:
     run, out = compared / "bn-only/seed-0", ("-o", tmp_path / "out")
     assert "not a run folder" in refused(2, "compare", "--runs", tmp_path / "none", *out)
+    finished = compared / "bn-only" / "seed-0"
+    for again in (f"{finished}/", f"{finished}/../seed-0"):
+        said = refused(2, "compare", "--runs", f"{finished},{again}", *out)
+        assert "the same run as" in said and "would count twice" in said
     running = shutil.copytree(run, tmp_path / "running")
     facts = json.loads((running / "run.json").read_text())
     (running / "run.json").write_text(json.dumps({**facts, "status": "running"}))

@@ -111,15 +111,13 @@ def test_huge_file_is_no_image(own: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     "names", [("Cat", "cat"), ("\u00e9mu", unicodedata.normalize("NFD", "\u00e9mu"))], ids=["case", "NFD"]
 )
-def test_names_that_look_the_same_are_a_warning(
+def test_folders_whose_names_look_the_same_are_a_warning(
     tmp_path: Path, names: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = "".join(f"{i}.png,{names[i % 2]},{'train' if i < 4 else 'val'}\n" for i in range(6))
-    for i in range(6):
-        write_image(tmp_path / f"{i}.png", seed=i)
-    (tmp_path / "m.csv").write_text("path,label,split\n" + rows)
-    assert main(["train", str(tmp_path / "m.csv"), *TINY, "--dry-run"]) == 0
-    assert "differ only in case or in the encoding of letters" in capsys.readouterr().out
+    for i in range(8):
+        write_image(tmp_path / names[i % 2] / f"{i}.png", seed=i)
+    assert main(["train", str(tmp_path), *TINY, "--dry-run"]) == 0
+    assert "differ only in case, in blanks or in the encoding of letters" in capsys.readouterr().out
 
 
 def test_manifest_without_a_line_end_is_not_read_whole(tmp_path: Path, refused: Refused) -> None:

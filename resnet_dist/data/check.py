@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ from export.predict import ORIENTATION, ImageError, Preprocessing, decode, opene
 from resnet_dist import launcher
 from resnet_dist.config import DataConfig
 from resnet_dist.data.index import ImageIndex, ImageTable, PathTable
+from resnet_dist.data.same_file import as_identities, identity, is_same, of_one_file
 from resnet_dist.errors import DataError, MachineError
 from resnet_dist.run_folder import write_atomically
 from resnet_dist.wording import listed
 
+AT_ONCE = 4096  # files that are being looked at
 TINY = 32  # pixels of the short side below which an image is called tiny
 NEAR = 3  # bits of 64 in which the hashes of near duplicates may differ
 NEAR_COLOUR = 6  # levels of 256 by which their 4x4 thumbnails may differ on average
 EXTENSION_OF = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "TIFF": (".tif", ".tiff")}
+NOT_CACHED = ("path", "label", "split", "identity")
 EXTENSION_OF["PPM"] = (".ppm", ".pgm", ".pbm", ".pnm")
 
 
@@ -45,6 +48,7 @@ class Finding:
     sha256: str = ""
     dhash: int = 0
     thumbnail: str = ""  # hex of 4x4 RGB
+    identity: tuple[int, int] = field(default=(0, 0), compare=False)  # device and inode, where it was opened now
 
 
 def look(root: Path, path: str, label: str, split: str, full: bool) -> Finding:
@@ -52,7 +56,7 @@ def look(root: Path, path: str, label: str, split: str, full: bool) -> Finding:
     file = root / path
     try:
         with opened(file) as image:
-            facts: dict[str, Any] = {"format": image.format or "", "mode": image.mode}
+            facts: dict[str, Any] = {"format": image.format or "", "mode": image.mode, "identity": identity(file)}
             facts |= {"width": image.width, "height": image.height}
             if full:  # of a PNG this reads the whole file
                 facts["rotated"] = image.getexif().get(ORIENTATION, 1) != 1
@@ -83,12 +87,22 @@ def difference_hash(image: Image.Image) -> int:
 def look_at_all(
     index: ImageIndex, full: bool, cache: "Cache | None" = None, advance: Callable[[], None] = lambda: None
 ) -> list[Finding]:
-    """Every file of an index, in its order, by a pool of threads (Pillow decodes without the interpreter's lock)."""
-    jobs = [
+    """Every file of an index, in its order."""
+    return list(look_at_each(index, full, cache, advance))
+
+
+def look_at_each(
+    index: ImageIndex, full: bool, cache: "Cache | None" = None, advance: Callable[[], None] = lambda: None
+) -> Iterator[Finding]:
+    """Every file of an index, in its order, by a pool of threads (Pillow decodes without the interpreter's lock).
+
+    Findings come as they are made, so that of a million no more than some thousands need be kept.
+    """
+    jobs = (
         (path, index.classes[target], split)
         for split in ("train", "val", "test")
-        for path, target in zip(index.part(split).paths, index.part(split).targets.tolist(), strict=True)
-    ]
+        for path, target in zip(index.part(split).paths, index.part(split).targets, strict=True)
+    )
 
     def one(job: tuple[str, str, str]) -> Finding:
         finding = cache.get(index.root, job) if cache else None
@@ -98,12 +112,11 @@ def look_at_all(
                 cache.put(index.root, finding)
         return finding
 
-    found = []
     with ThreadPoolExecutor(launcher.cores()) as pool:
-        for finding in pool.map(one, jobs):
-            found.append(finding)
-            advance()
-    return found
+        while some := list(islice(jobs, AT_ONCE)):
+            for finding in pool.map(one, some):
+                advance()
+                yield finding
 
 
 class Cache:
@@ -131,7 +144,7 @@ class Cache:
     def put(self, root: Path, finding: Finding) -> None:
         """Keep what was found."""
         path = root / finding.path
-        facts = {name: value for name, value in asdict(finding).items() if name not in ("path", "label", "split")}
+        facts = {name: value for name, value in asdict(finding).items() if name not in NOT_CACHED}
         if path.exists():
             self.entries[str(path.absolute())] = [self._stamp(path), facts]
 
@@ -279,9 +292,16 @@ def _named(finding: Finding) -> dict[str, str]:
 def usable(index: ImageIndex, cfg: DataConfig) -> tuple[ImageIndex, list[Finding]]:
     """The index without files that cannot be used (by their headers, or with --check full by every pixel), and those.
 
-    Raises DataError if there are any and they are not to be skipped, or if they are more than --max-bad-share.
+    Raises DataError if there are any and they are not to be skipped, or if they are more than --max-bad-share; and if
+    two images are links to one file.
     """
-    bad = [finding for finding in look_at_all(index, full=cfg.check == "full") if finding.error]
+    bad: list[Finding] = []
+    found: list[tuple[int, int]] = []
+    for finding in look_at_each(index, full=cfg.check == "full"):
+        found.append(finding.identity)
+        if finding.error:
+            bad.append(finding)
+    refuse_one_file_twice(index, as_identities(found), may_repeat=Path(cfg.data or "").is_dir())
     total = len(index.train) + len(index.val) + len(index.test)
     if bad and (cfg.bad_images == "error" or len(bad) > cfg.max_bad_share * total):
         first = "; ".join(f"{index.root / finding.path}: {finding.error}" for finding in bad[:3])
@@ -295,3 +315,28 @@ def usable(index: ImageIndex, cfg: DataConfig) -> tuple[ImageIndex, list[Finding
     if empty:
         raise DataError(f"class {listed(empty)} has no usable training image; mend some, or take the class out")
     return kept, bad
+
+
+def refuse_one_file_twice(index: ImageIndex, found: np.ndarray, may_repeat: bool) -> None:
+    """Raises DataError where two images of an index are links to one file, by their devices and inodes, (n, 2).
+
+    With `may_repeat`, one file may be linked to several times in one split and class, which gives it more weight.
+    """
+    ends = np.cumsum([len(index.part(split)) for split in ("train", "val", "test")])
+
+    def image(position: int) -> tuple[str, int, str]:
+        """(split, class, path)"""
+        part = int(np.searchsorted(ends, position, side="right"))
+        split = ("train", "val", "test")[part]
+        row = position - (int(ends[part - 1]) if part else 0)
+        return split, int(index.part(split).targets[row]), index.part(split).paths[row]
+
+    for one, other in of_one_file(found):
+        (*first, path), (*second, again) = image(one), image(other)
+        if (may_repeat and first == second) or not is_same(index.root / path, index.root / again):
+            continue
+        texts = [f"'{file}' ({index.classes[target]}, {split})" for split, target, file in (image(one), image(other))]
+        raise DataError(
+            f"{index.root}: {texts[0]} and {texts[1]} are links to one file: an image listed more than once; remove "
+            "one of them, or name it in --exclude-list"
+        )

@@ -1,32 +1,34 @@
 """Images that a list takes out of a data set before it is split."""
 
-import csv
-import os
+import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from resnet_dist.data.manifest import Row
+from resnet_dist.data.same_file import Places
+from resnet_dist.data.table import OTHER_DELIMITERS, read_table
 from resnet_dist.errors import DataError
 from resnet_dist.reading import read_bounded
 from resnet_dist.wording import listed
 
 MAX_LIST_BYTES = 1 << 28
-Row = tuple[str, str, str | None]  # path relative to the root, label, split
 
 
-def leave_out(rows: Sequence[Row], file: Path) -> list[Row]:
-    """The rows without those whose paths the list names.
+def leave_out(rows: Sequence[Row], file: Path, root: Path) -> list[Row]:
+    """The rows without those whose files the list names, in any spelling; paths start at `root`.
 
     Raises DataError where the list cannot be read, names a path that is not there, or leaves a class empty.
     """
-    excluded = {os.path.normpath(path) for path in read_paths(file)}
-    unknown = sorted(excluded - {os.path.normpath(path) for path, _, _ in rows})
+    place = Places(root)
+    excluded = {place(path): path for path in read_paths(file)}
+    kept = [row for row in rows if place(row[0]) not in excluded]
+    unknown = sorted(excluded[key] for key in excluded.keys() - {place(path) for path, _, _ in rows})
     if unknown:
         raise DataError(
             f"{file}: {listed(unknown)} {'is' if len(unknown) == 1 else 'are'} not among the images; paths are "
             "relative to the root of the data, as in predictions.csv"
         )
-    kept = [row for row in rows if os.path.normpath(row[0]) not in excluded]
     empty = sorted({label for _, label, _ in rows} - Counter(label for _, label, _ in kept).keys())
     if empty:
         raise DataError(f"{file}: leaves no image of class {listed(empty)}")
@@ -37,12 +39,27 @@ def read_paths(file: Path) -> list[str]:
     """The paths of a CSV with a column `path`, or of a text file with one per line. Raises DataError."""
     try:
         text = read_bounded(file, MAX_LIST_BYTES).decode("utf-8-sig", errors="surrogateescape")
-        lines = text.splitlines(keepends=True)
-        columns = next(csv.reader(lines[:1]), [])
-        if "path" in columns:
-            return [row["path"] for row in csv.DictReader(lines) if row["path"]]
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}) (--exclude-list)") from None
-    except (ValueError, csv.Error) as error:
+    except ValueError as error:
         raise DataError(f"{file}: not a list of paths ({error}) (--exclude-list)") from None
-    return [line.rstrip("\r\n") for line in lines if line.strip()]
+    if "\0" in text:
+        raise DataError(f"{file}: it holds NUL characters, so it is not UTF-8 text: save it as UTF-8 (--exclude-list)")
+    lines = io.StringIO(text, newline="")
+    if not _is_table(lines.readline()):
+        lines.seek(0)
+        return [line.rstrip("\r\n") for line in lines if line.strip()]
+    lines.seek(0)
+    paths = []
+    for line, (path,) in read_table(f"{file} (--exclude-list)", lines, ("path",), ("path",)):
+        if not path.strip():
+            raise DataError(f"{file}, line {line}: the path is empty (--exclude-list)")
+        paths.append(path)
+    return paths
+
+
+def _is_table(header: str) -> bool:
+    """Whether a first line is a header with a column `path`, whatever separates its columns."""
+    for delimiter in OTHER_DELIMITERS:
+        header = header.replace(delimiter, ",")
+    return "path" in {cell.strip(' "\r\n') for cell in header.split(",")}

@@ -1,22 +1,21 @@
 """Which images there are, of which class, in which split: from folders or from a CSV manifest."""
 
-import csv
 import hashlib
 import os
 import re
-import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from resnet_dist.config import DataConfig
 from resnet_dist.data.exclude import leave_out
-from resnet_dist.data.split import assign
+from resnet_dist.data.manifest import SPLIT_NAMES, Row, appearance, lookalikes, read_manifest, stripped
+from resnet_dist.data.same_file import refuse_links
+from resnet_dist.data.split import assign, groups_note
 from resnet_dist.errors import DataError, UsageError
 from resnet_dist.run_folder import read_facts, to_csv, write_atomically
 from resnet_dist.wording import listed
@@ -36,13 +35,6 @@ EXTENSIONS = {
     ".pbm",
     ".pnm",
 }
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
-SPLIT_OF = {spelling: split for split, spellings in SPLIT_NAMES.items() for spelling in spellings}
-MAX_LINE = 1 << 20
 NOT_DATA = {"__macosx", "thumbs.db", "desktop.ini"}
 
 
@@ -75,11 +67,15 @@ class PathTable:
 
 @dataclass(frozen=True)
 class ImageTable:
-    """The images of one split: paths relative to `root`, and targets int64 (n,), each an index into the classes."""
+    """The images of one split: paths relative to `root`, and targets int64 (n,), each an index into the classes.
+
+    `notes` is what is to be said about how they were read.
+    """
 
     root: Path
     paths: PathTable
     targets: np.ndarray
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -115,9 +111,9 @@ class ImageIndex:
 class _Found:
     """Rows as they are found: (path relative to the root, label, split or None)."""
 
-    rows: list[tuple[str, str, str | None]] = field(default_factory=list)
-    ignored: Counter[str] = field(default_factory=Counter)
+    rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
 
 
 def read_index(cfg: DataConfig) -> ImageIndex:
@@ -128,7 +124,9 @@ def read_index(cfg: DataConfig) -> ImageIndex:
     data = Path(cfg.data or "")
     if not data.exists():
         raise DataError(f"{data}: there is no such folder or manifest")
-    root, found = (data.parent, _read_manifest(data)) if data.is_file() else (data, _read_folder(data))
+    root, found = (
+        (data.parent, _Found(*read_manifest(data, data.parent))) if data.is_file() else (data, _read_folder(data))
+    )
     if cfg.val_dir is not None:
         root, found = _with_val_dir(root, found, Path(cfg.val_dir))
     if not found.rows:
@@ -136,7 +134,7 @@ def read_index(cfg: DataConfig) -> ImageIndex:
             f"{data}: no images found{_ignored_text(found)}; one sub-folder per class is expected{_flat(data)}"
         )
     if cfg.exclude_list is not None:
-        before, found.rows = len(found.rows), leave_out(found.rows, Path(cfg.exclude_list))
+        before, found.rows = len(found.rows), leave_out(found.rows, Path(cfg.exclude_list), root)
         found.notes.append(f"{before - len(found.rows)} of {before} images left out (--exclude-list)")
     return _index(root, found, cfg)
 
@@ -155,8 +153,8 @@ def _index(root: Path, found: _Found, cfg: DataConfig) -> ImageIndex:
         )
         rows = [(path, label, "val" if split == "test" else split) for path, label, split in rows]
     elif "val" not in splits:
-        rows, note = _split_here(rows, cfg)
-        notes.append(note)
+        rows, said = _split_here(rows, cfg)
+        notes += said
     classes = tuple(sorted({label for _, label, split in rows if split == "train"}))
     _check_classes(rows, classes)
     notes += _confusable(classes)
@@ -168,20 +166,20 @@ def _index(root: Path, found: _Found, cfg: DataConfig) -> ImageIndex:
     return ImageIndex(root, classes, train, val, test, tuple(notes))
 
 
-def _split_here(
-    rows: list[tuple[str, str, str | None]], cfg: DataConfig
-) -> tuple[list[tuple[str, str, str | None]], str]:
+def _split_here(rows: list[Row], cfg: DataConfig) -> tuple[list[Row], list[str]]:
     """Take the validation part out of the training rows; rows that are marked as test stay so."""
     ours = [(path, label) for path, label, split in rows if split != "test"]
     shares = {"val": cfg.val_split}
-    parts = assign([p for p, _ in ours], [label for _, label in ours], shares, cfg.split_seed, cfg.group_by)
-    split_rows: list[tuple[str, str, str | None]] = [(*row, part) for row, part in zip(ours, parts, strict=True)]
+    paths = [path for path, _ in ours]
+    parts = assign(paths, [label for _, label in ours], shares, cfg.split_seed, cfg.group_by)
+    split_rows: list[Row] = [(*row, part) for row, part in zip(ours, parts, strict=True)]
     split_rows += [row for row in rows if row[2] == "test"]
     held_out = sum(part == "val" for part in parts)
-    return sorted(split_rows), f"{held_out} of {len(ours)} images held out for validation (seed {cfg.split_seed})"
+    note = f"{held_out} of {len(ours)} images held out for validation (seed {cfg.split_seed})"
+    return sorted(split_rows), [note, *groups_note(paths, cfg.group_by)]
 
 
-def _check_classes(rows: list[tuple[str, str, str | None]], classes: tuple[str, ...]) -> None:
+def _check_classes(rows: list[Row], classes: tuple[str, ...]) -> None:
     if len(classes) < 2:
         names = f"only one, '{classes[0]}'" if classes else "none"
         raise DataError(f"at least two classes with training images are needed, there is {names}")
@@ -194,15 +192,16 @@ def _check_classes(rows: list[tuple[str, str, str | None]], classes: tuple[str, 
 
 
 def _confusable(classes: Sequence[str]) -> Iterator[str]:
-    """A warning for names that differ only in case, or in how Unicode composes them: often one class in two folders."""
+    """A warning for names that differ only in case, blanks, or how Unicode composes them: often one class twice."""
     first: dict[str, str] = {}
     for name in classes:
-        other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        other = first.setdefault(appearance(name).casefold(), name)
         if other != name:
-            yield f"WARNING: the classes {listed([other, name])} differ only in case or in the encoding of letters"
+            names = listed([other, name])
+            yield f"WARNING: the classes {names} differ only in case, in blanks or in the encoding of letters"
 
 
-def _table(root: Path, rows: Sequence[tuple[str, str, str | None]], classes: tuple[str, ...], split: str) -> ImageTable:
+def _table(root: Path, rows: Sequence[Row], classes: tuple[str, ...], split: str) -> ImageTable:
     number = {name: index for index, name in enumerate(classes)}
     ours = [(path, number[label]) for path, label, part in rows if part == split]
     targets = np.array([target for _, target in ours], dtype=np.int64)
@@ -322,50 +321,6 @@ def _with_val_dir(root: Path, found: _Found, val_dir: Path) -> tuple[Path, _Foun
 # Manifests
 
 
-def _read_manifest(file: Path) -> _Found:
-    """Rows of a CSV with a header of path, label and maybe split. Paths are relative to the file's folder."""
-    found = _Found()
-    try:
-        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-            reader = csv.DictReader(_lines(file, stream))
-            columns = reader.fieldnames or []
-            if not {"path", "label"} <= set(columns):
-                raise DataError(
-                    f"{file}: a manifest is a CSV with the columns path,label[,split]; this one has {','.join(columns)}"
-                )
-            for number, row in enumerate(reader, 2):
-                found.rows.append(_manifest_row(file, number, row))
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
-    except csv.Error as error:
-        raise DataError(f"{file}: not a CSV file ({error})") from None
-    if len({path for path, _, _ in found.rows}) < len(found.rows):
-        counts = Counter(path for path, _, _ in found.rows)
-        raise DataError(f"{file}: '{max(counts, key=lambda path: counts[path] > 1)}' is listed more than once")
-    unsplit = sum(split is None for _, _, split in found.rows)
-    if 0 < unsplit < len(found.rows):
-        raise DataError(f"{file}: {unsplit} of {len(found.rows)} rows have no split: give all of them one, or none")
-    return found
-
-
-def _lines(file: Path, stream: TextIO) -> Iterator[str]:
-    """The lines of a file, none of them so long that it could fill the memory."""
-    while line := stream.readline(MAX_LINE):
-        if len(line) == MAX_LINE:
-            raise DataError(f"{file}: a line of more than {MAX_LINE} characters, so not a manifest")
-        yield line
-
-
-def _manifest_row(file: Path, number: int, row: dict[str, str]) -> tuple[str, str, str | None]:
-    path, label, split = row["path"], row["label"], (row.get("split") or "").strip().lower()
-    if not path or not label:
-        raise DataError(f"{file}, line {number}: path and label must not be empty")
-    known = SPLIT_OF.get(split)
-    if split and known is None:
-        raise DataError(f"{file}, line {number}: split '{split}' is not one of {', '.join(SPLIT_NAMES)}")
-    return path, sys.intern(label), known  # one str per class, not per image
-
-
 def write_manifest(file: Path, index: ImageIndex) -> None:
     """The split that is used, as a manifest: path (relative to the root of the index), label, split."""
     rows = [
@@ -384,7 +339,8 @@ def read_part(data: Path, split: str, classes: Sequence[str], root: Path | None 
     """
     if not data.exists():
         raise DataError(f"{data}: there is no such folder or manifest")
-    found = _read_manifest(data) if data.is_file() else _read_folder(data)
+    start = root or (data.parent if data.is_file() else data)
+    found = _Found(*read_manifest(data, start, exact=root is not None)) if data.is_file() else _read_folder(data)
     rows = sorted((row for row in found.rows if row[2] in (split, None)), key=lambda row: row[0])
     if not rows:
         raise DataError(f"{data}: no images in the {split} split{_ignored_text(found)}")
@@ -393,8 +349,11 @@ def read_part(data: Path, split: str, classes: Sequence[str], root: Path | None 
         raise DataError(
             f"{data}: class {listed(sorted(unknown))}, unknown to the model, which has {listed(list(classes))}"
         )
-    marked: list[tuple[str, str, str | None]] = [(path, label, split) for path, label, _ in rows]
-    return _table(root or (data.parent if data.is_file() else data), marked, tuple(classes), split)
+    marked: list[Row] = [(path, label, split) for path, label, _ in rows]
+    table = replace(_table(start, marked, tuple(classes), split), notes=tuple(found.notes))
+    if data.is_file() and root is None:
+        refuse_links(str(data), start, table.paths)
+    return table
 
 
 def read_run_part(run: Path, split: str, classes: Sequence[str]) -> ImageTable:
@@ -408,7 +367,8 @@ def read_run_part(run: Path, split: str, classes: Sequence[str]) -> ImageTable:
 
 
 def class_rows(folder: Path) -> list[tuple[str, str]]:
-    """(path, label) of the images of a folder of class folders. Raises DataError."""
+    """(path, label) of the images of a folder of class folders. Raises DataError, and UsageError if it is split."""
+    _refuse_split(folder)
     found = _Found()
     _read_classes(folder, folder, None, found)
     if not found.rows:
@@ -416,19 +376,33 @@ def class_rows(folder: Path) -> list[tuple[str, str]]:
     return sorted((path, label) for path, label, _ in found.rows)
 
 
+def _refuse_split(folder: Path) -> None:
+    splits = _split_folders(folder)
+    if "train" in splits or len(splits) > 1:
+        names = " and ".join(f"{splits[name].name}/" for name in splits)
+        one = splits.get("train", next(iter(splits.values())))
+        raise UsageError(f"{folder}: it is split already, into {names}; give one part to split, such as {one}")
+
+
 def flat_rows(folder: Path, pattern: str) -> list[tuple[str, str]]:
     """(path, label) of the images below a flat folder, the label being the first group of `pattern` in the file name.
 
-    Raises DataError naming the first file that the pattern does not fit.
+    Labels are taken without the blanks around them. Raises DataError naming the first file that the pattern does not
+    fit, and UsageError if the folder is split.
     """
+    _refuse_split(folder)
     found, rows = _Found(), []
     for path in _images_below(folder, found):
         match = re.search(pattern, Path(path).name)
-        if match is None or not match[1]:
+        label = stripped((match[1] if match else None) or "")
+        if not label:
             raise DataError(f"{path}: --label-by '{pattern}' finds no label in this name")
-        if match[1] in (".", ".."):
-            raise DataError(f"{path}: its label would be '{match[1]}', which as a folder is another one")
-        rows.append((os.path.relpath(path, folder), match[1]))
+        if label.startswith("."):
+            raise DataError(f"{path}: its label would be '{label}', which as a folder is hidden or another one")
+        rows.append((os.path.relpath(path, folder), label))
     if not rows:
         raise DataError(f"{folder}: no images found{_ignored_text(found)}")
+    alike = lookalikes(label for _, label in rows)
+    if alike is not None:
+        raise DataError(f"{folder}: the labels {alike[0]!a} and {alike[1]!a} look the same; rename the files")
     return sorted(rows)

@@ -3,9 +3,9 @@
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from resnet_dist.errors import DataError
+from resnet_dist.errors import DataError, UsageError
 
 
 def assign(
@@ -22,8 +22,11 @@ def assign(
     operating system matters, and images added later move few of the old ones. With `group_by`, a regular expression
     on the path, images with equal matches stay together, and the shares hold as nearly as the groups allow.
 
-    Raises DataError where a class (or, with groups, the data) is too small for the parts asked for.
+    Raises DataError where a class (or, with groups, the data) is too small for the parts asked for, and UsageError
+    where `group_by` matches no path.
     """
+    if group_by is not None and paths and not any(_matched(path, group_by) for path in paths):
+        raise UsageError(f"--group-by '{group_by}' matches none of the {len(paths)} paths, such as '{paths[0]}'")
     groups: dict[str, list[int]] = defaultdict(list)
     for index, path in enumerate(paths):
         groups[_group(path, group_by)].append(index)
@@ -57,6 +60,20 @@ def _give_to_absent(labels: Sequence[str], parts: list[str], ordered: Sequence[S
         having = [group for group in spare if any(labels[index] == label for index in group)]
         for index in min(having, key=len, default=()):
             parts[index] = part
+
+
+def groups_note(paths: Sequence[str], group_by: str | None) -> Iterator[str]:
+    """A warning where `group_by` leaves some images without a group."""
+    without = [path for path in paths if group_by is not None and not _matched(path, group_by)]
+    if without:
+        yield (
+            f"WARNING: --group-by '{group_by}' matches {len(paths) - len(without)} of {len(paths)} paths; each of the "
+            f"others, such as '{without[0]}', is a group of its own"
+        )
+
+
+def _matched(path: str, pattern: str) -> bool:
+    return re.search(pattern, path) is not None
 
 
 def _group(path: str, pattern: str | None) -> str:

@@ -97,7 +97,9 @@ def main(configs: Sequence[Config]) -> int:
         for config in configs:
             train(training(config, 0, folder))
         return 0
-    others = [Path(run) for run in dict.fromkeys(cfg.runs)]
+    others = [Path(run) for run in cfg.runs]
+    planned = [Path(training(config, seed, folder).run.output_dir or "") for config, seed in trainings]
+    on_main(accelerator, lambda: check_distinct([*planned, *others]))
     on_main(accelerator, lambda: prepare(folder, configs if trainings else [], others))
     done: dict[str, list[Path]] = {}
     diverged = []
@@ -124,6 +126,15 @@ def training(cfg: Config, number: int, folder: Path) -> TrainConfig:
     )
     fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(TrainConfig)}
     return TrainConfig(**{**fields, "run": run})
+
+
+def check_distinct(runs: Sequence[Path]) -> None:
+    """Raises UsageError where one run folder is named twice, in whatever spelling: it would count as two seeds."""
+    first: dict[Path, Path] = {}
+    for run in runs:
+        other = first.setdefault(run.resolve(), run)
+        if other is not run:
+            raise UsageError(f"--runs {run}: the same run as {other}, which would count twice; name it once")
 
 
 def prepare(folder: Path, configs: Sequence[Config], others: Sequence[Path]) -> None:

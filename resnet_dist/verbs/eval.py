@@ -113,6 +113,9 @@ def main(cfg: Config) -> int:
     file = run if run.is_file() or cfg.is_file else run / "checkpoints" / "best.safetensors"
     subject = load_exported(file) if cfg.is_exported else load_network(accelerator, file, cfg.calibrate)
     table = on_main(accelerator, lambda: find_table(cfg, run, subject.classes))
+    display = Display(accelerator.is_main_process)
+    for note in table.notes:
+        display.say(note)
     loader = make_loader(accelerator, cfg, table, subject.spec)
     model, temperature = subject.model.to(accelerator.device), subject.temperature
     if cfg.tta != "none":  # it tempers every view; the mean is not tempered again
@@ -129,7 +132,7 @@ def main(cfg: Config) -> int:
     )
     rows = on_main(accelerator, lambda: write(cfg, file, subject, table, records))
     title = f"{file}: {len(table)} {cfg.split} images, float32; in brackets 95 % intervals"
-    Display(accelerator.is_main_process).table(title, rows)
+    display.table(title, rows)
     return 0
 
 

@@ -32,7 +32,8 @@ class Config:
     group_by: str | None = None
     """Regular expression on the relative path; images whose matches are equal stay in one part."""
     label_by: str | None = None
-    """Regular expression on the file name, its first group being the label: "^(cat|dog)" for cat.0.jpg."""
+    """Regular expression on the file name, its first group being the label: "^(cat|dog)" for cat.0.jpg; blanks around
+    the label are left out."""
     how: Literal["manifest", "link", "copy"] = "manifest"
     """manifest: a CSV of path,label,split; link: folders of symbolic links; copy: folders of copies."""
 
@@ -58,14 +59,18 @@ class Config:
 def main(cfg: Config) -> int:
     """Split and write. Returns the exit code."""
     from resnet_dist.data.index import class_rows, flat_rows
-    from resnet_dist.data.split import assign
+    from resnet_dist.data.same_file import refuse_links
+    from resnet_dist.data.split import assign, groups_note
 
     source, out = Path(cfg.source or ""), Path(cfg.out or "")
-    if out.exists():
-        raise UsageError(f"{out}: it exists already; nothing is overwritten, choose another name")
+    check_places(source, out, cfg.how)
     found = class_rows(source) if cfg.label_by is None else flat_rows(source, cfg.label_by)
+    paths = [path for path, _ in found]
+    refuse_links(str(source), source, paths)
     shares = {"val": cfg.val, "test": cfg.test}
-    parts = assign([path for path, _ in found], [label for _, label in found], shares, cfg.seed, cfg.group_by)
+    parts = assign(paths, [label for _, label in found], shares, cfg.seed, cfg.group_by)
+    for note in groups_note(paths, cfg.group_by):
+        print(note)
     rows = [(path, label, part) for (path, label), part in zip(found, parts, strict=True)]
     if cfg.how == "manifest":
         _write_manifest(source, out, rows)
@@ -75,6 +80,16 @@ def main(cfg: Config) -> int:
     described = ", ".join(f"{counts[part]} {part}" for part in ("train", "val", "test") if counts[part])
     print(f"{out}: {len(rows)} images of {len({label for _, label, _ in rows})} classes: {described}")
     return 0
+
+
+def check_places(source: Path, out: Path, how: str) -> None:
+    """Raises UsageError where SOURCE is no folder, or OUT is there already or would become a part of SOURCE."""
+    if source.is_file():
+        raise UsageError(f"{source}: SOURCE must be a folder; a manifest has its split in a column `split`")
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out}: it exists already; nothing is overwritten, choose another name")
+    if how != "manifest" and out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{out}: it is inside {source}, where it would be one more class; choose a folder outside")
 
 
 def _write_manifest(source: Path, out: Path, rows: Sequence[Row]) -> None:

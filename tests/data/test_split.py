@@ -122,7 +122,7 @@ def test_every_part_has_a_group_where_there_are_groups_enough(groups: int, size:
 
 def test_a_path_without_a_match_is_a_group_of_its_own() -> None:
     paths, labels = images(a=50)
-    assert assign(paths, labels, {"val": 0.2}, 0, "patient") == assign(paths, labels, {"val": 0.2}, 0)
+    assert assign(paths, labels, {"val": 0.2}, 0, "a/0000") == assign(paths, labels, {"val": 0.2}, 0)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +279,10 @@ def test_nothing_is_overwritten(photos: Path, refused: Callable[..., str], how: 
         (2, ["photos", "out.csv", "--val", "0"], "their sum must be between 0 and 1"),
         (2, ["photos", "out.csv", "--label-by", "^cat"], "has no group"),
         (2, ["photos", "out.csv", "--group-by", "("], "is not a regular expression"),
+        (2, ["photos", "photos/out", "--how", "copy"], "photos/out: it is inside photos"),
+        (2, ["photos", "photos/cat/../new/out", "--how", "link"], "it is inside photos"),
+        (2, ["photos/cat/train000.png", "out.csv"], "SOURCE must be a folder"),
+        (2, ["photos", "out.csv", "--group-by", "patient"], "--group-by 'patient' matches none of the 30 paths"),
         (3, ["nowhere", "out.csv"], "nowhere: cannot be listed"),
         (3, ["photos/cat", "out.csv"], "no images found"),
         (3, ["photos", "out.csv", "--label-by", "^(lion)"], "finds no label in this name"),
@@ -299,3 +303,43 @@ def test_split_refuses_in_one_line(
     assert reason in said
     assert len(said.splitlines()) == 1
     assert sorted(file.name for file in photos.parent.iterdir()) == ["photos"]
+
+
+@pytest.mark.parametrize("how", ["manifest", "copy"])
+@pytest.mark.parametrize("parts", [("train", "val"), ("Training", "test"), ("train",), ("test", "valid")])
+def test_a_folder_that_is_split_is_refused(
+    tmp_path: Path, refused: Callable[..., str], parts: Sequence[str], how: str
+) -> None:
+    """Its parts are no classes; one of them can be split."""
+    for seed, part in enumerate(parts):
+        for name in ("cat", "dog"):
+            for i in range(3):
+                write_image(tmp_path / "photos" / part / name / f"{name}{i}.png", seed)
+    out = tmp_path / ("out.csv" if how == "manifest" else "out")
+    for more in ([], ["--label-by", "^(cat|dog)"]):
+        said = refused(2, "split", tmp_path / "photos", out, "--how", how, *more)
+        assert "it is split already" in said and str(tmp_path / "photos" / parts[0]) in said
+    assert main(["split", str(tmp_path / "photos" / parts[0]), str(out), "--how", how]) == 0
+
+
+def test_split_refuses_an_image_that_is_there_twice(photos: Path, refused: Callable[..., str]) -> None:
+    (photos / "dog" / "link.png").symlink_to(photos / "cat" / "train003.png")
+    said = refused(3, "split", photos, photos.parent / "out.csv")
+    assert "'cat/train003.png' and 'dog/link.png' are links to one file" in said
+
+
+def test_labels_from_names_are_without_blanks(tmp_path: Path, refused: Callable[..., str]) -> None:
+    for i in range(6):
+        write_image(tmp_path / "flat" / f"cat{' ' * (i % 2)}{i}.png", seed=i)
+        write_image(tmp_path / "flat" / f"dog{i}.png", seed=10 + i)
+    assert main(["split", str(tmp_path / "flat"), str(tmp_path / "s.csv"), "--label-by", r"^(\D+)"]) == 0
+    assert split_index(tmp_path / "s.csv").classes == ("cat", "dog")
+    write_image(tmp_path / "flat" / "\u00e9mu.png", seed=20)
+    write_image(tmp_path / "flat" / "e\u0301mu.png", seed=21)
+    said = refused(3, "split", tmp_path / "flat", tmp_path / "t.csv", "--label-by", r"^([^\d.]+)")
+    assert "look the same" in said and "\\xe9mu" in said
+
+
+def test_images_without_a_group_are_a_warning(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["split", str(photos), str(photos.parent / "s.csv"), "--group-by", r"cat/train00[01]"]) == 0
+    assert "WARNING: --group-by 'cat/train00[01]' matches 2 of 30 paths" in capsys.readouterr().out
