@@ -163,6 +163,8 @@ class ToInput:
 
     def __init__(self, spec: Preprocessing, device: torch.device) -> None:
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (spec.mean, spec.std))
+        # On the device: by a number of the host, CUDA multiplies with the reciprocal, and half of the bits differ.
+        self.largest = torch.tensor(255.0, device=device)
         self.rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, batch: Batch) -> torch.Tensor:
@@ -172,7 +174,7 @@ class ToInput:
             images = mirrored(images, batch.flip)
         rows = images.flatten(2).to(torch.float32)
         mean, std = self._row(images.shape[2])
-        values = rows.div_(255).sub_(mean).div_(std).view(images.shape)
+        values = rows.div_(self.largest).sub_(mean).div_(std).view(images.shape)
         if batch.mix is not None:
             values = _mix(values, batch.mix)
         return values.permute(0, 3, 1, 2)
