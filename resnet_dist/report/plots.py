@@ -27,6 +27,11 @@ def _figure(
     return figure, list(axes.flat)
 
 
+def _save(figure: Figure, file: Path, dpi: int) -> None:
+    """Write a PNG. The constrained layout has made room for everything: no `bbox_inches="tight"`, which draws twice."""
+    figure.savefig(file, dpi=dpi, pil_kwargs={"compress_level": 3})
+
+
 def curves(file: Path, epochs: Sequence[Mapping[str, float]]) -> None:
     """Loss and accuracy of every epoch, training and validation; a dashed line where a phase begins."""
     figure, (left, right) = _figure(1, 2, 10, 4)
@@ -42,7 +47,7 @@ def curves(file: Path, epochs: Sequence[Mapping[str, float]]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(file, dpi=120, bbox_inches="tight")
+    _save(figure, file, 120)
 
 
 def learning_rates(file: Path, steps: Sequence[Mapping[str, Any]]) -> None:
@@ -58,7 +63,7 @@ def learning_rates(file: Path, steps: Sequence[Mapping[str, Any]]) -> None:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=120, bbox_inches="tight")
+    _save(figure, file, 120)
 
 
 def lr_range(
@@ -78,7 +83,7 @@ def lr_range(
     axes.set_ylim(top=min(max(losses), 2.5 * losses[0]))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=120, bbox_inches="tight")
+    _save(figure, file, 120)
 
 
 def compared_curves(file: Path, techniques: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> None:
@@ -104,7 +109,7 @@ def compared_curves(file: Path, techniques: Mapping[str, Sequence[Sequence[Mappi
     legend = right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     for text in legend.get_texts():
         text.set_parse_math(False)
-    figure.savefig(file, dpi=120, bbox_inches="tight")
+    _save(figure, file, 120)
 
 
 def confusion_matrix(file: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
@@ -124,7 +129,7 @@ def confusion_matrix(file: Path, counts: np.ndarray, classes: Sequence[str]) -> 
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
     axes.set(xlabel="predicted", ylabel="true")
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    figure.savefig(file, dpi=100, bbox_inches="tight")
+    _save(figure, file, 100)
 
 
 def image_grid(
@@ -145,7 +150,7 @@ def image_grid(
         text = axes.text(left + 1.2, top - 0.05, title, ha="center", va="bottom", fontsize=9, color=colour)
         text.set_parse_math(False)  # a class may be called $5
     axes.set(xlim=(0, 2.6 * columns), ylim=(3.1 * rows, 0))
-    figure.savefig(file, dpi=100)
+    _save(figure, file, 100)
 
 
 def reliability_diagram(file: Path, found: Reliability) -> None:
@@ -170,7 +175,7 @@ def reliability_diagram(file: Path, found: Reliability) -> None:
     above.legend(loc="upper left")
     below.bar(middle, found.images, 0.94 * width, color="grey")
     below.set(xlim=(0, 1), xlabel="confidence of the best class", ylabel="images")
-    figure.savefig(file, dpi=100, bbox_inches="tight")
+    _save(figure, file, 100)
 
 
 def embedding_map(file: Path, features: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> None:
@@ -190,7 +195,7 @@ def embedding_map(file: Path, features: np.ndarray, targets: np.ndarray, classes
         legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
         for text in legend.get_texts():
             text.set_parse_math(False)
-    figure.savefig(file, dpi=100, bbox_inches="tight")
+    _save(figure, file, 100)
 
 
 def principal_axes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

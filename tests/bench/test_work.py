@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_dist.bench.work import Operation, bytes_moved, flops, least_seconds, operations
-from resnet_dist.config import ARCHITECTURES, STAGES, Phase
+from resnet_dist.config import STAGES, Phase
 from resnet_dist.model.parts import cut
 from resnet_dist.model.resnet import Architecture, build, empty
 from resnet_dist.model.trainable import set_trainable, train_mode
@@ -31,9 +31,9 @@ def counted(model: nn.Module, x: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("first", STAGES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_flops_are_those_that_torch_counts(name: str, first: str) -> None:
-    """For every network and every first stage that learns."""
+    """For both kinds of block and every first stage that learns."""
     phase = Phase(trainable=" ".join(STAGES[STAGES.index(first) :]))
     model = empty(architecture(name))
     set_trainable(model, phase)

@@ -48,17 +48,18 @@ def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ..
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=["resnet18", "resnet50"])
 def network(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
-    """Each architecture with the linear head and the standard stem, as if trained; not to be changed by a test."""
+    """Both kinds of block, with the linear head and the standard stem, as if trained; not to be changed by a test."""
     torch.manual_seed(0)
     model = build(architecture(request.param))
     randomise_statistics(model)
     return request.param, model.eval()
 
 
-def test_parameters_bear_torchvisions_names_and_shapes(network: tuple[str, nn.Module]) -> None:
-    name, model = network
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_parameters_bear_torchvisions_names_and_shapes(name: str) -> None:
+    model = empty(architecture(name))
     with torch.device("meta"):
         plain = getattr(torchvision.models, name)(num_classes=CLASSES)
     assert list(shapes(model.state_dict()).items()) == list(shapes(plain.state_dict()).items())
@@ -98,7 +99,7 @@ def test_empty_network_has_the_names_and_shapes_of_the_real_one(stem: str, head:
     assert shapes(empty(made).state_dict()) == shapes(build(made).state_dict())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_small_stem_keeps_32_pixels_until_layer2(name: str) -> None:
     """Feature maps of 32, 16, 8 and 4 pixels: the ResNet that is usual for CIFAR."""
     model = empty(architecture(name, stem="small"))
@@ -136,9 +137,9 @@ def test_other_heads_stand_on_torchvisions_features(name: str, head: str) -> Non
     assert expected.shape == (3, CLASSES)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["resnet34", "resnet101"])
 @pytest.mark.parametrize("head", ["mlp", "concat-pool"])
-def test_every_head_gives_logits_of_every_architecture(name: str, head: str) -> None:
+def test_every_head_gives_logits_on_every_kind_of_block(name: str, head: str) -> None:
     model = empty(architecture(name, head, classes=11))
     assert model(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 11)
 
