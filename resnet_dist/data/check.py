@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from export.predict import ORIENTATION, ImageError, Preprocessing, decode, opened
+from export.predict import ORIENTATION, ImageError, Preprocessing, decoded, opened
 from resnet_dist import launcher
 from resnet_dist.config import DataConfig
 from resnet_dist.data.index import ImageIndex, ImageTable, PathTable
@@ -63,14 +63,11 @@ def look(root: Path, path: str, label: str, split: str, full: bool) -> Finding:
         usual = EXTENSION_OF.get(facts["format"], (f".{facts['format'].lower()}",))
         facts["wrong_extension"] = file.suffix.lower() not in usual
         if full:
-            data = file.read_bytes()
-            decoded = decode(data)
-            thumbnail = decoded.resize((4, 4), Image.Resampling.BOX).tobytes().hex()
-            facts |= {
-                "sha256": hashlib.sha256(data).hexdigest(),
-                "dhash": difference_hash(decoded),
-                "thumbnail": thumbnail,
-            }
+            with file.open("rb") as stream:
+                facts["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+            with decoded(file) as image:
+                facts["dhash"] = difference_hash(image)
+                facts["thumbnail"] = image.resize((4, 4), Image.Resampling.BOX).tobytes().hex()
     except ImageError as error:
         return Finding(path, label, split, error=str(error))
     except OSError as error:

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from export.predict import ORIENTATION, ImageError, Preprocessing, decode, fit, opened, to_rgb, upright
+from export.predict import ORIENTATION, ImageError, Preprocessing, decode, decoded, fit, opened, to_rgb, upright
 from resnet_dist.data.index import ImageTable
 from resnet_dist.errors import DataError
 
@@ -36,8 +36,8 @@ def load_image(table: ImageTable, index: int) -> Image.Image:
 
 def load_fitted(table: ImageTable, index: int, spec: Preprocessing) -> np.ndarray:
     """Image number `index` in the evaluation geometry, uint8 (img_size, img_size, 3). Raises DataError."""
-    with naming_the_file(table, index):
-        return fit(decode(table.root / table.paths[index]), spec)
+    with naming_the_file(table, index), decoded(table.root / table.paths[index]) as image:
+        return fit(image, spec)
 
 
 def load_whole(table: ImageTable, index: int, least: int = 0) -> np.ndarray:
