@@ -73,8 +73,6 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
-    if cfg.deterministic:  # cuBLAS reads this when it is first used, and is not deterministic without it
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     torch.backends.cudnn.benchmark = not cfg.deterministic  # the shapes of training never change
     processes = accelerator.num_processes
