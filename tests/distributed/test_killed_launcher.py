@@ -1,8 +1,10 @@
-"""A launcher that is killed without warning, at whatever moment, leaves nobody behind and costs no bit of the run."""
+"""A launcher or a process that is killed, at whatever moment, leaves nobody behind and costs no bit of the run."""
 
+import os
 import random
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -97,3 +99,95 @@ def test_a_killed_launcher_leaves_nobody(
     for line in kill_and_resume(arguments, run, random.Random(0), KILLS, duration):
         print(line)
     assert outcome(run) == outcome(whole)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("seconds", [0.0, 5.0])
+def test_a_process_that_is_killed_while_it_starts(seconds: float, folder: Path, tmp_path: Path) -> None:
+    """The launcher ends the other one with a signal, which must not wait for a loop that never begins."""
+    mark = uuid.uuid4().hex
+    launcher = start_marked(["train", str(folder), *EVERYTHING, "-o", str(tmp_path / "run")], mark)
+    try:
+        while len(ranks := psutil.Process(launcher.pid).children()) < 2:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        ranks[1].kill()
+        began = time.monotonic()
+        seconds_until_gone(mark)
+        assert time.monotonic() - began < SECONDS_TO_BE_GONE
+    finally:
+        end(launcher)
+
+
+# Without torch: a main thread that does not run Python, as in a library that waits for other processes.
+
+STUCK = """
+import ctypes, os, signal, sys, threading
+from resnet_dist import launcher, stop
+launcher._parent_is_python = lambda: True
+stop.end_with_launcher()
+stop.SECONDS_TO_LEAVE = stop.SECONDS_TO_SAVE = 0.5
+with stop.stop_requests() as requests:
+    requests.on_exit = lambda code, reason: print(code, reason, flush=True)
+    requests.is_read = "training" in sys.argv
+    if "told" in sys.argv:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    print("waiting", flush=True)
+    mutex = ctypes.create_string_buffer(256)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)  # for ever, and signals do not interrupt it
+"""
+
+
+def test_a_process_that_cannot_react_is_ended() -> None:
+    done = subprocess.run([sys.executable, "-c", STUCK, "told"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stdout == "waiting\n143 stopped by SIGTERM before the first step\n", done.stderr
+
+
+PARENT = """
+import os, signal, subprocess, sys
+child = subprocess.Popen(sys.argv[1:], start_new_session=True, stdout=subprocess.PIPE, text=True)
+print(child.pid, child.stdout.readline().strip(), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ctypes deadlocks differently")
+@pytest.mark.parametrize("state", ["training", "starting"])
+def test_a_process_that_cannot_react_ends_with_its_launcher(state: str) -> None:
+    command = [sys.executable, "-c", PARENT, sys.executable, "-c", STUCK, state]
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        pid, word = parent.stdout.readline().split()
+        assert word == "waiting"
+        child = psutil.Process(int(pid))
+        time.sleep(0.2)
+        assert child.is_running()
+        parent.kill()
+    assert psutil.wait_procs([child], timeout=10)[1] == []
+
+
+ORPHAN = """
+import os, sys, time
+from resnet_dist import launcher, stop
+while os.getppid() == int(sys.argv[2]):
+    time.sleep(0.01)
+if launcher._parent_is_python():
+    print("adopted by Python", flush=True)
+else:
+    stop.end_with_launcher()
+    print("it went on", flush=True)
+"""
+
+
+def test_a_process_whose_launcher_had_ended_before_it_could_ask() -> None:
+    """As when it is killed while Python starts: the first thing is to see that it is gone."""
+    start = "import os, subprocess, sys; subprocess.Popen([*sys.argv[1:], str(os.getpid())], start_new_session=True)"
+    command = [sys.executable, "-c", start, sys.executable, "-c", ORPHAN, "orphan"]
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment).stdout
+    if said == "adopted by Python\n":
+        pytest.skip("the first process of this machine is in Python, as a launcher is")
+    assert said == ""
