@@ -98,10 +98,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prepare(network: str, options: argparse.Namespace, folder: Path) -> None:
-    """A run and its files. The accuracy of a network that was hardly trained is no reason to refuse them."""
+    """A run and its files. int8 of a network that was hardly trained is not refused here, whatever it gives."""
     train = [*shlex.split(f"{TRAIN} {options.train_options}"), "--model", network]
     run_program("train", options.data, *train, "-o", folder / "run")
-    run_program("export", folder / "run", "--int8", "--max-accuracy-drop", "100", "-o", folder / "float")
+    int8 = ["--int8", "--max-accuracy-drop", "100", "--min-agreement", "0"]
+    run_program("export", folder / "run", *int8, "-o", folder / "float")
     run_program("export", folder / "run", "--preprocess-in-graph", "-o", folder / "in-graph")
 
 

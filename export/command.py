@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from resnet_dist.data.index import ImageTable
     from resnet_dist.train.checkpoint import Description
 
+REPORT = "export_report.json"
 MIN_CALIBRATION = 64
+MIN_AGREEMENT = 90.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +45,17 @@ class Config:
     fp16: bool = option(False, "--half")
     """Also write model.fp16.onnx."""
     int8: bool = False
-    """Also write model.int8.onnx, calibrated on training images."""
-    reduce_range: bool = False
-    """7-bit weights in int8, for CPUs without VNNI."""
+    """Also write model.int8.onnx, calibrated on training images. It is kept only if it agrees with float32."""
+    reduce_range: bool = True
+    """7-bit weights in int8, so that it gives the same on every CPU; without it, only on ARM and x86 with VNNI."""
     calibration_images: int = 128
     """Training images that int8's ranges are taken from."""
     images: int = 64
     """Validation images for the gate on the float32 file."""
     full: bool = False
     """All of them."""
+    min_agreement: float = MIN_AGREEMENT
+    """Percent of the validation images whose top-1 int8 must share with float32, at the interval's lower end."""
     max_accuracy_drop: float = 1.0
     """Points of top-1 that int8 may lose, beyond what the number of images can resolve."""
     time: bool = False
@@ -65,9 +69,9 @@ class Config:
             yield "RUN is missing: a run folder or a checkpoint"
         yield from out_of_range(self, 1, math.inf, "images", "threads")
         yield from out_of_range(self, MIN_CALIBRATION, math.inf, "calibration_images")
-        yield from out_of_range(self, 0, 100, "max_accuracy_drop")
-        if self.reduce_range and not self.int8:
-            yield "--reduce-range belongs to --int8"
+        yield from out_of_range(self, 0, 100, "max_accuracy_drop", "min_agreement")
+        if not self.reduce_range and not self.int8:
+            yield "--no-reduce-range belongs to --int8"
 
 
 def main(cfg: Config) -> int:
@@ -92,32 +96,44 @@ def main(cfg: Config) -> int:
         raise MachineError(f"{out}: cannot be written ({error.strerror})") from None
     try:
         report = fill(made, cfg, checkpoint, model, description)
-        if not report["passed"]:
-            keep_report(made, out)
-            raise ArtifactError(
-                f"the gate refused the export: {report['problems'][0]}; {out}/export_report.json has all"
-            )
-        put_in_place(made, out)
+        can_stay = (out / "model.onnx").exists()  # an export that a refused one does not replace
+        written = report["passed"] or not (can_stay or "model.onnx" in report["refused"])
+        if written:
+            put_in_place(made, out)
+        else:
+            report_file = keep_report(made, out)
     except OSError as error:
         raise MachineError(f"{out}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    print(f"written to {out}: {', '.join(f'{name} ({size} MiB)' for name, size in report['files_mib'].items())}")
+    if not written:
+        stays = "; the export that is there stays as it was" if report_file.name != REPORT else ""
+        raise ArtifactError(f"the gate refused the export: {report['problems'][0]}{stays}; {report_file} has all")
+    kept = {name: size for name, size in report["files_mib"].items() if name not in report["refused"]}
+    print(f"written to {out}: {', '.join(f'{name} ({size} MiB)' for name, size in kept.items())}")
+    if report["refused"]:
+        passed = ", ".join(kept)
+        raise ArtifactError(f"the gate refused {report['problems'][0]}; {passed} passed and is in {out}")
     if cfg.time:
-        print_times(out, list(report["files_mib"]), cfg.threads or launcher.cores())
+        print_times(out, list(kept), cfg.threads or launcher.cores())
     return 0
 
 
-def keep_report(made: Path, out: Path) -> None:
-    """Leave only the report of a refused export; a report of an export that stands there is not touched."""
+def keep_report(made: Path, out: Path) -> Path:
+    """Leave only the report of a refused export, and return its path; an export that is there is not touched."""
     out.mkdir(exist_ok=True)
-    name = "export_report.failed.json" if (out / "model.onnx").exists() else "export_report.json"
-    shutil.copyfile(made / "export_report.json", out / name)
+    file = out / ("export_report.failed.json" if (out / "model.onnx").exists() else REPORT)
+    shutil.copyfile(made / REPORT, file)
+    return file
 
 
 def fill(made: Path, cfg: Config, checkpoint: Path, model: "nn.Module", description: "Description") -> dict[str, Any]:
-    """Write the model files and prove them; side files too if all pass. Returns the report."""
+    """Write the model files and prove them; those that are refused are removed. Returns the report.
+
+    If model.onnx passes, the side files are written too. Raises ResnetDistError.
+    """
     from export.bundle import sizes, write_side_files
+    from export.quantize import may_saturate
     from export.to_onnx import describe, graph_of, runtime_logits, self_test_logits
     from export.verify import check_equality, compare_smaller
     from resnet_dist.evaluate.calibrate import read_calibration
@@ -144,13 +160,19 @@ def fill(made: Path, cfg: Config, checkpoint: Path, model: "nn.Module", descript
             expected = runtime_logits(small, self_test_feed(made))[0]
             smaller = describe(description, checkpoint, name.split(".")[1], in_graph, expected, calibration)
             write_model(made / name, small, smaller)
-            reports[name] = compare_smaller(made / "model.onnx", made / name, table, labelled, cfg.max_accuracy_drop)
+            limits = (cfg.max_accuracy_drop, cfg.min_agreement)
+            reports[name] = compare_smaller(made / "model.onnx", made / name, table, labelled, *limits)
             print(f"{name:<16} {reports[name]}")
+            if may_saturate(small):
+                print(f"{name:<16} 8-bit weights: on x86 CPUs without VNNI it can give other classes than here")
     problems = [f"{name}: {problem}" for name, part in reports.items() for problem in part.problems]
-    report: dict[str, Any] = {"passed": not problems, "problems": problems, "gate_images": source}
+    refused = [name for name, part in reports.items() if part.problems]
+    report: dict[str, Any] = {"passed": not refused, "refused": refused, "problems": problems, "gate_images": source}
     report |= {name: part.to_dict() for name, part in reports.items()} | {"files_mib": sizes(made, list(reports))}
-    (made / "export_report.json").write_text(to_json(report))
-    if not problems:
+    (made / REPORT).write_text(to_json(report))
+    for name in refused:
+        (made / name).unlink()
+    if "model.onnx" not in refused:
         write_side_files(made, metadata)
     return report
 

@@ -19,6 +19,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 
 from export.to_onnx import cleaned
 
+SAFE_WEIGHT = 64  # 255 * (64 + 64) < 2**15 <= 255 * (65 + 64)
 AROUND = ("Transpose", "Cast", "Sub", "Div", "Softmax")  # what FromPixels puts around the network
 
 
@@ -43,12 +44,15 @@ def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
     return cleaned(sorted_.model)
 
 
-def to_int8(graph: onnx.ModelProto, inputs: Sequence[np.ndarray], reduce_range: bool) -> onnx.ModelProto:
+def to_int8(graph: onnx.ModelProto, inputs: Sequence[np.ndarray], reduce_range: bool = True) -> onnx.ModelProto:
     """The graph with 8-bit products, in QDQ form.
 
     Activations are unsigned and weights signed, per channel: with signed activations onnxruntime on x86 leaves half of
     the convolutions in float. `inputs` are what the ranges are taken from, each one image as the graph takes it.
-    `reduce_range` takes 7-bit weights, for CPUs whose products saturate (without VNNI).
+
+    On x86 CPUs without VNNI, onnxruntime adds two neighbouring products of such bytes in 16 bits, and a sum that does
+    not fit is clamped (saturates). `reduce_range` limits weights to -64..64 (7 bits), so that every sum fits: the file
+    gives the same on every CPU. Without it, see `may_saturate`.
     """
     name = graph.graph.input[0].name
     around = [node.name for node in graph.graph.node if node.op_type in AROUND]
@@ -69,3 +73,10 @@ def to_int8(graph: onnx.ModelProto, inputs: Sequence[np.ndarray], reduce_range: 
             nodes_to_exclude=around,
         )
         return cleaned(onnx.load(quantized))
+
+
+def may_saturate(graph: onnx.ModelProto) -> list[str]:
+    """Names of the 8-bit weights whose products with unsigned activations can saturate on x86 CPUs without VNNI."""
+    bytes_ = [t for t in graph.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
+    largest = {t.name: np.abs(onnx.numpy_helper.to_array(t).astype(np.int16)).max(initial=0) for t in bytes_}
+    return [name for name, weight in largest.items() if weight > SAFE_WEIGHT]

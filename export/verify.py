@@ -1,5 +1,6 @@
 """The gate: a file gets its name only once it is shown to equal training on real images, from files to labels."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from resnet_dist.data.index import ImageTable
 from resnet_dist.data.loader import EvalImages
 from resnet_dist.data.transforms import Batch, ToInput
 from resnet_dist.errors import DataError
-from resnet_dist.evaluate.intervals import paired_drop, wilson
+from resnet_dist.evaluate.intervals import Z95, paired_drop, wilson
 from resnet_dist.model.parts import cut
 
 LOGITS, PROBABILITIES = 1e-4, 1e-4  # the first as a share of max(1, the largest logit)
@@ -161,48 +162,49 @@ def _compare_outputs(
 
 @dataclass
 class Loss:
-    """What a smaller file costs, over the same images as the float32 file."""
+    """What a smaller file costs, measured on the same images as the float32 file."""
 
     images: int
-    agreement: float
+    agreement: float  # share of the images with the same top-1 as the float32 file
     agreement_interval: tuple[float, float]  # Wilson, 95 %
+    min_agreement: float  # what the file must reach
     max_logit_difference: float
-    accuracy_fp32: float | None
-    accuracy: float | None
-    accuracy_drop_interval: tuple[float, float] | None  # paired, 95 %, in 0..1
+    accuracy_fp32: float | None = None
+    accuracy: float | None = None
+    accuracy_drop_interval: tuple[float, float] | None = None  # paired, 95 %, in 0..1
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f} (fp32 {self.accuracy_fp32:.4f})"
-        return f"{self.images} images: top-1 as fp32 on {100 * self.agreement:.2f} %{accuracy}"
+        low, high = (100 * end for end in self.agreement_interval)
+        said = f"{self.images} images: top-1 as fp32 on {100 * self.agreement:.2f} %"
+        said += f" (95 % interval {low:.1f} to {high:.1f} %)"
+        if self.accuracy is None:
+            return said
+        return f"{said}, accuracy {self.accuracy:.4f} (fp32 {self.accuracy_fp32:.4f})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
 
 
-def compare_smaller(full: Path, small: Path, table: ImageTable, labelled: bool, max_accuracy_drop: float) -> Loss:
+def compare_smaller(
+    full: Path, small: Path, table: ImageTable, labelled: bool, max_accuracy_drop: float, min_agreement: float
+) -> Loss:
     """Measure a fp16 or int8 file against the float32 one.
 
-    fp16 must agree on 99.5 % of the images. int8 is refused when its accuracy is lower by more than
-    `max_accuracy_drop` (points) even at the lower end of the interval that so many images allow.
+    fp16 must have the same top-1 on 99.5 % of the images. int8 must show that it has the same top-1 on at least
+    `min_agreement` percent, and is refused when its accuracy is lower by more than `max_accuracy_drop` (points) even
+    at the lower end of the interval that this number of images allows. Raises DataError where an image cannot be read.
     """
-    predictors = [Predictor(file, threads=torch.get_num_threads(), providers="cpu") for file in (full, small)]
-    outputs: list[list[np.ndarray]] = [[], []]
-    for start in range(0, len(table), 16):
-        names = [str(table.root / table.paths[i]) for i in range(len(table))[start : start + 16]]
-        loaded = np.stack([_loaded(predictors[0], name) for name in names])
-        for predictor, rows in zip(predictors, outputs, strict=True):
-            rows.append(predictor.logits(loaded))
-    logits, others = (np.concatenate(rows) for rows in outputs)
+    logits, others, precision = _outputs_of_both(full, small, table)
     best, other = logits.argmax(1), others.argmax(1)
     n, same = len(table), int((best == other).sum())
-    found = Loss(n, same / n, wilson(same, n), float(np.abs(logits - others).max()), None, None, None)
-    precision = predictors[1].metadata["precision"]
-    if precision == "fp16" and found.agreement < FP16_AGREEMENT:
-        found.problems.append(
-            f"fp16 agrees on {100 * found.agreement:.2f} % of {n} images, not {100 * FP16_AGREEMENT} %"
-        )
+    bound = min_agreement / 100 if precision == "int8" else FP16_AGREEMENT
+    found = Loss(n, same / n, wilson(same, n), bound, float(np.abs(logits - others).max()))
+    if precision == "int8":
+        found.problems += judge_agreement(same, n, bound)
+    elif found.agreement < bound:
+        found.problems.append(f"fp16 agrees on {100 * found.agreement:.2f} % of {n} images, not {100 * bound} %")
     if labelled:
         right, right_small = best == table.targets, other == table.targets
         found.accuracy_fp32, found.accuracy = float(right.mean()), float(right_small.mean())
@@ -215,3 +217,42 @@ def compare_smaller(full: Path, small: Path, table: ImageTable, labelled: bool, 
                 f"int8 loses {drop:.2f} points of top-1 on {n} images, more than {max_accuracy_drop:g}"
             )
     return found
+
+
+def _outputs_of_both(full: Path, small: Path, table: ImageTable) -> tuple[np.ndarray, np.ndarray, str]:
+    """Logits of both files, float32 (N, classes), and the precision of the second. Raises DataError."""
+    predictors = [Predictor(file, threads=torch.get_num_threads(), providers="cpu") for file in (full, small)]
+    outputs: list[list[np.ndarray]] = [[], []]
+    for start in range(0, len(table), 16):
+        names = [str(table.root / table.paths[i]) for i in range(len(table))[start : start + 16]]
+        loaded = np.stack([_loaded(predictors[0], name) for name in names])
+        for predictor, rows in zip(predictors, outputs, strict=True):
+            rows.append(predictor.logits(loaded))
+    logits, others = (np.concatenate(rows) for rows in outputs)
+    return logits, others, str(predictors[1].metadata["precision"])
+
+
+def judge_agreement(same: int, n: int, bound: float) -> list[str]:
+    """Why `same` of `n` images with the same top-1 do not show an agreement of at least `bound` (0..1); [] if they do.
+
+    The lower end of the 95 % interval must reach the bound. If only the upper end does, nothing is known yet.
+    """
+    low, high = wilson(same, n)
+    if low >= bound:
+        return []
+    asked = f"{100 * bound:g} %"
+    measured = f"int8 has the same top-1 as float32 on {same} of {n} images"
+    measured += f" ({100 * same / n:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+    if high < bound:
+        return [f"{measured}, less than the {asked} of --min-agreement"]
+    needed = images_needed(same / n, bound)
+    more = f"about {needed:,} images like these would" if needed else "more images like these would not"
+    return [f"too few images to tell: {measured}, which does not show the {asked} of --min-agreement; {more}"]
+
+
+def images_needed(share: float, bound: float) -> int | None:
+    """The smallest number of images on which this agreement shows the bound (both 0..1); None: no number does.
+
+    It is where the lower end of the Wilson interval reaches the bound.
+    """
+    return math.ceil(Z95**2 * bound * (1 - bound) / (share - bound) ** 2) if share > bound else None

@@ -19,6 +19,7 @@ from export.predict import Predictor
 from resnet_dist.cli import main
 from resnet_dist.train.checkpoint import load_checkpoint
 from tests.conftest import CLASSES, make_folder
+from tests.export.conftest import INT8
 
 Refused = Callable[..., str]
 FILES = ("model.onnx", "model.fp16.onnx", "model.int8.onnx")
@@ -122,7 +123,7 @@ def test_predictions_equal_those_of_eval(bundle: Path, small_run: Path, tmp_path
 
 
 def test_in_graph_file_is_bit_equal_to_the_float_one(bundle: Path, small_run: Path, tmp_path: Path) -> None:
-    assert export(small_run, "-o", tmp_path / "pixels", "--preprocess-in-graph", "--fp16", "--int8") == 0
+    assert export(small_run, "-o", tmp_path / "pixels", "--preprocess-in-graph", "--fp16", *INT8) == 0
     pixels = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
     floating, in_graph = (Predictor(folder / "model.onnx", threads=1) for folder in (bundle, tmp_path / "pixels"))
     assert np.array_equal(floating.logits(pixels), in_graph.logits(pixels))
@@ -260,26 +261,6 @@ def test_a_refused_export_leaves_the_old_one(
     assert after == before and not json.loads(failed)["passed"]
 
 
-def test_int8_that_loses_accuracy_is_refused(
-    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
-) -> None:
-    """The 8-bit file is made from a network whose last layer is scrambled."""
-    import export.quantize as quantize
-
-    real = quantize.to_int8
-
-    def wrong(graph: onnx.ModelProto, *rest: Any) -> onnx.ModelProto:
-        copy = onnx.ModelProto.FromString(graph.SerializeToString())
-        gemm = next(node for node in copy.graph.node if node.op_type == "Gemm")
-        bias = next(t for t in copy.graph.initializer if t.name == gemm.input[2])
-        bias.CopyFrom(onnx.numpy_helper.from_array(np.array([1e3, 0, 0], np.float32), bias.name))
-        return real(copy, *rest)
-
-    monkeypatch.setattr(quantize, "to_int8", wrong)
-    said = refused(6, "export", small_run, "-o", tmp_path / "out", "--int8", "--threads", "1")
-    assert re.search(r"model.int8.onnx: int8 loses \d+\.\d+ points of top-1 on 18 images", said)
-
-
 def test_bad_targets_and_sources(small_run: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "note").write_text("mine")
     assert "is not an export" in refused(2, "export", small_run, "-o", tmp_path / "note")
@@ -287,7 +268,9 @@ def test_bad_targets_and_sources(small_run: Path, tmp_path: Path, refused: Refus
     assert "cannot be" in refused(4, "export", small_run, "-o", "/proc/nowhere/out")
     assert "there is no such checkpoint" in refused(6, "export", tmp_path)
     assert "RUN is missing" in refused(2, "export")
-    assert "--reduce-range belongs to --int8" in refused(2, "export", small_run, "--reduce-range")
+    assert "--no-reduce-range belongs to --int8" in refused(2, "export", small_run, "--no-reduce-range")
+    said = refused(2, "export", small_run, "--int8", "--min-agreement", "101")
+    assert "--min-agreement 101: must be at least 0 and at most 100" in said
     shutil.copy(small_run / "checkpoints/best.safetensors", tmp_path / "x.safetensors")
     said = refused(2, "export", tmp_path / "x.safetensors", "--int8", "-o", tmp_path / "out")
     assert "--int8 needs training images" in said and not (tmp_path / "out").exists()

@@ -161,7 +161,6 @@ def web_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# On CPUs without VNNI the products of int8 saturate in onnxruntime, and not in wasm.
 @pytest.mark.parametrize(
     ("name", "tolerance"), [("model.onnx", 1e-4), ("model.fp16.onnx", 0.01), ("model.int8.onnx", 0.05)]
 )
