@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_dist import launcher
@@ -47,6 +48,8 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--options", default="", help="further options of train, such as '--ema --compile on'")
     options = parser.parse_args()
+    if launcher.is_distributed() and launcher.world_size() == 1:  # Accelerate wraps nothing for a group of one
+        PartialState.use_distributed = property(lambda _: True)  # type: ignore[assignment]
     found: dict[str, Any] = {"options": options.options, "rows": []}
     for model, precision, size in product(options.models, options.precisions, options.batch_sizes):
         words = ["--model", model, "--mixed-precision", precision, "--batch-size", str(size), "--compile", "off"]

@@ -96,8 +96,17 @@ def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.opt
     if cfg.opt == "rmsprop":
         return torch.optim.RMSprop(groups, momentum=momentum)
     if cfg.opt == "adagrad":
-        return torch.optim.Adagrad(groups, fused=fused)
+        return torch.optim.Adagrad(groups, fused=fused if has_fused_adagrad(device) else None)
     return (torch.optim.AdamW if cfg.opt == "adamw" else torch.optim.Adam)(groups, fused=fused)
+
+
+def has_fused_adagrad(device: str) -> bool:
+    """Whether this torch has a fused Adagrad for a kind of device: torch 2.11 has none for CUDA, torch 2.15 has."""
+    try:
+        torch.optim.Adagrad([torch.zeros(1, device=device)], fused=True)
+    except RuntimeError:
+        return False
+    return True
 
 
 def start_momentum_at_zero(optimizer: torch.optim.SGD) -> None:

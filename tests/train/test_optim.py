@@ -1,10 +1,12 @@
 """Learning rates per stage, weight decay, and what is taken where no rate is given."""
 
 import pytest
+import torch
 
 from resnet_dist.config import OptimConfig, Phase
 from resnet_dist.model.resnet import Architecture, empty, stage_of
 from resnet_dist.model.trainable import set_trainable
+from resnet_dist.train import optim
 from resnet_dist.train.optim import param_groups, stage_rates
 from tests.train.helpers import config_of
 
@@ -65,3 +67,21 @@ def test_automatic_lr(options: str, lr: float) -> None:
     cfg, reasons = resolve(config_of("nowhere", "--model", "resnet18", *options.split()), empty(ARCHITECTURE), 32)
     assert cfg.optim.lr == pytest.approx(lr)
     assert any(line.startswith("lr ") for line in reasons) is ("--lr" not in options)
+
+
+@pytest.mark.parametrize("has_one", [True, False])
+def test_adagrad_is_fused_where_torch_has_that(has_one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 refuses it for CUDA; the host then asks whether a gradient is finite, and skips the step as well."""
+    monkeypatch.setattr(optim, "has_fused_adagrad", lambda device: has_one)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    groups = [{"params": [parameter], "lr": 0.1, "base_lr": 0.1, "weight_decay": 0.0}]
+    optimizer = optim.build_optimizer(groups, OptimConfig(opt="adagrad"))
+    assert bool(optimizer.defaults["fused"]) is has_one
+    for bad, moved in ((1.0, 0.0), (0.0, 0.1)):
+        parameter.grad = torch.ones(2)
+        optim.step_if_finite(optimizer, torch.tensor(bad))
+        torch.testing.assert_close(parameter.detach(), torch.full((2,), 1 - moved))
+
+
+def test_this_torch_has_fused_adagrad_for_cpus() -> None:
+    assert optim.has_fused_adagrad("cpu")
