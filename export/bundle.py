@@ -13,8 +13,11 @@ import onnx
 
 from export.predict import FILTERS, Predictor, Preprocessing, self_test_pixels
 from resnet_dist.errors import MachineError, UsageError
-from resnet_dist.run_folder import sync_folder, to_json
+from resnet_dist.outputs import Kind, check_folder, json_with
+from resnet_dist.run_folder import is_written, sync_folder, to_json
 
+BUNDLE = Kind("an export", "export_report.json", json_with("passed", "problems", "gate_images"))
+VECTORS = "test_data_set_0"  # a folder of the bundle
 README = """# {architecture}, {count} classes
 
 Exported by resnet-dist. `{model}` alone is a whole deployment: classes and preprocessing are in its metadata.
@@ -56,7 +59,7 @@ def write_side_files(folder: Path, metadata: Mapping[str, Any]) -> None:
     )
     (folder / "README.md").write_text(text)
     (folder / "predict.py").write_text(resources.files("export").joinpath("predict.py").read_text(encoding="utf-8"))
-    write_vectors(folder / "test_data_set_0", Predictor(folder / "model.onnx", providers="cpu"))
+    write_vectors(folder / VECTORS, Predictor(folder / "model.onnx", providers="cpu"))
 
 
 def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,9 +111,8 @@ def write_vectors(folder: Path, predictor: Predictor) -> None:
 
 def check_target(out: Path, overwrite: bool) -> None:
     """See before any work that the bundle can be put at `out`. Raises UsageError, MachineError."""
-    if out.exists() and not (out.is_dir() and (out / "export_report.json").exists()):
-        raise UsageError(f"--output-dir {out}: it exists and is not an export; choose another place")
-    if out.exists() and not overwrite:
+    check_folder(out, BUNDLE)
+    if (out / "model.onnx").exists() and not overwrite:
         raise UsageError(f"--output-dir {out}: it holds an export already; choose another place, or --overwrite")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not os.access(above, os.W_OK | os.X_OK):
@@ -118,7 +120,10 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def put_in_place(made: Path, out: Path) -> None:
-    """Give the finished bundle its name in one step; what stood there stays until then. Raises MachineError."""
+    """Give the finished bundle its name in one step; what stood there stays until then.
+
+    Of an export that it replaces, files that the program did not write are kept. Raises MachineError.
+    """
     old = out.with_name(f".old-{os.getpid()}-{out.name}")
     try:
         for file in made.rglob("*"):
@@ -129,12 +134,23 @@ def put_in_place(made: Path, out: Path) -> None:
         if out.exists():
             out.rename(old)
         made.rename(out)
+        if old.exists():
+            keep_others(old, out)
         sync_folder(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         if old.exists() and not out.exists():
             old.rename(out)
         raise MachineError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def keep_others(old: Path, out: Path) -> None:
+    """Move into a new bundle what the old one holds and the program did not write. Raises OSError."""
+    for entry in list(old.iterdir()):
+        if entry.name == VECTORS and not entry.is_symlink():
+            keep_others(entry, out / VECTORS)
+        elif not is_written(("export", *(out / entry.name).parts[-2 if out.name == VECTORS else -1 :])):
+            entry.rename(out / entry.name)
 
 
 def sizes(folder: Path, names: Sequence[str]) -> dict[str, float]:

@@ -80,12 +80,13 @@ def main(cfg: Config) -> int:
 
     from export.bundle import check_target, put_in_place
     from resnet_dist import launcher
+    from resnet_dist.outputs import inside
     from resnet_dist.train.checkpoint import load_checkpoint
 
     torch.set_num_threads(cfg.threads or launcher.cores())
     run = Path(cfg.run or "")
     checkpoint = run if run.is_file() or run.suffix == ".safetensors" else run / "checkpoints" / "best.safetensors"
-    out = Path(cfg.output_dir) if cfg.output_dir else (run if run.is_dir() else run.parent) / "export"
+    out = Path(cfg.output_dir) if cfg.output_dir else inside(run if run.is_dir() else run.parent, "export")
     check_target(out, cfg.overwrite)
     model, description = load_checkpoint(checkpoint)
     try:

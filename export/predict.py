@@ -12,6 +12,7 @@ prediction equal to theirs.
 import argparse
 import csv
 import dataclasses
+import errno
 import glob
 import hashlib
 import io
@@ -27,7 +28,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,8 @@ MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # of a JPEG: what ends the da
 ORIENTATION, PHOTOMETRIC, BITS_PER_SAMPLE = 0x0112, 262, 258  # Exif and TIFF fields
 TURNS = dict(enumerate((None, *(Image.Transpose(t) for t in (0, 3, 1, 5, 4, 6, 2))), 1))  # by Exif orientation
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 # What Pillow's decoders raise on damaged files.
 _ODD = (SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error)
@@ -677,6 +680,15 @@ class UsageError(Exception):
     """The command line is wrong. One line."""
 
 
+class OutputError(Exception):
+    """The disk takes no more of an output. One line."""
+
+
+def _cannot_write(option: str, file: Path, error: OSError) -> Exception:
+    kind = OutputError if error.errno in DISK_ERRORS else UsageError
+    return kind(f"{option} {file}: cannot be written ({error.strerror or error})")
+
+
 def find_images(inputs: Sequence[str]) -> Iterator[str]:
     """Files, folders (recursively, sorted), glob patterns, and `-` for a list of paths on standard input.
 
@@ -698,7 +710,8 @@ def find_images(inputs: Sequence[str]) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "predict.py") -> int:
-    """The command line. Returns 0, or 2 (usage), 3 (some image could not be read), 6 (the model was refused)."""
+    """The command line. Returns 0, or 2 (usage), 3 (some image could not be read), 4 (an output cannot be written),
+    6 (the model was refused)."""
     try:
         options = _parser(program).parse_args(arguments)
         predictor = Predictor(options.model, options.threads, options.providers)
@@ -707,16 +720,32 @@ def main(arguments: Sequence[str] | None = None, program: str = "predict.py") ->
             return 0
         if not options.inputs:
             raise UsageError("no INPUT: give image files, folders, patterns, or - for a list on standard input")
-        return _predict(predictor, options)
+        code = _predict(predictor, options)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except ModelError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 6
+    except OutputError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 4
     except BrokenPipeError:  # `... | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 0
+    except OSError as error:  # of standard output: all else that is read or written has its own error
+        if error.errno not in DISK_ERRORS:
+            raise
+        _drop_stdout()
+        print(f"{program}: error: standard output: cannot be written ({error.strerror})", file=sys.stderr)
+        return 4
+
+
+def _drop_stdout() -> None:
+    """Send to nowhere what standard output did not take, so that ending the process does not try again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -762,13 +791,15 @@ def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
     bad = 0
     if options.embed:
         _check_embed(Path(options.embed), predictor)
+    if options.save_grid and os.path.lexists(options.save_grid):
+        raise UsageError(f"--save-grid {options.save_grid}: exists already")
     try:
         output = Path(options.output) if options.output else None
         target = output.open("x", newline="", encoding="utf-8", errors="surrogateescape") if output else None
     except OSError as error:
-        raise UsageError(f"--output {options.output}: cannot be written ({error.strerror})") from None
+        raise _cannot_write("--output", Path(options.output), error) from None
     how = (top_k, options.batch_size, options.abstain_below, bool(options.embed))
-    with target or nullcontext(sys.stdout) as stream:
+    with _written(options.output, target) as stream:
         write = WRITERS[options.format or ("table" if stream.isatty() else "csv")]
         write(stream, top_k, None)
         for prediction in predictor.predict(find_images(options.inputs), *how):
@@ -789,6 +820,21 @@ def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
     return 3 if bad else 0
 
 
+@contextmanager
+def _written(name: str | None, target: TextIO | None) -> Iterator[TextIO]:
+    """The stream that lines go to; what a full disk says of a file is raised as OutputError."""
+    if target is None:
+        yield sys.stdout
+        return
+    try:
+        with target:
+            yield target
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise _cannot_write("--output", Path(str(name)), error) from None
+
+
 def _check_embed(file: Path, predictor: Predictor) -> None:
     if file.suffix not in (".npy", ".csv"):
         raise UsageError(f"--embed {file}: the name must end in .npy or .csv")
@@ -805,14 +851,15 @@ def save_features(file: Path, rows: Sequence[tuple[str, np.ndarray | None]]) -> 
     table = np.array([none if f is None else f for _, f in rows], np.float32).reshape(len(rows), width)
     try:
         if file.suffix == ".npy":
-            np.save(file, table, allow_pickle=False)
+            with file.open("xb") as binary:
+                np.save(binary, table, allow_pickle=False)
             return
         with file.open("x", newline="", encoding="utf-8", errors="surrogateescape") as stream:
             lines = ([name, *map(str, values)] for (name, _), values in zip(rows, table, strict=True))
             for line in itertools.chain([["path", *(f"f{i}" for i in range(width))]], lines):
                 _write_row(stream, line)
     except OSError as error:
-        raise UsageError(f"--embed {file}: cannot be written ({error.strerror})") from None
+        raise _cannot_write("--embed", file, error) from None
 
 
 def _write_csv(stream: TextIO, top_k: int, prediction: Prediction | None, inert: bool = False) -> None:
@@ -872,9 +919,10 @@ def save_grid(file: Path, predictions: Sequence[Prediction], predictor: Predicto
         name = "".join(c if c.isprintable() else "?" for c in prediction.classes[0])[:20]
         draw.text((x, y + 3), f"{name} {prediction.probabilities[0]:.2f}", fill="black")
     try:
-        sheet.save(file)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--save-grid {file}: cannot be written ({error})") from None
+        with file.open("xb") as stream:
+            sheet.save(stream, Image.registered_extensions().get(file.suffix.lower(), "PNG"))
+    except OSError as error:
+        raise _cannot_write("--save-grid", file, error) from None
 
 
 if __name__ == "__main__":

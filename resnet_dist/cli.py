@@ -5,10 +5,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from resnet_dist import __version__, launcher
-from resnet_dist.errors import ResnetDistError, UsageError
+from resnet_dist.errors import ResnetDistError, UsageError, disk_error
 from resnet_dist.options import parse
 from resnet_dist.recipes import layers
 from resnet_dist.stop import Stopped, end_with_launcher
@@ -44,7 +45,8 @@ def entry() -> NoReturn:
     """The console command: run it, and leave without waiting for loader processes that ignore signals."""
     end_with_launcher()
     code = main()
-    sys.stdout.flush()
+    with suppress(OSError):  # what could not be written has been said
+        sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
@@ -63,8 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = 2 if " ".join(arguments[:2]) in VERBS else 1
     verb = " ".join(arguments[:words])
     try:
-        return run(verb, arguments[words:])
-    except ResnetDistError as error:
+        code = run(verb, arguments[words:])
+        sys.stdout.flush()  # here, where a device that is full is still an error of one line
+        return code
+    except (ResnetDistError, OSError) as raised:
+        error = disk_error(raised) if isinstance(raised, OSError) else raised
+        if error is None:
+            raise
         if debug:
             traceback.print_exc()
         _print_error(verb, error)

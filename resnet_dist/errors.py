@@ -9,7 +9,10 @@ ResnetDistError            1   (itself only for a bug of the main process, on th
 └── Preempted             75   told to stop by a signal; a checkpoint to resume from is written (EX_TEMPFAIL)
 """
 
+import errno
 from collections.abc import Sequence
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class ResnetDistError(Exception):
@@ -39,6 +42,13 @@ class MachineError(ResnetDistError):
     """Disk, permission, network, device or launcher: the machine, not the data."""
 
     exit_code = 4
+
+
+def disk_error(error: OSError) -> MachineError | None:
+    """The error to show for a disk, or a device in its place, that cannot be written; None for another cause."""
+    if error.errno not in DISK_ERRORS:
+        return None
+    return MachineError(f"{error.filename or 'the output'}: cannot be written ({error.strerror})")
 
 
 class NonFiniteError(ResnetDistError):

@@ -9,9 +9,8 @@ from accelerate import Accelerator
 
 from resnet_dist import launcher
 from resnet_dist.data.loader import lost_loader
-from resnet_dist.errors import MachineError
+from resnet_dist.errors import MachineError, disk_error
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # gloo and NCCL have a dozen words for a lost process, but each names itself or the connection.
 LOST_PROCESS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
 NO_MEMORY = (
@@ -36,9 +35,7 @@ def machine_errors(accelerator: Accelerator, batch_size: int = 0, accumulate: in
     except OSError as error:
         if is_out_of_memory(error):
             raise _out_of_memory(accelerator, batch_size, accumulate) from None
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise MachineError(f"{error.filename or 'a file of the run'}: cannot be written ({error.strerror})") from None
+        raise disk_error(error) or error from None
     except (RuntimeError, MemoryError, torch.distributed.DistError) as error:
         if isinstance(error, RuntimeError) and (loader := lost_loader(error)):
             raise loader from None

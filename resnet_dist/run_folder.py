@@ -7,18 +7,52 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from resnet_dist.errors import MachineError, ResnetDistError, UsageError
+from resnet_dist.outputs import LOCK, TEMPORARY, existing, inside, is_free
 from resnet_dist.reading import parse_json, read_bounded
 
 FORMAT_VERSION = 1
 MAX_FACTS = 1 << 24  # bytes of run.json
-LOCK = ".lock"  # a file of a run folder that whoever writes the run holds locked
+STATE_NAME = re.compile(r"step-\d{9,}(\.replaced)?")  # the folder of a checkpoint to resume from
+UNFINISHED = re.compile(r"^\.tmp-\d+-")  # before the name of a file while it is written
+FOLDERS = ("checkpoints", "plots", "data")
+LINKABLE = (*((name,) for name in FOLDERS), ("eval",), ("eval", "val"), ("tracker",))  # where training writes
+STATUSES = ("running", "done", "failed", "preempted")
+Replace = Literal["nothing", "unfinished", "any"]  # the run that a new one may take the place of
+
+# Every file that the program writes into a run folder; nothing else is ever removed from one.
+_EVALUATION = "predictions.csv per_class.csv confused.csv metrics.json confusion_matrix.png reliability.png "
+_EVALUATION += "predictions.png embeddings.npy embeddings.png report.html"
+_EXPORT = "model.onnx model.*.onnx labels.txt config.json preprocessor_config.json README.md predict.py "
+_EXPORT += "export_report.json export_report.failed.json test_data_set_0/input_0.pb test_data_set_0/output_0.pb"
+_STATE = "state.safetensors state.json manifest.json"
+WRITTEN = {
+    "": "run.json config.toml command.txt classes.txt preprocess.json bad_images.txt metrics.csv metrics.jsonl "
+    "train.log report.html README.md label_errors.csv reproduction.json digits.png",
+    "data/": "manifest.csv",
+    "plots/": "curves.png lr.png samples_train.png confusion_matrix.png reliability.png predictions.png embeddings.png",
+    "checkpoints/": "best.safetensors calibration.json",
+    "checkpoints/step-[0-9]*/": _STATE,
+    "checkpoints/.tmp-*/": _STATE,
+    "eval/*/": _EVALUATION,
+    "explain/*/": "explained.csv sheet.png [0-9][0-9][0-9]*-*.png",
+    "export/": _EXPORT,
+    ".tmp-export-*/": _EXPORT,
+    ".old-*-export/": _EXPORT,
+    "hub/": "README.md config.json model.safetensors",
+    "tracker/*/": "events.out.tfevents.* hparams.yml",
+    "tracker/*/*/": "events.out.tfevents.*",
+}
+_PATTERNS = [(folder + name).split("/") for folder, names in WRITTEN.items() for name in names.split()]
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
@@ -27,16 +61,18 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     Raises MachineError in one line; whatever stood there before is then still there.
     """
     data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
-    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+    temporary = file.with_name(f"{TEMPORARY}{os.getpid()}-{file.name}")
     try:
-        with temporary.open("wb") as stream:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as stream:  # never through a link
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
         sync_folder(file.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise MachineError(f"{file}: cannot be written ({error.strerror})") from None
 
 
@@ -73,6 +109,7 @@ class RunFolder:
         self.active = active
         self.plots = path / "plots"
         self.best = path / "checkpoints" / "best.safetensors"
+        self.is_open = False  # whether this launch has written into run.json that the run is running
         self._warned = False
         self._lock: int | None = None
 
@@ -86,7 +123,7 @@ class RunFolder:
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise MachineError(f"{self.path}: the run folder cannot be written")
         try:
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             # Not flock: loader processes would inherit it, and hold it longer than their training process lives.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -107,38 +144,55 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def check(self, overwrite: bool) -> None:
-        """See, before any work is done, that the folder can be made. Raises what `create` would."""
+    def check(self, replace: Replace) -> None:
+        """See, before any work is done, that the folder can be made. Raises what `create` would, but for its space."""
         try:
-            if _is_used(self.path):
-                _check_replaceable(self.path, overwrite)
-            above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            if not is_free(self.path):
+                _check_replaceable(self.path, replace)
+            above = existing(self.path)
         except OSError as error:
             raise MachineError(f"{self.path}: cannot be made into a run folder ({error.strerror})") from None
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             raise MachineError(
                 f"{self.path}: cannot be made into a run folder ({above} is not a folder that can be written)"
             )
+        self.check_links()
 
-    def create(self, overwrite: bool, needed_bytes: int) -> None:
-        """Make the folder, locked, with the space that the run will need.
+    def check_links(self) -> None:
+        """Raises UsageError where a symbolic link would lead what training writes out of the folder."""
+        for names in LINKABLE:
+            inside(self.path, *names)
 
-        Raises UsageError if the folder is in use (with `overwrite`: by anything but a run), MachineError if it cannot
-        be made or the disk is too small.
+    def create(self, replace: Replace, needed_bytes: int, facts: Mapping[str, Any]) -> None:
+        """Make the folder, locked, with `facts` as its run.json, if the disk has the space that the run will need.
+
+        Of a run that it replaces, only files that this program wrote are removed. Raises UsageError if the folder is in
+        use, MachineError if it cannot be made or the disk is too small; nothing is then made or removed.
         """
-        self.check(overwrite)
+        self.check(replace)
+        self._check_space(needed_bytes)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
-            self.check(overwrite)  # again: another run may have begun before the lock was ours
-            for entry in _entries(self.path):
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            for name in ("checkpoints", "plots", "data"):
-                (self.path / name).mkdir()
-            free = shutil.disk_usage(self.path).free
+            self.check(replace)  # again: another run may have begun before the lock was ours
+            old = list(written_in(self.path))
+            # Whenever this is cut off, run.json tells the truth: the old run cannot go on, or the new one has begun.
+            _remove(self.path, [file for file in old if file.parent.name.startswith(("step-", TEMPORARY))])
+            self.write("run.json", to_json(dict(facts)))
+            self.is_open = True
+            _remove(self.path, [file for file in old if file != self.path / "run.json"])
+            for name in FOLDERS:
+                (self.path / name).mkdir(exist_ok=True)
         except OSError as error:
             raise MachineError(f"{self.path}: cannot be made into a run folder ({error.strerror})") from None
-        if free < needed_bytes:
+
+    def _check_space(self, needed_bytes: int) -> None:
+        try:
+            usage = shutil.disk_usage(existing(self.path))
+            free = usage.free + sum(file.stat().st_size for file in written_in(self.path))
+        except OSError as error:
+            raise MachineError(f"{self.path}: cannot be made into a run folder ({error.strerror})") from None
+        if usage.total and free < needed_bytes:  # some file systems, such as /proc, have no size
             raise MachineError(
                 f"{self.path}: needs {needed_bytes >> 20} MiB for checkpoints, the disk has {free >> 20} MiB free"
             )
@@ -153,11 +207,15 @@ class RunFolder:
         if self.active:
             known = read_facts(self.path) if (self.path / "run.json").exists() else {}
             self.write("run.json", to_json(known | fields))
+            self.is_open = self.is_open or fields.get("status") == "running"
 
     def end(self, status: str, exit_code: int, reason: str) -> None:
-        """Record how the run ended, on whichever process knows it; the first one to say so is believed."""
+        """Record how the run ended, on the process that knows it; the first record stays.
+
+        A run that this launch made "done" can still fail: the page and the pictures are made after that.
+        """
         try:
-            if read_facts(self.path).get("status") == "running":
+            if read_facts(self.path).get("status") in ("running", "done" if self.is_open else ""):
                 RunFolder(self.path).update(status=status, exit_code=exit_code, reason=reason)
         except ResnetDistError as error:
             print(f"WARNING: {error}", file=sys.stderr)
@@ -197,8 +255,7 @@ class RunFolder:
         if not self.active:
             return
         try:
-            with (self.path / name).open("a", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-                stream.write(text)
+            append(self.path / name, text)
         except OSError as error:
             if not self._warned:
                 print(f"WARNING: {self.path / name}: cannot be written ({error.strerror})", file=sys.stderr)
@@ -220,22 +277,67 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _entries(path: Path) -> list[Path]:
-    """What is in a folder, apart from the lock."""
-    return [entry for entry in path.iterdir() if entry.name != LOCK]
+def append(file: Path, text: str) -> None:
+    """Add to a log that is no symbolic link. Raises OSError."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor, "a", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        stream.write(text)
 
 
-def _is_used(path: Path) -> bool:
-    return path.exists() and (not path.is_dir() or bool(_entries(path)))
+def written_in(path: Path) -> Iterator[Path]:
+    """The files of a run folder that this program wrote, by their names; no link is one or is followed."""
+    for folder, _, names in os.walk(path):
+        for file in (Path(folder, name) for name in names):
+            parts = file.relative_to(path).parts
+            if file.is_file() and not file.is_symlink() and is_written(parts):
+                yield file
 
 
-def _check_replaceable(path: Path, overwrite: bool) -> None:
-    if not (path.is_dir() and (path / "run.json").exists()):
+def is_written(parts: Sequence[str]) -> bool:
+    """Whether a path below a run folder is one that this program writes, or the unfinished form of one."""
+    *folders, name = parts
+    parts = (*folders, UNFINISHED.sub("", name))
+    return any(len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern)) for pattern in _PATTERNS)
+
+
+def _remove(path: Path, files: Iterable[Path]) -> None:
+    """Remove files below a folder, and the folders that this leaves empty. Raises OSError."""
+    for file in files:
+        file.unlink(missing_ok=True)
+        folder = file.parent
+        while folder != path and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
+
+
+def has_state(path: Path) -> bool:
+    """Whether a run folder holds a checkpoint to resume from, by its name alone."""
+    return any(STATE_NAME.fullmatch(folder.name) for folder in (path / "checkpoints").glob("step-*"))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run of this program, by the content of its run.json: fields that all runs have."""
+    try:
+        facts = read_facts(path)
+    except UsageError:
+        return False
+    images = facts.get("images")
+    return (
+        facts.get("status") in STATUSES
+        and all(isinstance(facts.get(name), kind) for name, kind in (("epochs", int), ("data_root", str)))
+        and isinstance(images, dict)
+        and images.keys() == {"train", "val", "test"}
+        and not (path / "run.json").is_symlink()
+    )
+
+
+def _check_replaceable(path: Path, replace: Replace) -> None:
+    if not is_run(path):
         raise UsageError(f"--output-dir {path}: it exists and is not a run; choose another folder")
-    if not overwrite:
-        raise UsageError(
-            f"--output-dir {path}: it holds a run already; choose another folder, or --overwrite to replace it"
-        )
+    is_done = read_facts(path).get("status") == "done"
+    if replace == "nothing" or (replace == "unfinished" and is_done):
+        held = "a finished run" if is_done else "a run already"
+        raise UsageError(f"--output-dir {path}: it holds {held}; choose another folder, or --overwrite to replace it")
 
 
 def read_facts(path: Path) -> dict[str, Any]:

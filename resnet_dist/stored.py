@@ -12,9 +12,16 @@ from resnet_dist.config import TrainConfig
 from resnet_dist.duration import Duration
 from resnet_dist.errors import UsageError
 from resnet_dist.reading import read_bounded
+from resnet_dist.run_folder import read_facts
 
 MAX_TOML_BYTES = 1 << 20
 Layer = dict[str, Any]
+PATHS = {  # the settings that are, or may be, a path
+    "data": ("data", "val_dir", "exclude_list", "cache_dir"),
+    "model": ("weights",),
+    "loss": ("class_weights",),
+    "run": ("init_from",),
+}
 
 
 def read_toml(path: str | Path) -> Layer:
@@ -72,4 +79,38 @@ def stored_config(typed: Mapping[str, Any]) -> Layer:
     file = Path(folder) / "config.toml"
     if typed.get("resume") == "auto" and not file.exists():
         return {}
-    return read_toml(file)
+    return found_again(read_toml(file), Path(folder))
+
+
+def found_again(layer: Layer, run: Path) -> Layer:
+    """The config of a run with its relative paths as they lead from here to what the run used.
+
+    They start in the directory in which the run was started last. Where its data is not there, it is in `data_root`.
+    """
+    facts = read_facts(run) if (run / "run.json").exists() else {}
+    directory, root = Path(str(facts.get("directory", ""))), Path(str(facts.get("data_root", "")))
+    found = dict(layer)
+    for section, names in PATHS.items():
+        values = layer.get(section)
+        if not isinstance(values, dict):
+            continue
+        found[section] = dict(values)
+        for name in names:
+            value = values.get(name)
+            if isinstance(value, str):
+                found[section][name] = _found_path(value, directory, root if name == "data" else None)
+    return found
+
+
+def _found_path(value: str, directory: Path, root: Path | None) -> str:
+    """One path, as it is typed where it still leads to the same place, else absolute."""
+    there = directory / value
+    if directory.is_absolute() and there.exists():
+        return value if there == Path(value).absolute() else str(there)
+    if root is not None and not Path(value).exists():
+        named = root / Path(value).name  # a manifest lies in the folder where its paths start
+        if named.is_file():
+            return str(named)
+        if root.is_dir() and Path(value).suffix != ".csv":
+            return str(root)
+    return value

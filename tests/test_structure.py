@@ -20,10 +20,11 @@ HEAVY = ("torch", "torchvision", "accelerate", "safetensors", "sklearn", "matplo
 FLOORS = (
     {"export.predict"},
     {"errors", "duration", "fields", "wording", "recipes", "reading"},
-    {"header", "launcher"},
+    {"header", "launcher", "outputs"},
     {"stop"},
     {"config"},
-    {"stored", "run_folder", "provenance"},
+    {"run_folder", "provenance"},
+    {"stored"},
     {"options"},
     {"data", "model"},
     {"faults"},
@@ -34,7 +35,17 @@ FLOORS = (
     {"bench", "verbs", "cli", "__main__"},
 )
 # The tools that make and check the deployed file stand at the top, beside `resnet_dist`, and use only these of it.
-EXPORT_MAY_USE = {"errors", "config", "fields", "wording", "launcher", "options", "run_folder", "distributed"}
+EXPORT_MAY_USE = {
+    "errors",
+    "config",
+    "fields",
+    "wording",
+    "launcher",
+    "options",
+    "outputs",
+    "run_folder",
+    "distributed",
+}
 EXPORT_MAY_USE |= {"data", "model", "evaluate"}
 
 
@@ -153,7 +164,7 @@ def heavy_at_import(module: str, seen: frozenset[str] = frozenset()) -> set[str]
 
 
 LIGHT = {"cli", "config", "options", "errors", "recipes", "verbs", "launcher", "run_folder", "wording", "__main__"}
-LIGHT |= {"provenance", "reading", "header", "stored"}
+LIGHT |= {"provenance", "reading", "header", "stored", "outputs"}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from resnet_dist.errors import ArtifactError
 from resnet_dist.evaluate.intervals import wilson
 from resnet_dist.evaluate.records import Records
 from resnet_dist.model.weights import sha256_of
+from resnet_dist.outputs import json_with
 from resnet_dist.reading import parse_json, read_bounded
 from resnet_dist.run_folder import to_json, write_atomically
 
@@ -181,6 +182,9 @@ def calibrate(
         thresholds=tuple(limit.threshold for limit in limits),
         measured=measured,
     )
+
+
+is_calibration = json_with("format_version", "checkpoint_sha256", "temperature")
 
 
 def write_calibration(checkpoint: Path, calibration: Calibration) -> Path:

@@ -13,9 +13,12 @@ import numpy as np
 from resnet_dist.errors import ArtifactError, UsageError
 from resnet_dist.evaluate.intervals import Interval, wilson
 from resnet_dist.evaluate.significance import LEVEL, SignTest, holm, sign_test, t_interval
+from resnet_dist.outputs import Kind, json_with
 from resnet_dist.report import plots
 from resnet_dist.run_folder import read_facts, to_csv, to_json, write_atomically
 from resnet_dist.stored import read_toml
+
+COMPARISON = Kind("a comparison", "compare.json", json_with("images", "techniques", "pairs"))
 
 
 @dataclass(frozen=True)
@@ -161,9 +164,9 @@ def write_comparison(folder: Path, groups: Mapping[str, Sequence[FinishedRun]]) 
     pairs = pairs_of(techniques, groups)
     images = len(next(iter(groups.values()))[0].images)
     table, words = table_lines(techniques), findings(techniques, pairs, images)
-    plots.compared_curves(folder / "compare.png", {name: [r.epochs for r in group] for name, group in groups.items()})
+    write_atomically(folder / COMPARISON.mark, to_json(as_json(techniques, pairs, groups, images)))
     write_atomically(folder / "compare.csv", to_csv(COLUMNS, [_cells(t) for t in techniques]))
-    write_atomically(folder / "compare.json", to_json(as_json(techniques, pairs, groups, images)))
+    plots.compared_curves(folder / "compare.png", {name: [r.epochs for r in group] for name, group in groups.items()})
     text = "\n".join(["# Techniques compared", "", *table, "", *words, "", HOW, "", "![curves](compare.png)", ""])
     write_atomically(folder / "compare.md", text)
     return [*table, "", *words]

@@ -1,5 +1,6 @@
 """An evaluation on disk: predictions.csv first, and from the same records every metric and picture."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -10,13 +11,16 @@ import numpy as np
 from export.predict import Preprocessing
 from resnet_dist.data.decode import load_fitted
 from resnet_dist.data.index import ImageTable
+from resnet_dist.errors import MachineError
 from resnet_dist.evaluate.calibrate import reliability
 from resnet_dist.evaluate.metrics import Measured, confused_pairs, confusion, measured, per_class
 from resnet_dist.evaluate.records import Records
+from resnet_dist.outputs import Kind, json_with
 from resnet_dist.report import plots
 from resnet_dist.run_folder import to_csv, to_json, write_atomically
 from resnet_dist.wording import shortened
 
+EVALUATION = Kind("an evaluation", "metrics.json", json_with("images", "top1", "loss", "intervals"))
 GRID = 16
 CONFUSED = ("target", "prediction", "images", "share_of_target")
 
@@ -36,21 +40,26 @@ def write_evaluation(
     float32 (n, F) in the order of predictions.csv, where features were kept. Raises MachineError, DataError.
     """
     for place in (folder, plots_folder):
-        place.mkdir(parents=True, exist_ok=True)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MachineError(f"{place}: cannot be made into a folder ({error.strerror})") from None
     metrics, counts = measured(records), confusion(records, classes)
+    values = {name: metric.value for name, metric in metrics.items()}
+    intervals = {name: [metric.low, metric.high] for name, metric in metrics.items()}
+    write_atomically(  # first: by it the folder is known as an evaluation
+        folder / EVALUATION.mark, to_json({"images": len(records), **values, "intervals": intervals, **facts})
+    )
     write_atomically(folder / "predictions.csv", predictions_csv(table, records, classes))
     write_atomically(folder / "per_class.csv", table_csv(per_class(records, classes)))
     write_atomically(folder / "confused.csv", table_csv(confused_pairs(counts, classes), CONFUSED))
-    values = {name: metric.value for name, metric in metrics.items()}
-    intervals = {name: [metric.low, metric.high] for name, metric in metrics.items()}
-    write_atomically(
-        folder / "metrics.json", to_json({"images": len(records), **values, "intervals": intervals, **facts})
-    )
     plots.confusion_matrix(plots_folder / "confusion_matrix.png", counts, classes)
     plots.reliability_diagram(plots_folder / "reliability.png", reliability(records))
     prediction_grid(plots_folder / "predictions.png", table, records, classes, spec)
     if records.features is not None:
-        np.save(folder / "embeddings.npy", records.features, allow_pickle=False)
+        stream = io.BytesIO()
+        np.save(stream, records.features, allow_pickle=False)
+        write_atomically(folder / "embeddings.npy", stream.getvalue())
         plots.embedding_map(plots_folder / "embeddings.png", records.features, records.target, classes)
     return metrics
 

@@ -1,5 +1,7 @@
 """Explanations on disk: the image, the image under its map of evidence, and a sheet of them all."""
 
+import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,11 +9,15 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
+from resnet_dist.errors import MachineError
+from resnet_dist.outputs import Kind, make_folder, table_with
 from resnet_dist.report import plots
 from resnet_dist.run_folder import to_csv, write_atomically
 from resnet_dist.wording import shortened
 
 ON_SHEET = 24
+COLUMNS = ("file", "path", "target", "prediction", "probability", "explained")
+EXPLANATIONS = Kind("a folder of explanations", "explained.csv", table_with(*COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -46,19 +52,37 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def write_explanations(folder: Path, found: list[Explanation]) -> None:
-    """A PNG for every image (itself, then under its map), sheet.png of the first ones, and explained.csv."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "explained.csv").exists():  # of an earlier call: its pictures must not stand among these
-        for old in folder.glob("*.png"):
-            old.unlink()
-    rows = []
-    for number, one in enumerate(found, 1):
-        name = f"{number:03d}-{Path(one.source).stem[:80]}.png"
-        Image.fromarray(np.concatenate([one.image, overlay(one.image, one.heat)], axis=1)).save(folder / name)
-        rows.append([name, one.source, one.target, one.prediction, one.probability, one.explained])
-    header = ["file", "path", "target", "prediction", "probability", "explained"]
-    write_atomically(folder / "explained.csv", to_csv(header, rows))
+    """explained.csv, sheet.png of the first ones, and a PNG for every image (itself, then under its map).
+
+    Pictures of an earlier call are removed, other files stay. Raises UsageError, MachineError.
+    """
+    make_folder(folder, EXPLANATIONS)
+    remove_pictures(folder)
+    names = [f"{number:03d}-{Path(one.source).stem[:80]}.png" for number, one in enumerate(found, 1)]
+    rows = [
+        [name, one.source, one.target, one.prediction, one.probability, one.explained]
+        for name, one in zip(names, found, strict=True)
+    ]
+    write_atomically(folder / EXPLANATIONS.mark, to_csv(COLUMNS, rows))
+    for name, one in zip(names, found, strict=True):
+        stream = io.BytesIO()
+        Image.fromarray(np.concatenate([one.image, overlay(one.image, one.heat)], axis=1)).save(stream, "PNG")
+        write_atomically(folder / name, stream.getvalue())
     write_sheet(folder / "sheet.png", found[:ON_SHEET])
+
+
+def remove_pictures(folder: Path) -> None:
+    """Remove the pictures that explained.csv of an earlier call names. Raises MachineError."""
+    try:
+        with (folder / EXPLANATIONS.mark).open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            named = {row["file"] for row in csv.DictReader(stream)}
+        for file in folder.glob("*.png"):
+            if file.name in named and not file.is_symlink():
+                file.unlink()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise MachineError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
 def write_sheet(file: Path, found: list[Explanation]) -> None:

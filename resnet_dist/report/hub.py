@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from resnet_dist.errors import ArtifactError, MachineError
-from resnet_dist.header import best_of
+from resnet_dist.header import best_of, description_in
+from resnet_dist.outputs import Kind, make_folder
 from resnet_dist.report.card import CardFacts, card, is_plain, loading_with_ours, loading_with_torchvision
 from resnet_dist.run_folder import to_json, write_atomically
 from resnet_dist.train.checkpoint import Description
@@ -16,21 +17,31 @@ FILES = ("README.md", "config.json", "model.safetensors")
 CROP_MODES = {"crop": "center", "squash": "squash", "pad": "border"}  # ours: timm's
 
 
+def _is_checkpoint(file: Path) -> bool:
+    try:
+        return description_in(file) is not None
+    except ArtifactError:
+        return False
+
+
+HUB_FOLDER = Kind("a folder that `hub` wrote", "model.safetensors", _is_checkpoint)
+
+
 def write_hub_folder(run: Path, folder: Path, known: CardFacts) -> list[Path]:
     """Write the folder; returns its files. A network that timm does not have gets no config.json.
 
-    Raises MachineError, ArtifactError.
+    Raises UsageError, MachineError, ArtifactError.
     """
     best, config = best_of(run), folder / "config.json"
+    make_folder(folder, HUB_FOLDER)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         weights = best.read_bytes()
-        if not known.is_plain:
+        if not known.is_plain and not config.is_symlink():
             config.unlink(missing_ok=True)  # of a run before this one
     except OSError as error:
         kind = ArtifactError if error.filename == str(best) else MachineError
         raise kind(f"{error.filename}: cannot be read or made ({error.strerror})") from None
-    write_atomically(folder / "model.safetensors", weights)
+    write_atomically(folder / HUB_FOLDER.mark, weights)
     if known.is_plain:
         write_atomically(config, to_json(timm_config(known.description)))
     write_atomically(folder / "README.md", hub_card(known))

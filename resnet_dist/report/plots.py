@@ -1,5 +1,6 @@
 """Pictures of a run, as PNG. Every function draws plain data that it is given."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -14,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 
 from resnet_dist.evaluate.calibrate import BINS, Reliability
+from resnet_dist.run_folder import write_atomically
 from resnet_dist.wording import shortened
 
 GREEN, RED = "#1a7f37", "#cf222e"
@@ -28,8 +30,13 @@ def _figure(
 
 
 def _save(figure: Figure, file: Path, dpi: int) -> None:
-    """Write a PNG. The constrained layout has made room for everything: no `bbox_inches="tight"`, which draws twice."""
-    figure.savefig(file, dpi=dpi, pil_kwargs={"compress_level": 3})
+    """Write a PNG, whole or not at all. Raises MachineError.
+
+    The constrained layout has made room for everything: no `bbox_inches="tight"`, which draws twice.
+    """
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=dpi, pil_kwargs={"compress_level": 3})
+    write_atomically(file, stream.getvalue())
 
 
 def curves(file: Path, epochs: Sequence[Mapping[str, float]]) -> None:

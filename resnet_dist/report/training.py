@@ -18,6 +18,7 @@ from resnet_dist.errors import DataError, NonFiniteError
 from resnet_dist.evaluate.metrics import Measured
 from resnet_dist.evaluate.records import Records, evaluate
 from resnet_dist.model.resnet import build
+from resnet_dist.outputs import inside
 from resnet_dist.report import plots
 from resnet_dist.report.card import run_card
 from resnet_dist.report.evaluation import write_evaluation
@@ -52,7 +53,7 @@ def finish(job: Job, state: State) -> dict[str, Measured]:
 
 def write_results(run: RunFolder, job: Job, best: Best, records: Records) -> dict[str, Measured]:
     """The evaluation and the plots of a finished run. On the main process."""
-    evaluation = run.path / "eval" / "val"
+    evaluation = inside(run.path, "eval", "val")
     metrics = write_evaluation(evaluation, run.plots, job.index.val, records, job.index.classes, job.spec)
     plot_run(run.path)
     values = {name: metric.value for name, metric in metrics.items()}

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from resnet_dist.run_folder import append
 from resnet_dist.wording import printable
 
 
@@ -54,8 +55,7 @@ class Display:
             self._early.append(text)
         elif text:
             try:
-                with self._log.open("a", encoding="utf-8", errors="surrogateescape") as stream:
-                    stream.write(text)
+                append(self._log, text)
             except OSError as error:  # worth a warning, not the run
                 if not self._warned:
                     print(f"WARNING: {self._log}: cannot be written ({error.strerror})", file=sys.stderr)

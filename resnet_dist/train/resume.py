@@ -12,7 +12,7 @@ from resnet_dist.config import TrainConfig
 from resnet_dist.distributed import check_in_step, on_main, running_statistics, share_tensors
 from resnet_dist.errors import UsageError
 from resnet_dist.run_folder import RunFolder
-from resnet_dist.stored import kept
+from resnet_dist.stored import PATHS, kept
 from resnet_dist.train.job import Job
 from resnet_dist.train.schedule import Schedule
 from resnet_dist.train.state import (
@@ -27,7 +27,7 @@ from resnet_dist.train.state import (
 
 # Settings that make another run of it, by section: they decide what the saved numbers mean.
 FIXED = {
-    "data": {"data", "val_dir", "val_split", "split_seed", "group_by", "exclude_list", "drop_last"},
+    "data": {"val_split", "split_seed", "group_by", "drop_last"},  # where the images lie is left to their fingerprint
     "preprocess": None,  # all of them
     "model": {"model", "head", "head_hidden", "stem"},
     "run": {"seed", "ema", "init_from"},
@@ -63,6 +63,7 @@ def save_state(
         "processes": job.accelerator.num_processes,
         "global_batch": job.train_loader.batches.share.global_batch,
         "config": kept(job.cfg),
+        "directory": str(Path.cwd()),  # where the relative paths of the config start
         "data": job.index.fingerprint(),
     }
     folder = job.run.path / "checkpoints"
@@ -152,7 +153,12 @@ def changes(resumed: Resumed, cfg: TrainConfig, fingerprint: Mapping[str, Any], 
     facts = resumed.facts
     with fitting(Path(cfg.run.resume or cfg.run.output_dir or "")):
         other_data = "" if facts["data"] == fingerprint else _data_difference(facts["data"], fingerprint)
-        differences = list(_differences(facts["config"], kept(cfg)))
+        directory = Path(str(facts.get("directory", "")))
+        differences = [
+            (section, name, old, new)
+            for section, name, old, new in _differences(facts["config"], kept(cfg))
+            if not (name in PATHS.get(section, ()) and Path(new).absolute() == directory / old)
+        ]
         batch_then = facts["global_batch"]
     if other_data:
         raise UsageError(other_data)

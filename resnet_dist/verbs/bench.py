@@ -21,6 +21,7 @@ from resnet_dist.config import (
     TrainConfig,
 )
 from resnet_dist.fields import out_of_range
+from resnet_dist.outputs import json_problems
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,15 +62,9 @@ class Config:
         yield from train_config(self, "DATA").problems()
         yield from out_of_range(self, 1, math.inf, "windows", "window_steps", "epochs", "epoch_steps")
         yield from out_of_range(self, 0, math.inf, "warmup_steps")
-        yield from json_problems(self.json)
+        yield from json_problems("--json", self.json, "machine", "regimes")
         if not self.regimes:
             yield "--regimes is empty: name at least one of full, layer4+head, head"
-
-
-def json_problems(file: str | None) -> Iterator[str]:
-    """What is wrong with --json, which is written only minutes later."""
-    if file is not None and not Path(file).parent.is_dir():
-        yield f"--json {file}: there is no folder {Path(file).parent}"
 
 
 def train_config(cfg: Any, data: str) -> TrainConfig:

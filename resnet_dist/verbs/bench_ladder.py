@@ -8,7 +8,8 @@ from pathlib import Path
 
 from resnet_dist.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SystemConfig
 from resnet_dist.fields import out_of_range
-from resnet_dist.verbs.bench import json_problems, train_config
+from resnet_dist.outputs import json_problems
+from resnet_dist.verbs.bench import train_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Config:
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
         yield from train_config(self, "DATA").problems()
-        yield from json_problems(self.json)
+        yield from json_problems("--json", self.json, "machine", "rungs")
         yield from out_of_range(self, 1, math.inf, "rounds", "epoch_steps")
         yield from out_of_range(self, 2, math.inf, "epochs")
 

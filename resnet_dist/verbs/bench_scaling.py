@@ -15,7 +15,8 @@ from resnet_dist.config import AugmentConfig, DataConfig, ModelConfig, OptimConf
 from resnet_dist.errors import MachineError
 from resnet_dist.fields import out_of_range
 from resnet_dist.options import options_of
-from resnet_dist.verbs.bench import json_problems, train_config
+from resnet_dist.outputs import json_problems
+from resnet_dist.verbs.bench import train_config
 
 TIMEOUT = 3600
 FULL_ONLY = ("--regimes", "full", "--no-predict")
@@ -49,7 +50,7 @@ class Config:
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
         yield from train_config(self, "DATA").problems()
-        yield from json_problems(self.json)
+        yield from json_problems("--json", self.json, "worlds", "reports")
         yield from out_of_range(self, 1, math.inf, "world_sizes", "windows", "window_steps", "epochs", "epoch_steps")
         yield from out_of_range(self, 0, math.inf, "warmup_steps")
         if not self.world_sizes:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnet_dist.config import DataConfig, PreprocessConfig
 from resnet_dist.fields import option
+from resnet_dist.outputs import json_problems
 from resnet_dist.wording import printable
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Config:
     """A separate folder of class folders for validation."""
     preprocess: PreprocessConfig = PreprocessConfig()
     report: str | None = option(None, "--json")
-    """Write everything that was found to this JSON file."""
+    """Write everything that was found to this JSON file; an earlier one is replaced."""
     cache: bool = True
     """Remember findings by path, size and time of change, so that a second check is quick."""
 
@@ -38,6 +39,7 @@ class Config:
         """What is wrong here, one line each."""
         yield from DataConfig(data=self.data, val_dir=self.val_dir).problems()
         yield from self.preprocess.problems()
+        yield from json_problems("--report", self.report, "images", "per_class", "duplicates")
 
 
 def main(cfg: Config) -> int:

@@ -144,11 +144,14 @@ def prepare(folder: Path, configs: Sequence[Config], others: Sequence[Path]) -> 
     """
     import tomli_w
 
-    from resnet_dist.report.compare import read_run
+    from resnet_dist.outputs import check_folder
+    from resnet_dist.report.compare import COMPARISON, read_run
     from resnet_dist.run_folder import write_atomically
 
     for path in others:
         read_run(path)
+    if not any(folder.glob("*/asked.toml")):  # of a comparison that has not come to its end
+        check_folder(folder, COMPARISON)
     try:
         for place in (folder, *(folder / str(config.recipe) for config in configs)):
             place.mkdir(parents=True, exist_ok=True)

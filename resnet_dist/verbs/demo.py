@@ -1,9 +1,11 @@
 """`resnet-dist demo`: the whole job on scikit-learn's handwritten digits, offline."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resnet_dist.config import (
     AugmentConfig,
@@ -15,9 +17,12 @@ from resnet_dist.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from resnet_dist.errors import MachineError
+from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.fields import option
-from resnet_dist.run_folder import RunFolder
+from resnet_dist.run_folder import RunFolder, is_run, read_facts
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SIDE = 64
 
@@ -43,7 +48,7 @@ def main(cfg: Config) -> int:
 
     folder = Path(cfg.output_dir)
     images, run = folder / "digits", folder / "run"
-    RunFolder(run).check(overwrite=True)
+    RunFolder(run).check("any" if is_of_demo(run, images) else "nothing")
     print(f"writing 1,797 scans of handwritten digits to {images}")
     write_digits(images)
     train(settings(images, run, cfg.epochs))
@@ -57,6 +62,11 @@ def main(cfg: Config) -> int:
         "\n      resnet-dist train YOUR_FOLDER --recipe discriminative   (one sub-folder per class)"
     )
     return code
+
+
+def is_of_demo(run: Path, images: Path) -> bool:
+    """Whether a run is one of an earlier demo, which this one may replace."""
+    return is_run(run) and read_facts(run).get("data_root") == str(images.absolute())
 
 
 def export_and_predict(images: Path, run: Path) -> int:
@@ -85,16 +95,38 @@ def settings(images: Path, run: Path, epochs: int) -> TrainConfig:
 
 
 def write_digits(folder: Path) -> None:
-    """The 8x8 scans, 16 grey levels, as PNG files in one folder per digit. Raises MachineError."""
+    """The 8x8 scans, 16 grey levels, as PNG files in one folder per digit.
+
+    Raises UsageError where another file has the name of one, MachineError where they cannot be written.
+    """
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
+    images = {
+        folder / str(digit) / f"{number:04d}.png": (pixels * 255 / 16).round().astype(np.uint8)
+        for number, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True))
+    }
+    for file, pixels in images.items():
+        if os.path.lexists(file) and not holds(file, pixels):
+            raise UsageError(f"{file}: it exists and is not an image of the demo; choose another --output-dir")
     try:
-        for number, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
-            file = folder / str(digit) / f"{number:04d}.png"
+        for file, pixels in images.items():
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((pixels * 255 / 16).round().astype(np.uint8)).save(file)
+            if not file.exists():
+                Image.fromarray(pixels).save(file)
     except OSError as error:
         raise MachineError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def holds(file: Path, pixels: "np.ndarray") -> bool:
+    """Whether a file is a PNG image of just these pixels, uint8 (H, W)."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            return np.array_equal(np.asarray(image), pixels)
+    except OSError:
+        return False

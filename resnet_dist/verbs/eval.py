@@ -111,6 +111,7 @@ def main(cfg: Config) -> int:
     accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
     run = Path(cfg.run or "")
     file = run if run.is_file() or cfg.is_file else run / "checkpoints" / "best.safetensors"
+    on_main(accelerator, lambda: check_outputs(cfg, run, file))
     subject = load_exported(file) if cfg.is_exported else load_network(accelerator, file, cfg.calibrate)
     table = on_main(accelerator, lambda: find_table(cfg, run, subject.classes))
     display = Display(accelerator.is_main_process)
@@ -201,12 +202,28 @@ def find_table(cfg: Config, run: Path, classes: tuple[str, ...]) -> "ImageTable"
     return table
 
 
+def check_outputs(cfg: Config, run: Path, file: Path) -> None:
+    """See that what will be written replaces nothing but an earlier evaluation and calibration.
+
+    Raises UsageError, MachineError.
+    """
+    from resnet_dist.evaluate.calibrate import FILE_NAME, is_calibration
+    from resnet_dist.outputs import check_file, check_folder
+    from resnet_dist.report.evaluation import EVALUATION
+
+    check_folder(output_folder(cfg, run), EVALUATION)
+    if cfg.calibrate and file.is_file():
+        check_file(file.with_name(FILE_NAME), is_calibration, "--calibrate")
+
+
 def output_folder(cfg: Config, run: Path) -> Path:
-    """Where the evaluation is written."""
+    """Where the evaluation is written. Raises UsageError where a link leads out of the run folder."""
+    from resnet_dist.outputs import inside
+
     if cfg.output_dir is not None:
         return Path(cfg.output_dir)
     name = cfg.split if cfg.data is None else f"{Path(cfg.data).stem}-{cfg.split}"
-    return run / "eval" / (name if cfg.tta == "none" else f"{name}-{cfg.tta}")
+    return inside(run, "eval", name if cfg.tta == "none" else f"{name}-{cfg.tta}")
 
 
 def write(cfg: Config, file: Path, subject: Subject, table: "ImageTable", records: "Records") -> list[tuple[str, str]]:

@@ -76,11 +76,14 @@ def main(cfg: Config) -> int:
 
 def explain_all(cfg: Config, device: "torch.device") -> str:
     """Do it, on this process; says where the pictures are. Raises ResnetDistError."""
-    from resnet_dist.report.explanations import write_explanations
+    from resnet_dist.outputs import check_folder, inside
+    from resnet_dist.report.explanations import EXPLANATIONS, write_explanations
     from resnet_dist.train.checkpoint import load_checkpoint
 
     run = Path(cfg.run or "")
     checkpoint = run if run.is_file() or run.suffix == ".safetensors" else run / "checkpoints" / "best.safetensors"
+    folder = Path(cfg.output_dir) if cfg.output_dir else inside(run, "explain", cfg.method)
+    check_folder(folder, EXPLANATIONS)
     model, description = load_checkpoint(checkpoint)
     if cfg.target is not None and cfg.target not in description.classes:
         near = suggestion(cfg.target, description.classes) or f": there are {listed(description.classes)}"
@@ -92,7 +95,6 @@ def explain_all(cfg: Config, device: "torch.device") -> str:
         for start in range(0, len(items), BATCH)
         for explanation in explain_batch(cfg, items[start : start + BATCH], model, description, device)
     ]
-    folder = Path(cfg.output_dir) if cfg.output_dir else run / "explain" / cfg.method
     write_explanations(folder, found)
     images = "1 image" if len(found) == 1 else f"{len(found)} images"
     return f"{images} explained by {cfg.method}: {folder / 'sheet.png'} shows them"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.fields import option
+from resnet_dist.outputs import inside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def main(cfg: Config) -> int:
     from resnet_dist.report.hub import why_not, write_hub_folder
 
     run = Path(cfg.run or "")
-    folder = Path(cfg.output_dir) if cfg.output_dir is not None else run / "hub"
+    folder = Path(cfg.output_dir) if cfg.output_dir is not None else inside(run, "hub")
     known = read_card_facts(run)
     files = write_hub_folder(run, folder, known)
     if known.is_plain:

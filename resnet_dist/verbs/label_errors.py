@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from resnet_dist.train.checkpoint import Description
 
 SHOWN = 10
+FILE = "label_errors.csv"
 COLUMNS = ("path", "label", "likely", "quality", "suspected")
 
 
@@ -63,10 +64,12 @@ def main(cfg: Config) -> int:
     from resnet_dist.data.transforms import ToInput
     from resnet_dist.distributed import on_main, start
     from resnet_dist.evaluate.records import Keep, evaluate
+    from resnet_dist.outputs import check_file, table_with
     from resnet_dist.train.checkpoint import load_checkpoint
 
     accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
     run, device = Path(cfg.run or ""), accelerator.device
+    on_main(accelerator, lambda: check_file(run / FILE, table_with(*COLUMNS), "RUN") if run.is_dir() else None)
     _, description = on_main(accelerator, lambda: load_checkpoint(run / "checkpoints" / "best.safetensors"))
     spec, classes = description.preprocessing, description.classes
     table = on_main(accelerator, lambda: read_run_part(run, "train", classes))
@@ -129,13 +132,13 @@ def judge(cfg: Config, run: Path, table: "ImageTable", features: "np.ndarray", c
     found = find(table.targets, probabilities)
     right = (probabilities.argmax(axis=1) == table.targets).mean()
     rows = [label_row(table, found, classes, int(position)) for position in found.order]
-    write_atomically(run / "label_errors.csv", to_csv(COLUMNS, rows))
+    write_atomically(run / FILE, to_csv(COLUMNS, rows))
     suspected = int(found.suspected.sum())
     shown = [f"  {shortened(str(path), 60)}: labelled {label}, likely {likely}" for path, label, likely, *_ in rows]
     return [
         f"{suspected} of {len(table)} training labels are suspected; out of fold, {right:.4f} of them are predicted",
         *shown[: min(SHOWN, suspected)],
-        f"{run / 'label_errors.csv'} has all, the most doubtful first; `resnet-dist report {run}` shows them",
+        f"{run / FILE} has all, the most doubtful first; `resnet-dist report {run}` shows them",
     ]
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resnet_dist.config import TrainConfig
-from resnet_dist.errors import MachineError, Preempted, UsageError
+from resnet_dist.errors import Preempted, UsageError
 from resnet_dist.fields import out_of_range
+from resnet_dist.outputs import Kind, make_folder, table_with
 from resnet_dist.stop import StopRequested, StopRequests, stop_requests
 
 if TYPE_CHECKING:
     from resnet_dist.train.job import Blueprint
     from resnet_dist.train.lr_range import RangeTest
 
+COLUMNS = ("lr", "loss", "smoothed")
+RANGE_TEST = Kind("a range test", "lr_find.csv", table_with(*COLUMNS))
 MEANINGLESS = ("resume", "dry_run")
 
 
@@ -73,7 +76,7 @@ def _find(cfg: Config, stop: StopRequests) -> None:
     stop.connect(cfg.system.dist_timeout)
     display = Display(accelerator.is_main_process)
     number = cfg.phase_number or len(cfg.phase)
-    folder = on_main(accelerator, lambda: make_folder(cfg.run.output_dir))
+    folder = on_main(accelerator, lambda: result_folder(cfg.run.output_dir))
     blueprint = draw(accelerator, cfg)
     if not blueprint.cfg.optim.lr:
         raise UsageError("--lr 0: there is nothing to scale; leave it out")
@@ -89,13 +92,10 @@ def _find(cfg: Config, stop: StopRequests) -> None:
         display.say(text)
 
 
-def make_folder(given: str | None) -> Path:
-    """The folder for the results, made before the work is done. Raises MachineError."""
+def result_folder(given: str | None) -> Path:
+    """The folder for the results, made before the work is done. Raises UsageError, MachineError."""
     folder = Path(given or f"runs/lr-find-{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(f"{folder}: cannot be made into a folder ({error.strerror})") from None
+    make_folder(folder, RANGE_TEST)
     return folder
 
 
@@ -108,7 +108,7 @@ def write(folder: Path, test: "RangeTest", blueprint: "Blueprint", divide_by: fl
     suggested = {"valley": valley(test), "steepest": steepest(test)}
     rates = {name: rate for name, rate in suggested.items() if rate is not None}
     columns = zip(test.rates, test.losses, test.smoothed, strict=True)
-    write_atomically(folder / "lr_find.csv", to_csv(("lr", "loss", "smoothed"), columns))
+    write_atomically(folder / RANGE_TEST.mark, to_csv(COLUMNS, columns))
     lr_range(folder / "lr_find.png", test.rates, test.losses, test.smoothed, rates)
     lines = [f"{name + ':':<10} {typed(blueprint.cfg.optim, rate, divide_by)}" for name, rate in rates.items()]
     if not lines:

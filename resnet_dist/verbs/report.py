@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resnet_dist.errors import UsageError
 from resnet_dist.fields import option
 
 if TYPE_CHECKING:
@@ -32,9 +33,12 @@ def main(cfg: Config) -> int:
     """Write the page. Returns the exit code."""
     from resnet_dist.report.on_disk import read_run_evaluation
     from resnet_dist.report.page import write_run_page
+    from resnet_dist.run_folder import is_run, read_facts
     from resnet_dist.train.checkpoint import load_checkpoint
 
     run = Path(cfg.run or "")
+    if read_facts(run) and not is_run(run):  # a report.html in it may be somebody else's
+        raise UsageError(f"{run}: its run.json is not that of a run")
     model, description = load_checkpoint(run / "checkpoints" / "best.safetensors")
     evaluation = read_run_evaluation(run, description.classes)
     findings = looked_at(run_index(run, evaluation)) if cfg.near_duplicates else None

@@ -72,10 +72,7 @@ def as_it_was(old: Path, facts: Mapping[str, Any], new: Path) -> TrainConfig:
     from resnet_dist.options import parse
     from resnet_dist.recipes import layers
 
-    cfg: TrainConfig = parse(TrainConfig, ["-c", str(old / "config.toml")], "resnet-dist train", layers)
-    data, root = Path(cfg.data.data or ""), Path(str(facts.get("data_root")))
-    if not data.exists() and root.is_dir() and data.suffix != ".csv":  # typed in another working directory
-        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, data=str(root)))
+    cfg: TrainConfig = parse(TrainConfig, ["--resume", str(old)], "resnet-dist train", layers)
     run = dataclasses.replace(cfg.run, output_dir=str(new), resume="auto")
     return dataclasses.replace(cfg, run=run)
 

@@ -1,6 +1,7 @@
 """`resnet-dist split`: train, val and test parts of a folder, as a manifest, links or copies."""
 
 import itertools
+import os
 import re
 import shutil
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Literal
 
 from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.fields import option, out_of_range
+from resnet_dist.outputs import TEMPORARY
 
 Row = tuple[str, str, str]  # path relative to the source, label, part
 
@@ -112,11 +114,15 @@ def _free_name(target: Path, taken: set[Path]) -> Path:
 
 
 def _write_folders(source: Path, out: Path, rows: Sequence[Row], how: str) -> None:
-    """OUT/<part>/<label>/<name>; two files of one name in sub-folders of a class get their folders into the name."""
-    taken: set[Path] = set()
+    """OUT/<part>/<label>/<name>; two files of one name in sub-folders of a class get their folders into the name.
+
+    OUT gets its name when all is in it. Raises MachineError; nothing is then left of it.
+    """
+    made, taken = out.with_name(f"{TEMPORARY}{os.getpid()}-{out.name}"), set[Path]()
     try:
+        made.mkdir(parents=True)
         for path, label, part in rows:
-            target = out / part / label / Path(path).name
+            target = made / part / label / Path(path).name
             if target in taken:
                 target = _free_name(target.with_name("_".join(Path(path).parts)), taken)
             taken.add(target)
@@ -125,5 +131,7 @@ def _write_folders(source: Path, out: Path, rows: Sequence[Row], how: str) -> No
                 target.symlink_to((source / path).absolute())
             else:
                 shutil.copy2(source / path, target)
+        made.rename(out)
     except OSError as error:
+        shutil.rmtree(made, ignore_errors=True)
         raise MachineError(f"{out}: cannot be written ({error.strerror})") from None

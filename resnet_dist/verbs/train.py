@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resnet_dist.config import TrainConfig
-from resnet_dist.errors import Preempted, ResnetDistError
+from resnet_dist.errors import Preempted, ResnetDistError, UsageError
 from resnet_dist.stop import Stopped, StopRequested, StopRequests, stop_requests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from resnet_dist.run_folder import RunFolder
+    from resnet_dist.run_folder import Replace, RunFolder
     from resnet_dist.train.job import Blueprint
     from resnet_dist.train.progress import Display
     from resnet_dist.train.resume import Resumed
@@ -44,7 +44,7 @@ def train(cfg: TrainConfig) -> Path | None:
         path = on_main(accelerator, lambda: where(cfg))
         run = RunFolder(path, active=accelerator.is_main_process)
         if on_main(accelerator, lambda: is_complete(path, cfg)):
-            display.say(f"{path}: this run is complete; for more, give --epochs above {cfg.run.epochs}, or --init-from")
+            display.say(on_main(accelerator, lambda: completeness(path)))
             return path
         try:
             resuming = on_main(accelerator, lambda: claim(run, cfg))
@@ -82,12 +82,13 @@ def _train_in(
     if cfg.system.autotune:
         accelerator, blueprint = _tuned(accelerator, blueprint, display)
     resumed = None
-    if resuming:
-        resumed = reopen(accelerator, run, blueprint, display)
-    else:
-        on_main(accelerator, lambda: open_run(run, blueprint, may_replace(cfg)))
-    display.log_to(run.path / "train.log")
     try:
+        if resuming:
+            resumed = reopen(accelerator, run, blueprint, display)
+        else:
+            on_main(accelerator, lambda: open_run(run, blueprint, may_replace(cfg)))
+        run.is_open = True  # on every process
+        display.log_to(run.path / "train.log")
         with machine_errors(accelerator, blueprint.cfg.data.batch_size, blueprint.cfg.optim.grad_accum):
             _train_and_report(accelerator, blueprint, run, display, stop, resumed)
             stop.finish()
@@ -117,8 +118,8 @@ def record_end(accelerator: "Accelerator", run: "RunFolder", error: BaseExceptio
     """
     from resnet_dist.distributed import on_main
 
-    if isinstance(error, Stopped):
-        return  # recorded by who catches it; nothing was trained, and nobody is waited for
+    if isinstance(error, Stopped) or not run.is_open:
+        return  # recorded by who catches it; or refused, and what the folder says of an earlier launch stays true
     if isinstance(error, Preempted):
         facts = {"status": "preempted", "exit_code": error.exit_code, "reason": str(error)}
         on_main(accelerator, lambda: run.update(**facts))
@@ -150,32 +151,59 @@ def claim(run: "RunFolder", cfg: TrainConfig) -> bool:
 
     Raises UsageError or MachineError where that, or beginning a run there, is impossible.
     """
-    if (run.path / "run.json").exists() and not cfg.run.dry_run:
+    from resnet_dist.run_folder import has_state, is_run, read_facts
+
+    if cfg.run.resume not in (None, "auto"):
+        read_facts(run.path)
+        if not is_run(run.path):
+            raise UsageError(f"--resume {run.path}: its run.json is not that of a run")
+    holds_run = is_run(run.path)
+    if holds_run and not cfg.run.dry_run:
         run.lock()
-    resuming = cfg.run.resume is not None and (cfg.run.resume != "auto" or has_state(run.path))
-    if not resuming:
+    resuming = cfg.run.resume is not None and (cfg.run.resume != "auto" or (holds_run and has_state(run.path)))
+    if resuming:
+        run.check_links()
+    else:
         run.check(may_replace(cfg))
     return resuming
 
 
-def may_replace(cfg: TrainConfig) -> bool:
-    """Whether a run that does not go on may be replaced; with `--resume auto` it has no checkpoint to go on from."""
-    return cfg.run.overwrite or cfg.run.resume == "auto"
-
-
-def has_state(path: Path) -> bool:
-    """Whether a run folder holds something to go on from; one that ended before its first checkpoint does not."""
-    return (path / "run.json").exists() and any((path / "checkpoints").glob("step-*"))
+def may_replace(cfg: TrainConfig) -> "Replace":
+    """Which run that does not go on may be replaced; `--resume auto` replaces one that has no checkpoint yet."""
+    if cfg.run.overwrite:
+        return "any"
+    return "unfinished" if cfg.run.resume == "auto" else "nothing"
 
 
 def is_complete(path: Path, cfg: TrainConfig) -> bool:
-    """Whether the run that is to go on is done, and no more epochs are asked for than it was to have."""
-    from resnet_dist.run_folder import read_facts
+    """Whether the run that is to go on is done, and no more epochs are asked for than it was to have.
 
-    if cfg.run.resume is None or (cfg.run.resume == "auto" and not has_state(path)):
+    Raises UsageError where more are asked for and it keeps no checkpoint to go on from.
+    """
+    from resnet_dist.run_folder import has_state, is_run, read_facts
+
+    if cfg.run.resume is None or (cfg.run.resume == "auto" and not is_run(path)):
         return False
     facts = read_facts(path)
-    return facts.get("status") == "done" and cfg.run.epochs <= facts.get("epochs", 0)
+    if facts.get("status") != "done":
+        return False
+    epochs: int = facts.get("epochs", 0)
+    if cfg.run.epochs > epochs and not has_state(path):
+        raise UsageError(
+            f"--resume {path}: this run is complete with {epochs} epochs and keeps no checkpoint to give it more from; "
+            "start a new run with --init-from"
+        )
+    return cfg.run.epochs <= epochs
+
+
+def completeness(path: Path) -> str:
+    """What is said of a run that is complete."""
+    from resnet_dist.run_folder import read_facts
+
+    epochs = read_facts(path)["epochs"]
+    return (
+        f"{path}: this run is complete, it has {epochs} epochs; for more, give --epochs above {epochs}, or --init-from"
+    )
 
 
 def reopen(accelerator: "Accelerator", run: "RunFolder", blueprint: "Blueprint", display: "Display") -> "Resumed":
@@ -206,11 +234,12 @@ def write_reopened(run: "RunFolder", blueprint: "Blueprint", steps: int, epochs:
     run.cut_back(steps, epochs)
     run.write("config.toml", to_toml(blueprint.cfg))
     launches = [*facts.get("launches", []), this_launch()]
-    run.update(status="running", exit_code=None, reason="", epochs=blueprint.cfg.run.epochs, launches=launches)
+    began = {"status": "running", "exit_code": None, "reason": "", "directory": str(Path.cwd())}
+    run.update(**began, epochs=blueprint.cfg.run.epochs, launches=launches)
     return was_done
 
 
-def open_run(run: "RunFolder", blueprint: "Blueprint", overwrite: bool) -> None:
+def open_run(run: "RunFolder", blueprint: "Blueprint", replace: "Replace") -> None:
     """Make the run folder and write down all that is known before training. On the main process."""
     from resnet_dist.data.index import write_manifest
     from resnet_dist.model.resnet import empty
@@ -223,18 +252,19 @@ def open_run(run: "RunFolder", blueprint: "Blueprint", overwrite: bool) -> None:
     # The best checkpoint, its successor while it is written, and the checkpoints to resume from: weights, two
     # moments of an Adam and an average in each.
     needed = weights * (2 + 4 * (cfg.run.keep_last + 1))
-    run.create(overwrite, needed)
-    run.update(
-        status="running",
-        exit_code=None,
-        reason="",
-        epochs=cfg.run.epochs,
-        data_root=str(index.root.absolute()),
-        classes=len(index.classes),
-        images={split: len(index.part(split)) for split in ("train", "val", "test")},
+    facts = {
+        "status": "running",
+        "exit_code": None,
+        "reason": "",
+        "epochs": cfg.run.epochs,
+        "data_root": str(index.root.absolute()),
+        "directory": str(Path.cwd()),  # where the relative paths of config.toml start
+        "classes": len(index.classes),
+        "images": {split: len(index.part(split)) for split in ("train", "val", "test")},
         **what_is_trained(blueprint),
-        launches=[this_launch()],
-    )
+        "launches": [this_launch()],
+    }
+    run.create(replace, needed, facts)
     run.write("command.txt", shlex.join(["resnet-dist", *sys.argv[1:]]) + "\n")
     run.write("config.toml", to_toml(cfg))
     run.write("classes.txt", "".join(f"{name}\n" for name in index.classes))

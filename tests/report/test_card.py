@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -152,6 +153,7 @@ def test_network_that_timm_has_not_is_said_to_be_such(tmp_path: Path, capsys: py
     run = trained(tmp_path, "--head", "mlp", "--head-hidden", "8")
     (run / "hub").mkdir()
     (run / "hub/config.json").write_text("{}")
+    shutil.copy(run / "checkpoints/best.safetensors", run / "hub/model.safetensors")
     assert main(["hub", str(run)]) == 0
     assert "timm cannot load it (head mlp and small stem)" in capsys.readouterr().out
     assert sorted(file.name for file in (run / "hub").iterdir()) == ["README.md", "model.safetensors"]
