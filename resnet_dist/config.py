@@ -305,9 +305,10 @@ class RunConfig:
     init_from: str | None = None
     """A new run from the best weights of an old one: its folder, or a checkpoint (.safetensors); replaces --weights."""
     resume: str | None = option(None, "--resume-from-checkpoint")
-    """Go on with an interrupted run: its folder, or auto (the run that --output-dir holds, or a new one)."""
+    """Go on with an interrupted run: its folder, or auto (the run that --output-dir holds, or a new one). A finished run
+    is never replaced."""
     overwrite: bool = option(False, "--overwrite-output-dir")
-    """Replace the run that --output-dir holds."""
+    """Replace the run that --output-dir holds; files that the program did not write stay."""
     dry_run: bool = False
     """Print the plan (what learns, learning rates, steps, batches) and stop."""
 
