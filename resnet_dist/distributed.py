@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from resnet_dist.config import SystemConfig
 from resnet_dist.errors import MachineError, ResnetDistError, UsageError
 from resnet_dist.faults import finding_each_other, first_line, machine_errors
 from resnet_dist.model.trainable import BatchNorm
+from resnet_dist.stop import StopRequests
 
 T = TypeVar("T")
 HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
@@ -343,6 +345,30 @@ def _put(buffers: dict[str, torch.Tensor], values: torch.Tensor) -> None:
     parts = torch.split(values, [buffer.numel() for buffer in buffers.values()])
     for buffer, part in zip(buffers.values(), parts, strict=True):
         buffer.copy_(part.view_as(buffer))
+
+
+def read_values(tensor: torch.Tensor, stop: StopRequests) -> list[float]:
+    """The values of a tensor (N,) once its device has computed them; every process must call this at the same point.
+
+    The wait for a GPU is one in Python, so that signals are heard, and the end of another process, whose part in the
+    work of this GPU never comes: RuntimeError.
+    """
+    on_host = tensor
+    if tensor.device.type == "cuda":
+        on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        on_host.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        wait_until(copied.query, stop.pulse())
+    values: list[float] = on_host.tolist()
+    return values
+
+
+def wait_until(is_done: Callable[[], bool], look: Callable[[], None]) -> None:
+    """Wait, and look around meanwhile."""
+    while not is_done():
+        look()
+        time.sleep(0.0005)
 
 
 def check_in_step(accelerator: Accelerator, model: nn.Module) -> None:

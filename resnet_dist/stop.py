@@ -92,6 +92,26 @@ class StopRequests:
         flag = torch.tensor([self.signal is not None], dtype=torch.int32)
         self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
 
+    def pulse(self) -> Callable[[], None]:
+        """Begin to listen for the other processes; every process calls this at the same point.
+
+        What it returns can be called while this process waits for its device: it raises RuntimeError once another one
+        is known to have ended, and waits for none.
+        """
+        if self._group is None:
+            return lambda: None
+        import torch
+        import torch.distributed as dist
+
+        beat = torch.zeros(1, dtype=torch.int32)
+        work: Any = dist.all_reduce(beat, group=self._group, async_op=True)
+
+        def look() -> None:
+            if work.is_completed():
+                work.wait()
+
+        return look
+
     def finish(self) -> bool:
         """Whether the last call to `check` found a request."""
         if self._pending is None:

@@ -13,7 +13,7 @@ from torch import nn
 from resnet_dist.config import BEST_METRICS, Phase
 from resnet_dist.data.loader import EvalLoader
 from resnet_dist.data.transforms import Batch
-from resnet_dist.distributed import averaged_statistics, check_in_step, on_main, share_statistics, wrap
+from resnet_dist.distributed import averaged_statistics, check_in_step, on_main, read_values, share_statistics, wrap
 from resnet_dist.errors import NonFiniteError, Preempted
 from resnet_dist.evaluate.metrics import headline
 from resnet_dist.evaluate.records import evaluate
@@ -240,8 +240,7 @@ def check_finite(job: Job, learner: Learner, state: State) -> list[float]:
     Also lets the state know how many steps of the phase fp16 has skipped.
     """
     sums = job.accelerator.reduce(learner.window.clone(), "sum")
-    read: list[float] = torch.cat([sums, learner.skipped[None]]).tolist()  # one wait for the device
-    *values, bad, skipped = read
+    *values, bad, skipped = read_values(torch.cat([sums, learner.skipped[None]]), job.stop)  # one wait for the device
     state.skipped = int(skipped)
     if bad or not math.isfinite(values[0]):
         what = "a gradient" if math.isfinite(values[0]) else "the loss"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from resnet_dist.data.index import ImageTable
     from resnet_dist.evaluate.label_errors import LabelErrors
+    from resnet_dist.model.resnet import Architecture
     from resnet_dist.train.checkpoint import Description
 
 SHOWN = 10
@@ -62,19 +63,20 @@ def main(cfg: Config) -> int:
     from resnet_dist.data.index import read_run_part
     from resnet_dist.data.loader import EvalImages, EvalLoader, default_workers
     from resnet_dist.data.transforms import ToInput
-    from resnet_dist.distributed import on_main, start
+    from resnet_dist.distributed import model_from_main, on_main, start
     from resnet_dist.evaluate.records import Keep, evaluate
+    from resnet_dist.model.resnet import build
     from resnet_dist.outputs import check_file, table_with
     from resnet_dist.train.checkpoint import load_checkpoint
 
     accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
     run, device = Path(cfg.run or ""), accelerator.device
     on_main(accelerator, lambda: check_file(run / FILE, table_with(*COLUMNS), "RUN") if run.is_dir() else None)
-    _, description = on_main(accelerator, lambda: load_checkpoint(run / "checkpoints" / "best.safetensors"))
+    description = on_main(accelerator, lambda: load_checkpoint(run / "checkpoints" / "best.safetensors")[1])
     spec, classes = description.preprocessing, description.classes
     table = on_main(accelerator, lambda: read_run_part(run, "train", classes))
     on_main(accelerator, lambda: check_folds(cfg.folds, table, classes))
-    model = on_main(accelerator, lambda: pretrained(cfg, run, description)).to(device)
+    model, _ = model_from_main(accelerator, lambda: pretrained(cfg, run, description), build)
     workers = default_workers(device, launcher.local_world_size()) if cfg.workers is None else cfg.workers
     world, rank = accelerator.num_processes, accelerator.process_index
     loader = EvalLoader(EvalImages(table, spec), cfg.batch_size, workers, device.type == "cuda", world, rank)
@@ -99,8 +101,11 @@ def check_folds(folds: int, table: "ImageTable", classes: tuple[str, ...]) -> No
         )
 
 
-def pretrained(cfg: Config, run: Path, description: "Description") -> "nn.Module":
-    """The run's network with the weights that it began with. Raises UsageError, ArtifactError, MachineError."""
+def pretrained(cfg: Config, run: Path, description: "Description") -> tuple["nn.Module", "Architecture"]:
+    """A network with the weights that the run began with, and its architecture.
+
+    Raises UsageError, ArtifactError, MachineError.
+    """
     from resnet_dist.model import weights
     from resnet_dist.model.resnet import Architecture, build
     from resnet_dist.stored import read_toml
@@ -120,7 +125,7 @@ def pretrained(cfg: Config, run: Path, description: "Description") -> "nn.Module
     named = weights.named_weights(model_cfg)
     file = weights.download(named.url) if named is not None else Path(name)
     weights.load_backbone(model, weights.read_tensors(file), architecture, str(file))
-    return model
+    return model, architecture
 
 
 def judge(cfg: Config, run: Path, table: "ImageTable", features: "np.ndarray", classes: tuple[str, ...]) -> list[str]:

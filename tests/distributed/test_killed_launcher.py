@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.helpers import Command, end
+from tests.launch.helpers import Command, end, free_port
 from tests.train.test_resume import EVERYTHING, LAUNCHED, facts, outcome, uninterrupted  # noqa: F401 - a fixture
 
 KILLS = 4  # forty by hand, before a release
@@ -117,6 +117,46 @@ def test_a_process_that_is_killed_while_it_starts(seconds: float, folder: Path, 
         assert time.monotonic() - began < SECONDS_TO_BE_GONE
     finally:
         end(launcher)
+
+
+PEER = """
+import os, signal, sys, time
+import torch
+from resnet_dist.distributed import wait_until
+from resnet_dist.stop import StopRequests
+rank = int(os.environ["RANK"])
+torch.distributed.init_process_group("gloo")
+stop = StopRequests()
+stop.connect(10)
+for _ in range(3):
+    look = stop.pulse()  # both are there: nothing is raised, and nobody waits
+    moments = iter([False] * 20 + [True])
+    wait_until(lambda: next(moments), look)
+    stop.check()
+torch.distributed.barrier()
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+began = time.monotonic()
+try:
+    wait_until(lambda: time.monotonic() - began > 60, stop.pulse())
+    print("waited in vain")
+except RuntimeError as error:
+    print("noticed", time.monotonic() - began < 10)
+"""
+
+
+@pytest.mark.matrix
+def test_the_end_of_another_process_is_noticed_while_a_device_works() -> None:
+    """A device that waits for the other one's part never ends its work; a function stands in for it here."""
+    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PEER], env=os.environ | both | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=200)[0] for process in processes]
+    assert said[0] == "noticed True\n" and processes[1].returncode == -signal.SIGKILL
 
 
 # Without torch: a main thread that does not run Python, as in a library that waits for other processes.
