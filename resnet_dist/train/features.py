@@ -77,15 +77,22 @@ class Features:
         return found.permute(0, 3, 1, 2) if found.ndim == 4 else found
 
     def fill(self, job: Job) -> None:
-        """Compute them, each process a part. Raises StopRequested, DataError."""
-        if self.values is None:
-            with memory_for(job.accelerator, "the kept features", "take --cache-features off"):
-                self.values = torch.cat([self._of_view(job, view) for view in self.views])
+        """Compute them, each process a part, into memory that is taken once. Raises StopRequested, DataError."""
+        if self.values is not None:
+            return
+        samples, world = len(self.views[0].table), job.accelerator.num_processes
+        rows = -(-samples // world) * world  # that all processes write for a view; the next one overwrites those too many
+        with memory_for(job.accelerator, "the kept features", "take --cache-features off"):
+            values = self.example.new_empty((len(self.views) - 1) * samples + rows, *self.example.shape[1:])
+            for number, view in enumerate(self.views):
+                self._compute(job, view, values[number * samples :][:rows])
+        self.values = values[: len(self.views) * samples]
 
     @torch.no_grad()
-    def _of_view(self, job: Job, view: EvalImages | View) -> torch.Tensor:
-        loader = eval_loader(job.accelerator, job.cfg, view, job.workers)
-        parts = []
+    def _compute(self, job: Job, view: EvalImages | View, whole: torch.Tensor) -> None:
+        """Write the features of a view into `whole`, as many rows for each process."""
+        loader, done = eval_loader(job.accelerator, job.cfg, view, job.workers), 0
+        own = whole if job.accelerator.num_processes == 1 else torch.zeros_like(whole[: loader.per_process])
         self.prefix.eval()
         with job.accelerator.autocast(), job.display.epoch("features", loader.rounds):
             batches = iter(loader)
@@ -93,16 +100,12 @@ class Features:
                 job.stop.check()
                 batch = next(batches, None)
                 if batch is not None:
-                    parts.append(_stored(self.prefix(job.to_input(batch.to(job.accelerator.device)))))
-                    job.display.advance(number + 1, {}, len(batch.targets))
-        own = torch.cat(parts) if parts else self.example[:0]
-        if job.accelerator.num_processes == 1:
-            return own
-        rows = own.new_zeros(loader.per_process, *own.shape[1:])
-        rows[: len(own)] = own
-        # As bytes: not every backend gathers every dtype.
-        gathered: torch.Tensor = job.accelerator.gather(rows.view(torch.uint8))
-        return gathered.view(rows.dtype)[: loader.samples]
+                    count = len(batch.targets)
+                    own[done : done + count] = _stored(self.prefix(job.to_input(batch.to(job.accelerator.device))))
+                    done += count
+                    job.display.advance(number + 1, {}, count)
+        if own is not whole:  # as bytes: not every backend gathers every dtype
+            torch.distributed.all_gather_into_tensor(whole.view(torch.uint8), own.view(torch.uint8))
 
 
 def _stored(values: torch.Tensor) -> torch.Tensor:
@@ -155,7 +158,7 @@ def source(job: Job, phase: Phase) -> Source:
         why = "" if train else " (training images change at random: --aug none, or --cache-features N for N views)"
         job.display.say(f"features before {stage} are computed once, for {' and '.join(names)}, {size:.1f} MiB{why}")
     if train is not None and train in fits:
-        known = KnownSamples(job.index.train, job.cfg.run.seed, len(train.views))
+        known = KnownSamples(job.index.train, job.train_images.seed, len(train.views))
         loader = TrainLoader(known, job.train_loader.batches, 0, pin_memory=False)
         images = dataclasses.replace(images, train_module=rest, train_loader=loader, train_input=train)
     if val in fits:

@@ -2,9 +2,11 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_dist.cli import main
 from resnet_dist.config import Phase
@@ -58,6 +60,31 @@ def test_as_many_views_as_epochs_are_the_augmentation_itself(folder: Path, tmp_p
         assert a == pytest.approx(b, rel=1e-4)
     assert runs["1"][0] == pytest.approx(runs["off"][0], rel=1e-4)
     assert runs["1"][1] != pytest.approx(runs["off"][1], rel=1e-4)  # the first view again
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the new tensors of at least so many rows of this shape."""
+
+    def __init__(self, rows: int, shape: torch.Size) -> None:
+        super().__init__()
+        self.rows, self.shape, self.places = rows, shape, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.shape[1:] == self.shape and len(made) >= self.rows:
+            self.places.add(made.untyped_storage().data_ptr())
+        return made
+
+
+def test_features_take_their_memory_once(folder: Path, tmp_path: Path) -> None:
+    """No second copy while they are put together, of one view or of all."""
+    job = job_of(tmp_path / "run", folder, *FROZEN, "--cache-features", "2")
+    features = source(job, job.cfg.phase[0]).train_input
+    assert isinstance(features, Features)
+    with Allocations(24, features.example.shape[1:]) as seen:
+        features.fill(job)
+    assert len(seen.places) == 1
+    assert features.values is not None and features.values.nbytes == features.bytes == 2 * 24 * 512 * 4
 
 
 def test_validation_alone_where_training_images_change(
