@@ -5,7 +5,7 @@ from itertools import cycle
 from typing import Any
 
 from resnet_dist.bench.timing import Plan, measure
-from resnet_dist.data.loader import TrainImages, TrainLoader
+from resnet_dist.data.loader import DeviceImages, Samples, TrainImages, TrainLoader
 from resnet_dist.data.transforms import Batch, sample_key, training_pixels
 from resnet_dist.train.job import Job
 
@@ -13,12 +13,15 @@ from resnet_dist.train.job import Job
 def loading(job: Job, plan: Plan) -> dict[str, Any]:
     """Images per second of each stage with those before it, from files and, where the job keeps images, from those.
 
-    The files have been read before, so they come from the system's cache where they fit.
+    "from_device" is there instead of "from_kept" where the job keeps them on the device. The files have been read
+    before, so they come from the system's cache where they fit.
     """
     kept = job.train_images
     plain = TrainImages(kept.table, kept.spec, kept.cfg, kept.seed)
     found = {"from_files": {**_stages(job, plain, plan), **_loops(job, plain, plan)}}
-    if kept.read is not kept.reader:
+    if isinstance(job.train_loader.samples, DeviceImages):
+        found["from_device"] = _loops(job, job.train_loader.samples, plan)
+    elif kept.read is not kept.reader:
         for _ in job.train_loader.epoch(0):  # fills it
             pass
         found["from_kept"] = {"get": _get(job, kept.read, kept, plan), **_loops(job, kept, plan)}
@@ -50,7 +53,14 @@ def _get(job: Job, work: Callable[[int], object], images: TrainImages, plan: Pla
     return measure(job.accelerator, lambda: [work(next(positions)) for _ in range(size)], plan).of_images(size)
 
 
-def _loops(job: Job, images: TrainImages, plan: Plan) -> dict[str, Any]:
+def fastest(found: dict[str, Any]) -> dict[str, Any]:
+    """Of what `loading` gives, the stages from where training takes its images."""
+    names = [name for name in ("from_device", "from_kept", "from_files") if name in found]
+    stages: dict[str, Any] = found[names[0]]
+    return stages
+
+
+def _loops(job: Job, images: Samples, plan: Plan) -> dict[str, Any]:
     """The loop's own loader with its processes, to the host and to the input on the device."""
     size, device = job.cfg.data.batch_size, job.accelerator.device
     loader = TrainLoader(images, job.train_loader.batches, job.workers, pin_memory=device.type == "cuda")

@@ -5,16 +5,22 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from resnet_dist.bench.loading import loading
+from resnet_dist.bench.loading import fastest, loading
 from resnet_dist.bench.machine import describe, roofs
 from resnet_dist.bench.timing import Plan
-from resnet_dist.bench.training import job_of, measure_regime, shortened
+from resnet_dist.bench.training import STEPS_PER_WORKER, job_of, measure_regime, shortened
 from resnet_dist.config import TrainConfig
+from resnet_dist.data.loader import DeviceImages
 from resnet_dist.train.job import Job
 
 FORMAT_VERSION = 1
 WAITS = 0.1  # share of the time from which on waiting for data is worth a word
 GAINS = 1.3  # how many times faster something must be to be proposed
+SOURCES = {
+    "from_files": "loading from files",
+    "from_kept": "loading from what is kept",
+    "from_device": "loading from what is kept on the device",
+}
 HOST_BOUND = 0.9  # share of a step in which the host gives out work, from which on the host is the limit
 
 
@@ -46,8 +52,21 @@ def make_report(
     for regime in found["regimes"].values():
         if not regime["features_are_kept"]:
             regime["training"]["overlap"] = overlap(found, regime)
+    found["notes"] = list(notes(job))
     found["verdict"] = verdict(found)
     return found, job
+
+
+def notes(job: Job) -> Iterator[str]:
+    """What the numbers of whole training and loading do not measure, a line each."""
+    steps, workers = job.train_loader.steps_per_epoch, job.workers
+    if steps < STEPS_PER_WORKER * workers and not isinstance(job.train_loader.samples, DeviceImages):
+        yield (
+            f"epochs of {steps} steps with {workers} loader processes measure how the loaders fill up; for their "
+            f"steady speed take --epoch-steps {STEPS_PER_WORKER * workers} or more, and as many images"
+        )
+    if job.cfg.data.cache == "device" and not isinstance(job.train_loader.samples, DeviceImages):
+        yield f"--cache device keeps images in memory, not on the device, on a {job.accelerator.device.type}"
 
 
 def settings(job: Job) -> dict[str, Any]:
@@ -62,6 +81,7 @@ def settings(job: Job) -> dict[str, Any]:
         "optimizer": cfg.optim.opt,
         "aug": cfg.augment.aug,
         "workers": job.workers,
+        "compile": cfg.system.compile,
         "images_are_kept": job.train_images.read is not job.train_images.reader,
         "training_images": len(job.index.train),
         "classes": len(job.index.classes),
@@ -70,7 +90,7 @@ def settings(job: Job) -> dict[str, Any]:
 
 def overlap(found: dict[str, Any], regime: dict[str, Any]) -> float:
     """Speed of whole training as a share of the slower of loading and computing by themselves; 1 is the best."""
-    load = found["loading"].get("from_kept", found["loading"]["from_files"])["loader"]["images_per_second"]
+    load = fastest(found["loading"])["loader"]["images_per_second"]
     processes = found["machine"]["processes"]
     alone = processes * min(load, regime["compute"]["step"]["images_per_second"])
     return float(regime["training"]["later_epochs"]["images_per_second"] / alone)
@@ -105,7 +125,7 @@ def verdict(found: dict[str, Any]) -> str:
 def _data_bound(found: dict[str, Any], regime: dict[str, Any]) -> str:
     """What to do where the loop waits for data: keep images, then more loader processes, then smaller files."""
     machine, workers, kept = found["machine"], found["settings"]["workers"], found["settings"]["images_are_kept"]
-    load = found["loading"]["from_kept" if kept else "from_files"]["loader"]["images_per_second"]
+    load = fastest(found["loading"])["loader"]["images_per_second"]
     compute = regime["compute"]["step"]["images_per_second"]
     wait = regime["training"]["data_wait_share"]
     text = f"data-bound: waits {wait:.0%} of the time; loader {load:.0f}, compute {compute:.0f} images/s"
@@ -127,7 +147,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     workers = found["settings"]["workers"]
     names = {"loader": f"loader, {workers} processes", "input": "input, on the device"}
     for source, stages in found["loading"].items():
-        yield {"from_files": "loading from files", "from_kept": "loading from what is kept"}[source]
+        yield SOURCES[source]
         yield from (_row(f"  {names.get(name, name)}", timing, "") for name, timing in stages.items())
     for name, regime in found["regimes"].items():
         yield f"training {name}{', from kept features' if regime['features_are_kept'] else ''}"
@@ -135,6 +155,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     if "predict" in found:
         start = found["predict"]["seconds_to_first_labels"]
         yield _row("predict, files to labels", found["predict"], f"{start:.1f} s to the first, loading included")
+    yield from (f"note: {note}" for note in found["notes"])
     yield f"verdict: {found['verdict']}"
 
 
@@ -145,9 +166,11 @@ def _head(found: dict[str, Any]) -> Iterator[str]:
     products = ", ".join(f"{name} {roof['median'] / 1e12:.3g}" for name, roof in limits["gemm_flops"].items())
     copies = f"memory {limits['copy_bytes']['median'] / 1e9:.3g} GB/s"
     yield f"matrix products, TFLOP/s: {products}; {copies} read and written"
+    compiled = ", compiled" if chosen["compile"] == "on" else ""
     yield (
         f"{chosen['model']}, {chosen['img_size']} pixels, batch {chosen['batch_size']} per process, "
-        f"precision {chosen['precision']}; {machine['processes']} processes; {chosen['training_images']} images"
+        f"precision {chosen['precision']}{compiled}; {machine['processes']} processes; "
+        f"{chosen['training_images']} images"
     )
 
 

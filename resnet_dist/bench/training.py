@@ -11,12 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from resnet_dist import launcher
 from resnet_dist.bench.machine import activation_bytes, gemm_flops
 from resnet_dist.bench.timing import Plan, measure, summary, wait_for
 from resnet_dist.bench.work import bytes_moved, flops, least_seconds, operations
 from resnet_dist.config import Phase, TrainConfig
 from resnet_dist.data.index import ImageTable, PathTable
-from resnet_dist.data.loader import TrainBatches, TrainLoader
+from resnet_dist.data.loader import TrainBatches, TrainLoader, default_workers
 from resnet_dist.data.transforms import Batch
 from resnet_dist.model.parts import cut, first_changing_stage
 from resnet_dist.model.resnet import empty
@@ -24,11 +25,13 @@ from resnet_dist.model.trainable import set_trainable, train_mode
 from resnet_dist.provenance import forget_peak_memory, peak_memory
 from resnet_dist.run_folder import RunFolder
 from resnet_dist.stop import StopRequests
+from resnet_dist.train.compile import compiled
 from resnet_dist.train.job import Blueprint, Job, build_job, draw
 from resnet_dist.train.loop import Learner, begin_phase, end_phase, train_one_epoch, train_step
 from resnet_dist.train.progress import Display
 from resnet_dist.train.state import State
 
+LEAST_STEPS, STEPS_PER_WORKER = 6, 4  # in an epoch; a loader process makes a whole batch
 REGIMES = {  # what learns; the BatchNorm statistics of what does not learn are frozen with it
     "full": Phase(trainable="all"),
     "layer4+head": Phase(trainable="layer4 head"),
@@ -44,8 +47,16 @@ def shortened(accelerator: Accelerator, cfg: TrainConfig, steps: int) -> Bluepri
     blueprint = draw(accelerator, cfg)
     share = blueprint.batches.share
     train = spread(blueprint.index.train, steps * share.global_batch)
-    batches = TrainBatches(len(train), cfg.run.seed, share, cfg.data.drop_last)
+    batches = TrainBatches(len(train), blueprint.batches.seed, share, cfg.data.drop_last)
     return dataclasses.replace(blueprint, index=dataclasses.replace(blueprint.index, train=train), batches=batches)
+
+
+def enough_steps(accelerator: Accelerator, cfg: TrainConfig) -> int:
+    """Steps of an epoch that measures loading: every loader process makes several batches after the pipe is full."""
+    workers = cfg.data.workers
+    if workers is None:
+        workers = default_workers(accelerator.device, launcher.local_world_size())
+    return max(LEAST_STEPS, STEPS_PER_WORKER * workers)
 
 
 def job_of(accelerator: Accelerator, blueprint: Blueprint) -> Job:
@@ -97,7 +108,7 @@ def compute(job: Job, learner: Learner, batches: Sequence[Batch], plan: Plan) ->
     accelerator, first = job.accelerator, batches[0]
 
     def forward() -> torch.Tensor:
-        logits = learner.net(learner.source.train_input(first))
+        logits = learner.forward(learner.source.train_input(first))  # compiled, if a step is
         return job.loss.numerators(logits, first).sum()
 
     def backward() -> None:
@@ -119,7 +130,7 @@ def compute(job: Job, learner: Learner, batches: Sequence[Batch], plan: Plan) ->
 
 def communication(job: Job, learner: Learner, batches: Sequence[Batch], plan: Plan) -> dict[str, Any]:
     """A step of every process by itself, and an all-reduce of as many values as the gradient has."""
-    alone = dataclasses.replace(learner, net=learner.source.train_module)
+    alone = without_reduction(job, learner)
     images = sum(len(batch.targets) for batch in batches)
     step = measure(job.accelerator, lambda: train_step(job, alone, batches), plan)
     parameters = [p.detach() for p in learner.net.parameters() if p.requires_grad]
@@ -129,6 +140,14 @@ def communication(job: Job, learner: Learner, batches: Sequence[Batch], plan: Pl
     reduce = measure(job.accelerator, lambda: torch.distributed.all_reduce(gradient), plan)
     size = gradient.numel() * gradient.element_size()
     return {"step_alone": step.of_images(images), "gradient_bytes": size, "all_reduce_bytes": reduce.rates(size)}
+
+
+def without_reduction(job: Job, learner: Learner) -> Learner:
+    """The learner whose steps leave out the all-reduce of gradients: neither its network nor its forward is DDP's."""
+    module = learner.source.train_module
+    return dataclasses.replace(
+        learner, net=module, forward=compiled(module) if job.cfg.system.compile == "on" else module
+    )
 
 
 def work(job: Job, learner: Learner, batch: Batch, roofs: dict[str, Any]) -> dict[str, float]:

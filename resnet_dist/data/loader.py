@@ -181,7 +181,7 @@ class TrainLoader:
                 f"--drop-last leaves nothing: {batches.samples} training images do not fill one global batch "
                 f"of {batches.share.global_batch}"
             )
-        self.batches = batches
+        self.batches, self.samples = batches, samples
         self._loader = _loader(samples, workers, pin_memory, batch_sampler=batches)
 
     @property

@@ -50,8 +50,9 @@ class Config:
     """Steps before the first window (default: 2 on a CPU, 20 on a GPU)."""
     epochs: int = 3
     """Epochs of whole training in each regime; the first is reported by itself."""
-    epoch_steps: int = 6
-    """Steps in such an epoch: as many training images are taken, spread over DATA."""
+    epoch_steps: int | None = None
+    """Steps in such an epoch, of as many training images, spread over DATA (default: 4 per loader process, at least 6).
+    """
     predict: bool = True
     """Also export the network and time prediction from files to labels."""
     json: str | None = None
@@ -60,6 +61,7 @@ class Config:
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
         yield from train_config(self, "DATA").problems()
+        yield from cache_problems(self)
         yield from out_of_range(self, 1, math.inf, "windows", "window_steps", "epochs", "epoch_steps")
         yield from out_of_range(self, 0, math.inf, "warmup_steps")
         yield from json_problems("--json", self.json, "machine", "regimes")
@@ -67,8 +69,18 @@ class Config:
             yield "--regimes is empty: name at least one of full, layer4+head, head"
 
 
+def cache_problems(cfg: Any) -> Iterator[str]:
+    """What would be measured as `--cache device` and is not that."""
+    if cfg.data.cache == "device" and (cfg.augment.aug != "none" or cfg.augment.mixup or cfg.augment.cutmix):
+        yield "--cache device keeps images that do not change at random: add --aug none, or take --cache ram"
+
+
 def train_config(cfg: Any, data: str) -> TrainConfig:
-    """The training that is measured; of `data` where the config names none."""
+    """The training that is measured; of `data` where the config names none.
+
+    Compiled from the first step on or not at all: otherwise both would stand in one table.
+    """
+    compile_ = "on" if cfg.system.compile == "on" else "off"
     return TrainConfig(
         data=replace(cfg.data, data=cfg.data.data or data),
         preprocess=cfg.preprocess,
@@ -76,13 +88,14 @@ def train_config(cfg: Any, data: str) -> TrainConfig:
         model=cfg.model,
         optim=cfg.optim,
         run=RunConfig(epochs=2),
-        system=cfg.system,
+        system=replace(cfg.system, compile=compile_),
     )
 
 
 def main(cfg: Config) -> int:
     """Measure, print, write the JSON file. Returns the exit code. Raises ResnetDistError."""
     from resnet_dist.bench.report import lines, make_report
+    from resnet_dist.bench.training import enough_steps
     from resnet_dist.distributed import on_main, start
     from resnet_dist.faults import machine_errors
     from resnet_dist.run_folder import to_json, write_atomically
@@ -91,10 +104,11 @@ def main(cfg: Config) -> int:
     show = printer(accelerator)
     show(line)
     with tempfile.TemporaryDirectory(prefix="resnet-dist-bench-") as own:
-        chosen = with_data(accelerator, cfg, Path(own))
+        steps = cfg.epoch_steps or enough_steps(accelerator, train_config(cfg, ""))
+        chosen = with_data(accelerator, cfg, steps, Path(own))
         with machine_errors(accelerator, cfg.data.batch_size, cfg.optim.grad_accum):
             plan = plan_of(cfg, accelerator.device.type)
-            found, job = make_report(accelerator, chosen, cfg.regimes, plan, cfg.epochs, cfg.epoch_steps, show)
+            found, job = make_report(accelerator, chosen, cfg.regimes, plan, cfg.epochs, steps, show)
             found["settings"]["data"] = "synthetic" if cfg.data.data is None else "images"
             if cfg.predict:
                 show("measuring prediction ...")
@@ -117,15 +131,16 @@ def printer(accelerator: "Accelerator") -> Callable[[str], None]:
     return show
 
 
-def with_data(accelerator: "Accelerator", cfg: Any, folder: Path) -> TrainConfig:
-    """The training that is measured; where no DATA is named, of photographs made in `folder` of the main process."""
+def with_data(accelerator: "Accelerator", cfg: Any, steps: int, folder: Path) -> TrainConfig:
+    """The training that is measured, of so many steps in an epoch; where no DATA is named, of photographs made in
+    `folder` of the main process."""
     from resnet_dist.bench.synthetic import photographs
     from resnet_dist.distributed import on_main
 
     made = on_main(accelerator, lambda: str(folder / "photographs"))
     if cfg.data.data is None:
         printer(accelerator)("no DATA: synthetic photographs")
-        count = cfg.epoch_steps * accelerator.num_processes * cfg.data.batch_size * cfg.optim.grad_accum
+        count = steps * accelerator.num_processes * cfg.data.batch_size * cfg.optim.grad_accum
         on_main(accelerator, lambda: photographs(Path(made), count))
     return train_config(cfg, made)
 

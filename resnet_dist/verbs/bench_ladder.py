@@ -26,8 +26,9 @@ class Config:
     """Rounds over all rungs, of which the median is taken."""
     epochs: int = 2
     """Epochs of a rung in a round; the first does not count."""
-    epoch_steps: int = 4
-    """Steps in such an epoch: as many training images are taken, spread over DATA."""
+    epoch_steps: int | None = None
+    """Steps in such an epoch, of as many training images, spread over DATA (default: 4 per loader process, at least 6).
+    """
     json: str | None = None
     """Write everything that was measured to this file."""
 
@@ -43,6 +44,7 @@ def main(cfg: Config) -> int:
     """Measure, print, write the JSON file. Returns the exit code. Raises ResnetDistError."""
     from resnet_dist.bench.ladder import climb, lines
     from resnet_dist.bench.machine import describe
+    from resnet_dist.bench.training import enough_steps
     from resnet_dist.distributed import on_main, start
     from resnet_dist.faults import machine_errors
     from resnet_dist.run_folder import to_json, write_atomically
@@ -52,9 +54,10 @@ def main(cfg: Config) -> int:
     show = printer(accelerator)
     show(line)
     with tempfile.TemporaryDirectory(prefix="resnet-dist-bench-") as own:
-        chosen = with_data(accelerator, cfg, Path(own))
+        steps = cfg.epoch_steps or enough_steps(accelerator, train_config(cfg, ""))
+        chosen = with_data(accelerator, cfg, steps, Path(own))
         with machine_errors(accelerator, cfg.data.batch_size, cfg.optim.grad_accum):
-            rows = climb(chosen, cfg.rounds, cfg.epochs, cfg.epoch_steps, show)
+            rows = climb(chosen, cfg.rounds, cfg.epochs, steps, show)
     for text in lines(rows):
         show(text)
     if cfg.json is not None:

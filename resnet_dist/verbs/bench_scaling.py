@@ -16,7 +16,7 @@ from resnet_dist.errors import MachineError
 from resnet_dist.fields import out_of_range
 from resnet_dist.options import options_of
 from resnet_dist.outputs import json_problems
-from resnet_dist.verbs.bench import train_config
+from resnet_dist.verbs.bench import cache_problems, train_config
 
 TIMEOUT = 3600
 FULL_ONLY = ("--regimes", "full", "--no-predict")
@@ -42,14 +42,16 @@ class Config:
     """Steps before the first window (default: 2 on a CPU, 20 on a GPU)."""
     epochs: int = 3
     """Epochs of whole training; the first is reported by itself."""
-    epoch_steps: int = 6
-    """Steps in such an epoch: as many training images are taken, spread over DATA."""
+    epoch_steps: int | None = None
+    """Steps in such an epoch, of as many training images, spread over DATA (default: 4 per loader process, at least 6).
+    """
     json: str | None = None
     """Write everything that was measured to this file."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
         yield from train_config(self, "DATA").problems()
+        yield from cache_problems(self)
         yield from json_problems("--json", self.json, "worlds", "reports")
         yield from out_of_range(self, 1, math.inf, "world_sizes", "windows", "window_steps", "epochs", "epoch_steps")
         yield from out_of_range(self, 0, math.inf, "warmup_steps")

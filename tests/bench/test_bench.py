@@ -1,14 +1,22 @@
 """`resnet-dist bench`: what it writes hangs together, and its verdict follows from it; never how fast anything is."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from resnet_dist.bench.report import lines, verdict
+from resnet_dist.bench.loading import fastest, loading
+from resnet_dist.bench.report import lines, notes, verdict
+from resnet_dist.bench.synthetic import DIFFERENT, photographs
+from resnet_dist.bench.timing import Plan
+from resnet_dist.bench.training import enough_steps
 from resnet_dist.cli import main
+from resnet_dist.data.loader import DeviceImages, TrainLoader
+from tests.conftest import TINY
+from tests.train.helpers import config_of, job_of
 
 SHORT = ["--batch-size", "8", "--img-size", "64", "--windows", "3", "--window-steps", "1", "--warmup-steps", "0"]
 SHORT += [
@@ -46,7 +54,7 @@ def timings(value: Any) -> list[dict[str, Any]]:
 
 def test_report_has_its_parts(made: dict[str, Any]) -> None:
     assert set(made) == {
-        "format_version", "machine", "settings", "roofs", "loading", "regimes", "verdict", "predict",
+        "format_version", "machine", "settings", "roofs", "loading", "regimes", "notes", "verdict", "predict",
     }  # fmt: skip
     assert list(made["loading"]["from_files"]) == ["read", "decode", "transform", "batch", "loader", "input"]
     assert list(made["loading"]["from_kept"]) == ["get", "loader", "input"]
@@ -166,6 +174,39 @@ def test_verdict_names_what_limits_and_what_to_change(
     assert cause in said.partition(" -> ")[0] and remedy in said.partition(" -> ")[2]
 
 
+# What is measured, and what is not
+
+
+def test_epochs_are_long_enough_for_every_loader_process(folder: Path, tmp_path: Path) -> None:
+    """By default; with fewer steps, from --epoch-steps or too few images, the report says what it measures."""
+    job = job_of(tmp_path / "run", folder, *TINY, "-b", "8", "--cache", "device", "--aug", "none")  # 3 steps
+    for workers, expected in (("0", 6), ("1", 6), ("2", 8), ("16", 64)):
+        assert enough_steps(job.accelerator, config_of(folder, *TINY, "--workers", workers)) == expected
+    assert list(notes(job)) == ["--cache device keeps images in memory, not on the device, on a cpu"]
+    first = next(notes(dataclasses.replace(job, workers=2)))
+    assert "epochs of 3 steps with 2 loader processes" in first and "--epoch-steps 8 or more" in first
+
+
+def test_images_on_the_device_are_loaded_from_there(folder: Path, tmp_path: Path) -> None:
+    job = job_of(tmp_path / "run", folder, *TINY, "-b", "8", "--cache", "device", "--aug", "none")
+    samples = DeviceImages(job.train_images, job.accelerator.device, 0)
+    on_device = dataclasses.replace(job, train_loader=TrainLoader(samples, job.train_loader.batches, 0, False))
+    found = loading(on_device, Plan(1, 1, 0))
+    assert list(found) == ["from_files", "from_device"] and fastest(found) is found["from_device"]
+    assert list(fastest(found)) == ["loader", "input"] and list(notes(dataclasses.replace(on_device, workers=9))) == []
+
+
+def test_many_photographs_are_made_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Further ones are names of the first, in the same class."""
+    assert DIFFERENT % 2 == 0
+    monkeypatch.setattr("resnet_dist.bench.synthetic.DIFFERENT", 2)
+    photographs(tmp_path, 5)
+    names = {kind: sorted((tmp_path / "train" / kind).iterdir()) for kind in "ab"}
+    assert [len(files) for files in names.values()] == [3, 2] and len(list((tmp_path / "val").rglob("*.jpg"))) == 2
+    for files in names.values():
+        assert len({file.stat().st_ino for file in files}) == 1
+
+
 # Options
 
 
@@ -190,6 +231,8 @@ def test_images_of_a_folder_are_measured(folder: Path, tmp_path: Path) -> None:
         (["--regimes", "body"], "--regimes body: must be one of full, layer4+head, head"),
         (["--json", "nowhere/bench.json"], "--json nowhere/bench.json: there is no folder nowhere"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--cache", "device"], "add --aug none, or take --cache ram"),
+        (["--cache", "device", "--aug", "none", "--mixup", "0.2"], "add --aug none, or take --cache ram"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(refused: Any, arguments: list[str], said: str) -> None:

@@ -1,15 +1,24 @@
 """`bench ladder` and `bench scaling`: what they run, and what they make of the numbers."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from resnet_dist.bench.ladder import GROUND, LEVERS
+from resnet_dist.bench.timing import Plan
+from resnet_dist.bench.training import begin, communication
 from resnet_dist.cli import main
 from resnet_dist.options import parse
+from resnet_dist.train.loop import train_step
 from resnet_dist.verbs import bench, bench_scaling
+from tests.conftest import TINY
+from tests.train.helpers import job_of
 
 SHORT = ["--batch-size", "4", "--img-size", "32", "--epoch-steps", "1", "--epochs", "2", "--workers", "0"]
 
@@ -90,8 +99,37 @@ def test_on_a_cpu_processes_share_the_cores() -> None:
     assert row["exposed_communication"] == 0.0
 
 
+def test_step_alone_sums_no_gradients(folder: Path, tmp_path: Path) -> None:
+    """In DDP over a group of one process, whose reductions a hook counts: those of a step, and of one alone."""
+    made = job_of(tmp_path / "run", folder, *TINY, "-b", "8", "--epochs", "2", "--lr", "0.01")
+    job, learner = begin(made, "full", 2)
+    batches = next(learner.source.train_loader.epoch(0))
+    sums = []
+
+    def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        sums.append(1)
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net = DistributedDataParallel(learner.net)
+        net.register_comm_hook(None, hook)
+        learner = dataclasses.replace(learner, net=net, forward=net)
+        train_step(job, learner, batches)
+        assert sums
+        sums.clear()
+        found = communication(job, learner, batches, Plan(windows=2, steps=1, warmup=1))
+        assert not sums and found["step_alone"]["images"] == 8
+        assert found["gradient_bytes"] == 4 * sum(parameter.numel() for parameter in job.model.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
 def test_what_cannot_be_scaled_is_refused(refused: Any, tmp_path: Path) -> None:
     assert "--world-sizes 0: must be at least 1" in refused(2, "bench", "scaling", "--world-sizes", "0")
+    assert "add --aug none" in refused(2, "bench", "scaling", "--cache", "device")
 
 
 @pytest.mark.matrix
