@@ -302,11 +302,13 @@ class RunConfig:
     """Optimizer steps between two lines of metrics.jsonl."""
     output_dir: str | None = option(None, "-o", "--output")
     """The run folder (default: runs/<model>-<recipe>-<time>)."""
+    random_stream: int | None = None
+    """Which of the seed's random streams orders and augments (default: 0; with --init-from one after the old run's)."""
     init_from: str | None = None
     """A new run from the best weights of an old one: its folder, or a checkpoint (.safetensors); replaces --weights."""
     resume: str | None = option(None, "--resume-from-checkpoint")
-    """Go on with an interrupted run: its folder, or auto (the run that --output-dir holds, or a new one). A finished run
-    is never replaced."""
+    """Go on with an interrupted run: its folder, or auto (the run that --output-dir holds, or a new one). A
+    finished run is never replaced."""
     overwrite: bool = option(False, "--overwrite-output-dir")
     """Replace the run that --output-dir holds; files that the program did not write stay."""
     dry_run: bool = False
@@ -315,7 +317,7 @@ class RunConfig:
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
         yield from out_of_range(self, 1, math.inf, "epochs", "log_every")
-        yield from out_of_range(self, 0, math.inf, "patience")
+        yield from out_of_range(self, 0, math.inf, "patience", "random_stream")
         yield from out_of_range(self, 0, math.inf, "time_limit", open_low=True)
         if self.save_every.value <= 0 or (self.save_every.unit == "epochs" and self.save_every.value % 1):
             yield f"--save-every {self.save_every}: must be whole epochs or steps, at least 1"

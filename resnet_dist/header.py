@@ -58,6 +58,17 @@ def _header_of(file: Path) -> bytes:
         return stream.read(length)
 
 
+def random_stream_of(run_or_file: str | Path) -> int:
+    """The random stream of an old run or checkpoint; 0 where it has none yet. Raises ArtifactError."""
+    file = best_of(run_or_file)
+    config = (description_in(file) or {}).get("config")
+    run = config.get("run") if isinstance(config, dict) else None
+    stream = run.get("random_stream", 0) if isinstance(run, dict) else 0
+    if type(stream) is not int or stream < 0:
+        raise ArtifactError(f"{file}: its description is damaged: random_stream is not a whole number")
+    return stream
+
+
 def network_of(run_or_file: str | Path) -> dict[str, Any]:
     """The network of an old run or checkpoint, as the section [model] of a config. Raises ArtifactError."""
     file = best_of(run_or_file)

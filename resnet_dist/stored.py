@@ -54,6 +54,8 @@ def portable(config: TrainConfig) -> Layer:
     paths = ("data", "val_dir", "exclude_list", "init_from", "cache_dir")
     for section in ("data", "run"):
         values[section] = {name: value for name, value in values[section].items() if name not in paths}
+    if config.run.init_from is not None:
+        values["run"]["init_from"] = Path(config.run.init_from).name
     values["model"] = {**values["model"], "weights": Path(config.model.weights).name}
     values["loss"] = {**values["loss"], "class_weights": Path(config.loss.class_weights).name}
     return values
@@ -79,7 +81,11 @@ def stored_config(typed: Mapping[str, Any]) -> Layer:
     file = Path(folder) / "config.toml"
     if typed.get("resume") == "auto" and not file.exists():
         return {}
-    return found_again(read_toml(file), Path(folder))
+    stored = found_again(read_toml(file), Path(folder))
+    run = stored.get("run")
+    if isinstance(run, dict) and "init_from" in run:  # versions without random_stream used the first in every run
+        run.setdefault("random_stream", 0)
+    return stored
 
 
 def found_again(layer: Layer, run: Path) -> Layer:

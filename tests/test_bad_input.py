@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from tests.conftest import TINY, make_folder, write_image
@@ -27,6 +28,32 @@ def test_no_such_folder(refused: Refused, tmp_path: Path) -> None:
     assert lines(refused(3, "train", tmp_path / "nowhere", *TINY)) == [
         f"resnet-dist train: error: {tmp_path / 'nowhere'}: there is no such folder or manifest"
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "layer"),
+    [
+        ([], "phase 1 BatchNorm layer4.0.bn1"),
+        (["--head", "concat-pool"], "phase 1 BatchNorm fc.1"),
+        (["--recipe", "head-then-all", "--phase", "1.batch_norm_stats=frozen"], "phase 2 BatchNorm layer4.0.bn1"),
+    ],
+)
+def test_batch_too_small_for_batch_norm(refused: Refused, own: Path, options: list[str], layer: str) -> None:
+    """Refused before the run folder is made; where the statistics are frozen one image is enough."""
+    options = [*options, *([] if "--head" in options else ["--img-size", "8"])]
+    said = lines(refused(2, "train", own, *TINY, "-b", "1", *options, "-o", own / "run"))
+    assert len(said) == 1 and layer in said[0] and "at least 2 images per process" in said[0]
+    assert not (own / "run").exists()
+
+
+def test_weights_are_looked_at_first(refused: Refused, own: Path) -> None:
+    """A file that is missing, damaged or of another network: exit code 6, and no run folder."""
+    save_file({"conv1.weight": torch.zeros(64, 3, 3, 3)}, own / "other.safetensors")
+    (own / "cut.safetensors").write_bytes((own / "other.safetensors").read_bytes()[:-9])
+    for name in ("no-such.pth", "no-such.safetensors", "other.safetensors", "cut.safetensors"):
+        for dry in (["--dry-run"], []):
+            said = lines(refused(6, "train", own, *TINY, "--weights", own / name, *dry, "-o", own / "run"))
+            assert len(said) == 1 and name in said[0] and not (own / "run").exists()
 
 
 def test_no_images(refused: Refused, tmp_path: Path) -> None:

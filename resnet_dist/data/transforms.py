@@ -33,6 +33,11 @@ def sample_key(seed: int, epoch: int, index: int) -> int:
     return key >> 1
 
 
+def stream_seed(seed: int, stream: int | None) -> int:
+    """The seed of order, augmentation and dropout: that of the run in its first stream, other ones in those after."""
+    return sample_key(seed, -stream, -1) if stream else seed
+
+
 def starts_fitted(cfg: AugmentConfig) -> bool:
     """Whether training images start from the evaluation geometry; else from the whole image."""
     return cfg.aug == "none" or cfg.crop == "random-pad"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from resnet_dist.config import STAGES, Phase
@@ -77,3 +78,25 @@ def train_mode(model: nn.Module, phase: Phase) -> None:
     model.train()
     for name, layer in backbone_batch_norms(model):
         layer.train(name in updating)
+
+
+@torch.no_grad()
+def batch_norm_of_one_value(model: nn.Module, phase: Phase, shape: tuple[int, int, int, int]) -> str | None:
+    """The first BatchNorm layer that would train on one value per channel for inputs of `shape` (B, 3, H, W), if any.
+
+    `model` is on the meta device, so nothing is computed; it is left in another mode.
+    """
+    found = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if module.training and inputs[0].numel() == inputs[0].shape[1]:
+            found.append(names[module])
+            module.eval()  # torch would refuse it
+
+    train_mode(model, phase)
+    for module in names:
+        if isinstance(module, BatchNorm):
+            module.register_forward_pre_hook(look)
+    model(torch.empty(*shape, device="meta"))
+    return next(iter(found), None)

@@ -25,6 +25,8 @@ from resnet_dist.model.resnet import Architecture, empty, stage_of
 
 MAX_WEIGHTS = 1 << 32  # bytes; a resnet152 with an optimizer's state beside it has a quarter of that
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
+HOLDERS = ("state_dict", "model_state_dict", "model")  # what checkpoints of trainers call the tensors of the network
+WRAPPERS = ("module", "_orig_mod", "model")  # put before names by DDP, torch.compile, and trainers
 NAMES = ("DEFAULT", "IMAGENET1K_V1", "IMAGENET1K_V2")
 Tensors = Mapping[str, torch.Tensor]
 # What torch.load raises on damaged files.
@@ -114,11 +116,11 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or .pth file.
+def read_tensors(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors or .pth file, by their plain names; on the device "meta" without their values.
 
-    A .pth is read with `weights_only=True` and may hold them under "state_dict" or "model", and with the `module.` that
-    DDP puts before names. Raises ArtifactError.
+    A .pth is read with `weights_only=True` and may hold them under one of HOLDERS, or one in another. Names may have
+    any number of WRAPPERS before them. Raises ArtifactError.
     """
     if not file.is_file():
         raise ArtifactError(f"{file}: there is no such weights file")
@@ -126,21 +128,38 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise ArtifactError(f"{file}: larger than {MAX_WEIGHTS >> 30} GiB, not the weights of a ResNet")
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+            return _unwrapped(file, {name: value.to(device) for name, value in load_file(file).items()})
+        loaded = torch.load(file, map_location=device, weights_only=True)
     except SafetensorError as error:
         raise ArtifactError(f"{file}: not a safetensors file ({error})") from None
     except DAMAGED as error:
         reason = str(error).strip().split("\n")[0]
         raise ArtifactError(f"{file}: not a weights file that can be read safely ({reason})") from None
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
+    for _ in range(len(HOLDERS)):
+        held = [loaded[key] for key in HOLDERS if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping)]
+        loaded = held[0] if held else loaded
     if not isinstance(loaded, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
     ):
         raise ArtifactError(f"{file}: holds no state dict (a mapping of names to tensors)")
-    return {name.removeprefix("module."): value for name, value in loaded.items()}
+    return _unwrapped(file, loaded)
+
+
+def _unwrapped(file: Path, tensors: Tensors) -> dict[str, torch.Tensor]:
+    plain: dict[str, str] = {}
+    for name in tensors:
+        other = plain.setdefault(_plain_name(name), name)
+        if other != name:
+            raise ArtifactError(f"{file}: holds {_plain_name(name)} twice, as {other} and as {name}")
+    return {short: tensors[name] for short, name in plain.items()}
+
+
+def _plain_name(name: str) -> str:
+    """Without wrappers before it, and without torch.compile's in it, which parts compiled by themselves have."""
+    parts = name.split(".")
+    while parts[0] in WRAPPERS and len(parts) > 1:
+        parts.pop(0)
+    return ".".join(part for part in parts if part != "_orig_mod")
 
 
 def _unpacked_bytes(file: Path) -> int:
@@ -155,17 +174,23 @@ def _unpacked_bytes(file: Path) -> int:
 
 def load_backbone(model: nn.Module, tensors: Tensors, architecture: Architecture, source: str) -> None:
     """Copy everything but the head from `tensors` into the model. Raises ArtifactError that says what does not fit."""
-    wanted = {name: value for name, value in model.state_dict().items() if stage_of(name) != "head"}
+    given = check_backbone(tensors, architecture, source)
+    damaged = [name for name, value in given.items() if not torch.isfinite(value).all()]
+    if damaged:
+        raise ArtifactError(f"{source}: {damaged[0]} holds values that are not finite")
+    model.load_state_dict(given, strict=False)
+
+
+def check_backbone(tensors: Tensors, architecture: Architecture, source: str) -> Tensors:
+    """Those of the tensors that are not the head's, on any device. Raises ArtifactError that says what does not fit."""
+    wanted = {name: value for name, value in empty(architecture).state_dict().items() if stage_of(name) != "head"}
     given = {name: value for name, value in tensors.items() if stage_of(name) != "head"}
     problems = _misfits(wanted, given)
     if problems:
         raise ArtifactError(
             f"{source}: does not fit {architecture.name}: {problems[0]}{_more(problems)}{_fitting(given)}"
         )
-    damaged = [name for name, value in given.items() if not torch.isfinite(value).all()]
-    if damaged:
-        raise ArtifactError(f"{source}: {damaged[0]} holds values that are not finite")
-    model.load_state_dict(given, strict=False)
+    return given
 
 
 def _misfits(wanted: Tensors, given: Tensors) -> list[str]:

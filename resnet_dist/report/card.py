@@ -11,6 +11,7 @@ from export.predict import Preprocessing
 from resnet_dist.errors import ArtifactError
 from resnet_dist.header import best_of, description_in
 from resnet_dist.model.resnet import Architecture
+from resnet_dist.model.start import StartingPoint
 from resnet_dist.run_folder import read_facts
 from resnet_dist.train.checkpoint import Description
 from resnet_dist.wording import printable
@@ -113,8 +114,9 @@ def _data(known: CardFacts) -> Iterator[str]:
 
 def _training(known: CardFacts) -> Iterator[str]:
     facts, config = known.facts, known.description.config
-    optim, model = config.get("optim", {}), config.get("model", {})
-    yield f"- recipe {config.get('recipe') or 'none'}; weights to begin with: {plain_text(str(model.get('weights')))}"
+    optim = config.get("optim", {})
+    start = StartingPoint.of(str(config.get("model", {}).get("weights")), config.get("run", {}).get("init_from"))
+    yield f"- recipe {config.get('recipe') or 'none'}; weights to begin with: {plain_text(str(start))}"
     yield (
         f"- {optim.get('opt')}, lr {optim.get('lr')}, global batch {facts.get('global_batch')}, "
         f"seed {facts.get('seed')}; {facts.get('epochs')} epochs, the best was {known.description.epoch}"

@@ -81,9 +81,7 @@ class Features:
         if self.values is not None:
             return
         samples, world = len(self.views[0].table), job.accelerator.num_processes
-        rows = (
-            -(-samples // world) * world
-        )  # that all processes write for a view; the next one overwrites those too many
+        rows = -(-samples // world) * world  # that all processes write for a view; the next one overwrites the rest
         with memory_for(job.accelerator, "the kept features", "take --cache-features off"):
             values = self.example.new_empty((len(self.views) - 1) * samples + rows, *self.example.shape[1:])
             for number, view in enumerate(self.views):

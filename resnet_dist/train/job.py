@@ -25,13 +25,14 @@ from resnet_dist.data.loader import (
     default_workers,
 )
 from resnet_dist.data.preprocess import preprocessing
-from resnet_dist.data.transforms import ToInput
+from resnet_dist.data.transforms import ToInput, stream_seed
 from resnet_dist.distributed import choose_sync_bn, on_main, share_weights
 from resnet_dist.errors import UsageError
-from resnet_dist.header import best_of
+from resnet_dist.header import random_stream_of
 from resnet_dist.model import weights
 from resnet_dist.model.resnet import Architecture, build, empty
-from resnet_dist.model.trainable import updating_batch_norms
+from resnet_dist.model.start import StartingPoint
+from resnet_dist.model.trainable import batch_norm_of_one_value, updating_batch_norms
 from resnet_dist.run_folder import RunFolder
 from resnet_dist.stop import StopRequests
 from resnet_dist.stored import portable
@@ -106,11 +107,14 @@ def draw(accelerator: Accelerator, cfg: TrainConfig) -> Blueprint:
     index, bad = on_main(accelerator, lambda: usable(read_index(cfg.data), cfg.data))
     architecture = Architecture.of(cfg.model, len(index.classes))
     cfg = with_batch_size(cfg, accelerator.num_processes)
+    cfg, notes = with_random_stream(accelerator, cfg)
     share = Share(cfg.data.batch_size, cfg.optim.grad_accum, accelerator.num_processes, accelerator.process_index)
     cfg, reasons = resolve(cfg, empty(architecture), share.global_batch)
-    batches = TrainBatches(len(index.train), cfg.run.seed, share, cfg.data.drop_last)
+    seed = stream_seed(cfg.run.seed, cfg.run.random_stream)
+    batches = TrainBatches(len(index.train), seed, share, cfg.data.drop_last)
     spec = on_main(accelerator, lambda: preprocessing(cfg.preprocess, _weights_preprocessing(cfg)))
-    return Blueprint(cfg, index, architecture, spec, batches, tuple(reasons), tuple(bad))
+    check_batch_norm(accelerator, cfg, architecture, spec.img_size)
+    return Blueprint(cfg, index, architecture, spec, batches, (*reasons, *notes), tuple(bad))
 
 
 def with_batch_size(cfg: TrainConfig, processes: int) -> TrainConfig:
@@ -131,12 +135,58 @@ def with_batch_size(cfg: TrainConfig, processes: int) -> TrainConfig:
     return dataclasses.replace(cfg, data=data)
 
 
+def with_random_stream(accelerator: Accelerator, cfg: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """The config with the random stream decided, and the reason: a run from an old one must not repeat its samples.
+
+    Raises ArtifactError where the old checkpoint cannot be read.
+    """
+    old = cfg.run.init_from
+    if cfg.run.random_stream is not None or old is None:
+        return cfg, []
+    stream = 1 + on_main(accelerator, lambda: random_stream_of(old))
+    run = dataclasses.replace(cfg.run, random_stream=stream)
+    reason = f"random stream {stream} (automatic: the run that this one starts from had {stream - 1})"
+    return dataclasses.replace(cfg, run=run), [reason]
+
+
+def check_batch_norm(accelerator: Accelerator, cfg: TrainConfig, architecture: Architecture, size: int) -> None:
+    """Raises UsageError where in a phase a BatchNorm would train on one value per channel: torch cannot."""
+    batch = cfg.data.batch_size
+    if batch > 1:
+        return
+    model = empty(architecture)
+    trains = any(updating_batch_norms(model, phase) for phase in cfg.phase)
+    if choose_sync_bn(cfg.system.sync_bn, accelerator, trains, batch).on and accelerator.num_processes > 1:
+        return
+    for number, phase in enumerate(cfg.phase, 1):
+        layer = batch_norm_of_one_value(empty(architecture), phase, (batch, 3, size, size))
+        if layer is not None:
+            raise UsageError(
+                f"--batch-size {batch}: in phase {number} BatchNorm {layer} would see one value per channel and image "
+                f"of {size} pixels, and cannot compute a variance; take at least 2 images per process"
+            )
+
+
+def start_of(cfg: TrainConfig) -> StartingPoint:
+    """Where the weights of a new run come from."""
+    return StartingPoint.of(cfg.model.weights, cfg.run.init_from)
+
+
+def check_weights(blueprint: Blueprint) -> None:
+    """Look at names, shapes and types in the weights file of a new run, if it has one, before anything is made.
+
+    Raises ArtifactError where it is missing, damaged or of another network.
+    """
+    file = start_of(blueprint.cfg).file
+    if file is not None:
+        weights.check_backbone(weights.read_tensors(file, "meta"), blueprint.architecture, str(file))
+
+
 def _weights_preprocessing(cfg: TrainConfig) -> Preprocessing:
-    if cfg.run.init_from is not None:
-        return weights.preprocessing_in(best_of(cfg.run.init_from))
-    if cfg.model.weights == "none" or cfg.model.weights in weights.NAMES:
-        return weights.preprocessing_of(weights.named_weights(cfg.model))
-    return weights.preprocessing_in(Path(cfg.model.weights))
+    file = start_of(cfg).file
+    if file is not None:
+        return weights.preprocessing_in(file)
+    return weights.preprocessing_of(weights.named_weights(cfg.model))
 
 
 def build_job(
@@ -169,7 +219,8 @@ def build_job(
         workers = default_workers(device, launcher.local_world_size())
     on_gpu = device.type == "cuda"
     balance = class_weights(cfg.loss, index.classes, index.train.targets)
-    train_images, val_images = TrainImages(index.train, spec, cfg.augment, cfg.run.seed), EvalImages(index.val, spec)
+    train_images = TrainImages(index.train, spec, cfg.augment, blueprint.batches.seed)
+    val_images = EvalImages(index.val, spec)
     display.say(cache_images(accelerator, cfg, [train_images, val_images]))
     train_samples, val_samples = (on_device(accelerator, cfg, one, workers) for one in (train_images, val_images))
     return Job(
@@ -206,11 +257,12 @@ def eval_loader(accelerator: Accelerator, cfg: TrainConfig, samples: Samples, wo
 
 def _load_weights(model: nn.Module, cfg: TrainConfig, architecture: Architecture, classes: Sequence[str]) -> str:
     """Put the weights that the config names into the network. Returns a line that says which."""
-    if cfg.run.init_from is not None:
-        return start_from(best_of(cfg.run.init_from), model, architecture, classes)
-    if cfg.model.weights == "none":
+    start = start_of(cfg)
+    if not start.pretrained:
         return "weights: random"
+    if start.kind == "run" and start.file is not None:
+        return start_from(start.file, model, architecture, classes)
     named = weights.named_weights(cfg.model)
-    file = weights.download(named.url) if named is not None else Path(cfg.model.weights)
+    file = weights.download(named.url) if named is not None else Path(start.source)
     weights.load_backbone(model, weights.read_tensors(file), architecture, str(file))
     return f"weights: backbone of {file}, new head"

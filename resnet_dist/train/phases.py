@@ -8,6 +8,7 @@ from torch import nn
 
 from resnet_dist.config import OptimConfig, Phase, TrainConfig
 from resnet_dist.model.resnet import stage_of
+from resnet_dist.model.start import StartingPoint
 from resnet_dist.model.trainable import backbone_batch_norms, select, updating_batch_norms
 from resnet_dist.train.optim import DEFAULT_MOMENTUM, DEFAULT_WEIGHT_DECAY, default_lr, stage_rates
 
@@ -18,7 +19,8 @@ def resolve(cfg: TrainConfig, model: nn.Module, global_batch: int) -> tuple[Trai
     changes: dict[str, Any] = {}
     reasons = []
     if cfg.optim.lr is None:
-        lr, why = default_lr(cfg.optim.opt, _only_head(model, cfg.phase[0]), cfg.model.weights != "none")
+        start = StartingPoint.of(cfg.model.weights, cfg.run.init_from)
+        lr, why = default_lr(cfg.optim.opt, _only_head(model, cfg.phase[0]), start.pretrained)
         changes["lr"] = lr
         reasons.append(f"lr {lr:g} (automatic: {why})")
     if cfg.optim.weight_decay is None:

@@ -30,7 +30,7 @@ FIXED = {
     "data": {"val_split", "split_seed", "group_by", "drop_last"},  # where the images lie is left to their fingerprint
     "preprocess": None,  # all of them
     "model": {"model", "head", "head_hidden", "stem"},
-    "run": {"seed", "ema", "init_from"},
+    "run": {"seed", "random_stream", "ema", "init_from"},
     "phase": None,
 }
 

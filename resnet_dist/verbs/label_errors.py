@@ -108,22 +108,28 @@ def pretrained(cfg: Config, run: Path, description: "Description") -> tuple["nn.
     """
     from resnet_dist.model import weights
     from resnet_dist.model.resnet import Architecture, build
+    from resnet_dist.model.start import StartingPoint
     from resnet_dist.stored import read_toml
 
     known = description.architecture
-    stored = read_toml(run / "config.toml").get("model", {})
-    name = cfg.weights or stored.get("weights", "none")
-    if name == "none":
+    stored = read_toml(run / "config.toml")
+    begun = StartingPoint.of(stored.get("model", {}).get("weights", "none"), stored.get("run", {}).get("init_from"))
+    if cfg.weights is None and not begun.pretrained:
         raise UsageError(
             f"--weights is missing: {run} began from random weights, and features that learnt the labels cannot judge "
             "them; give pretrained weights"
         )
-    settings: dict[str, Any] = {"model": known.name, "weights": name, "stem": known.stem}
+    if cfg.weights is None and begun.kind == "run":
+        raise UsageError(
+            f"--weights is missing: {run} began from {begun}, and if that has learnt these labels, it cannot judge "
+            f"them; give pretrained weights, or {begun.file} if it was trained on other images"
+        )
+    settings: dict[str, Any] = {"model": known.name, "weights": cfg.weights or begun.source, "stem": known.stem}
     model_cfg = ModelConfig(**settings)
     architecture = Architecture.of(model_cfg, known.num_classes)
     model = build(architecture)
     named = weights.named_weights(model_cfg)
-    file = weights.download(named.url) if named is not None else Path(name)
+    file = weights.download(named.url) if named is not None else Path(model_cfg.weights)
     weights.load_backbone(model, weights.read_tensors(file), architecture, str(file))
     return model, architecture
 

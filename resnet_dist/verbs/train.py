@@ -72,9 +72,11 @@ def _train_in(
 ) -> Path | None:
     from resnet_dist.distributed import on_main
     from resnet_dist.faults import machine_errors
-    from resnet_dist.train.job import draw
+    from resnet_dist.train.job import check_weights, draw
 
     blueprint = draw(accelerator, cfg)
+    if not resuming:
+        on_main(accelerator, lambda: check_weights(blueprint))
     for text in blueprint.lines():
         display.say(text)
     if cfg.run.dry_run:

@@ -143,6 +143,11 @@ def test_misplaced_images_come_first(run: Path, weights: Path, capsys: pytest.Ca
 def test_what_cannot_judge_is_said(run: Path, weights: Path, refused: Callable[..., str]) -> None:
     said = refused(2, "label-errors", run)
     assert "--weights is missing" in said and "random weights" in said
+    config, begun = run / "config.toml", (run / "config.toml").read_text()
+    config.write_text(begun.replace("[run]\n", '[run]\ninit_from = "older"\n'))
+    said = refused(2, "label-errors", run)
+    config.write_text(begun)
+    assert "began from the run older" in said and "random" not in said
     said = refused(2, "label-errors", run, "--weights", weights, "--folds", "18", "--workers", "0")
     assert "--folds 18: class 'cat' has 17 training images" in said
     assert "--folds 1: must be at least 2" in refused(2, "label-errors", run, "--folds", "1")

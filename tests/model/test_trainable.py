@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from torch import nn
 from resnet_dist.config import STAGES, ModelConfig, Phase, TrainConfig
 from resnet_dist.errors import UsageError
 from resnet_dist.model.resnet import Architecture, build, empty
-from resnet_dist.model.trainable import select, set_trainable, train_mode, updating_batch_norms
+from resnet_dist.model.trainable import (
+    batch_norm_of_one_value,
+    select,
+    set_trainable,
+    train_mode,
+    updating_batch_norms,
+)
 from resnet_dist.options import build as build_config
 from resnet_dist.recipes import layers
 
@@ -246,3 +253,32 @@ def test_synchronised_batchnorm_is_batchnorm() -> None:
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(network())
     assert select(synced, "batchnorm") == select(plain, "batchnorm")
     assert updating_batch_norms(synced, phase) == updating_batch_norms(plain, phase) != []
+
+
+# One value per channel
+
+
+@pytest.mark.parametrize("head", ["linear", "concat-pool"])
+@pytest.mark.parametrize("stem", ["standard", "small"])
+def test_batch_norm_of_one_value_is_where_torch_refuses(head: Any, stem: Any) -> None:
+    """Over phases, image sizes and batches: the first layer named is the one at which torch's forward fails."""
+    made = Architecture.of(ModelConfig(model="resnet18", head=head, head_hidden=(4,), stem=stem, weights="none"), 2)
+    model, refused = build(made), 0
+    passed: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.register_forward_hook(lambda *_, name=name: passed.append(name))
+    for phase in (Phase(), Phase(trainable="head"), Phase(trainable="all", batch_norm_stats="frozen")):
+        for size, batch in ((8, 1), (16, 1), (33, 1), (8, 2)):
+            shape = (batch, 3, size, size)
+            named = batch_norm_of_one_value(empty(made), phase, shape)
+            train_mode(model, phase)
+            passed.clear()
+            try:
+                model(torch.zeros(shape))
+                assert named is None
+            except ValueError as error:
+                assert "more than 1 value per channel" in str(error)
+                assert named is not None and named not in passed
+                refused += 1
+    assert refused

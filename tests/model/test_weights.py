@@ -26,6 +26,7 @@ from resnet_dist.errors import ArtifactError, MachineError, UsageError
 from resnet_dist.model.resnet import Architecture, build
 from resnet_dist.model.weights import (
     cached_file,
+    check_backbone,
     download,
     load_backbone,
     named_weights,
@@ -62,6 +63,46 @@ def test_pth_files_of_all_trainers_are_read(tmp_path: Path, wrap: Callable[[Any]
     read = read_tensors(save(tmp_path / "w.pth", wrap(dict(TENSORS)), legacy))
     assert list(read) == list(TENSORS)
     assert all(torch.equal(read[name], value) for name, value in TENSORS.items())
+
+
+@pytest.mark.parametrize("format_", ["safetensors", "pth"])
+def test_wrappers_before_names_are_taken_off(tmp_path: Path, format_: str) -> None:
+    """Those of DDP, torch.compile, Lightning, in any order, and of parts that were compiled by themselves."""
+    plain = {"conv1.weight": torch.zeros(2), "layer1.0.bn1.bias": torch.ones(3), "fc.bias": torch.ones(2)}
+    for wrapper in (
+        "module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.",
+        "model.module.module.",
+    ):
+        for part in ("layer1.", "layer1._orig_mod."):
+            wrapped = {wrapper + name.replace("layer1.", part): value for name, value in plain.items()}
+            file = tmp_path / f"w.{format_}"
+            save_file(wrapped, file) if format_ == "safetensors" else save(file, {"model": {"state_dict": wrapped}})
+            read = read_tensors(file)
+            assert read.keys() == plain.keys() and all(torch.equal(read[name], plain[name]) for name in plain), wrapper
+    twice = {"module.conv1.weight": torch.zeros(2), "conv1.weight": torch.ones(2)}
+    save_file(twice, file) if format_ == "safetensors" else save(file, twice)
+    with pytest.raises(ArtifactError, match=r"holds conv1\.weight twice, as (module\.)?conv1\.weight and as"):
+        read_tensors(file)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "old.pth"])
+def test_shapes_are_read_without_values(tmp_path: Path, name: str) -> None:
+    """Enough to see whether they fit."""
+    made = Architecture.of(ModelConfig(model="resnet18"), 2)
+    tensors = {key: value.contiguous() for key, value in build(made).state_dict().items()}
+    if name == "w.safetensors":
+        save_file(tensors, tmp_path / name)
+    else:
+        save(tmp_path / name, tensors, legacy=name == "old.pth")
+    read = read_tensors(tmp_path / name, "meta")
+    assert all(value.is_meta for value in read.values())
+    assert len(check_backbone(read, made, name)) == len(tensors) - 2
+    with pytest.raises(ArtifactError, match=r"does not fit resnet34.*it fits --model resnet18"):
+        check_backbone(read, Architecture.of(ModelConfig(model="resnet34"), 2), name)
 
 
 def test_saved_parameters_are_read(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from resnet_dist.cli import main
 from resnet_dist.config import TrainConfig
 from resnet_dist.errors import UsageError
+from resnet_dist.model.start import StartingPoint
 from resnet_dist.options import parse
 from resnet_dist.recipes import layers
-from resnet_dist.train.checkpoint import start_from
+from resnet_dist.train.checkpoint import save_best, start_from
 from resnet_dist.train.job import Job
+from resnet_dist.train.state import Best
 from tests.conftest import TINY, make_folder
 from tests.train.helpers import job_of
 
@@ -98,6 +100,50 @@ def test_run_from_it_is_stored_and_can_be_repeated(
     assert main(["train", "-c", str(tmp_path / "one/config.toml"), "-o", str(tmp_path / "two")]) == 0
     assert (tmp_path / "one" / BEST).read_bytes() == (tmp_path / "two" / BEST).read_bytes()
     assert str(old).encode() not in (tmp_path / "one" / BEST).read_bytes()
+    # Resumed, it goes on with its own random stream; runs of versions before there were several had the first.
+    stored = tmp_path / "one/config.toml"
+    assert parse(TrainConfig, ["--resume", str(tmp_path / "one")], "train", layers).run.random_stream == 1
+    stored.write_text(stored.read_text().replace("random_stream = 1\n", ""))
+    assert parse(TrainConfig, ["--resume", str(tmp_path / "one")], "train", layers).run.random_stream == 0
+
+
+def samples_of(job: Job) -> list[tuple[int, list[int]]]:
+    """Position and first pixels of every sample of the first epoch, in order."""
+    batches = [batch for step in job.train_loader.epoch(0) for batch in step]
+    return [(int(i), image.flatten().tolist()) for b in batches for i, image in zip(b.index, b.images, strict=True)]
+
+
+def test_it_is_fine_tuned_and_does_not_repeat_the_samples(old: Path, folder: Path, tmp_path: Path) -> None:
+    """Of the run before it or of the one before that; unless it is asked for."""
+    first = started(old, folder, tmp_path / "first")
+    assert first.cfg.optim.lr == 1e-3 and first.cfg.run.random_stream == 1
+    save_best(tmp_path / "first.safetensors", first.model, first.described(Best({}, 1, "raw")))
+    second = started(tmp_path / "first.safetensors", folder, tmp_path / "second")
+    again = started(old, folder, tmp_path / "again", "--random-stream", "0")
+    scratch = job_of(tmp_path / "scratch", folder, *TINY, "--resize-mode", "squash", "--mean", "0.4,0.5,0.6")
+    runs = [samples_of(job) for job in (scratch, first, second)]
+    for a in range(3):
+        for b in range(a):
+            assert [i for i, _ in runs[a]] != [i for i, _ in runs[b]]
+            same = sum(image in [other for _, other in runs[b]] for _, image in runs[a])
+            assert same == 0
+    assert samples_of(again) == runs[0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "init_from", "pretrained", "words"),
+    [
+        ("none", None, False, "random weights"),
+        ("DEFAULT", None, True, "torchvision's DEFAULT"),
+        ("IMAGENET1K_V2", None, True, "torchvision's IMAGENET1K_V2"),
+        ("my.pth", None, True, "my.pth"),
+        ("none", "runs/a", True, "the run runs/a"),
+    ],
+)
+def test_starting_point_is_one_value(weights: str, init_from: str | None, pretrained: bool, words: str) -> None:
+    start = StartingPoint.of(weights, init_from)
+    assert (start.pretrained, str(start)) == (pretrained, words)
+    assert start.file == (Path(init_from or weights) if start.kind in ("file", "run") else None)
 
 
 def test_another_architecture_is_refused(old: Path, folder: Path, tmp_path: Path, refused: Refused) -> None:
