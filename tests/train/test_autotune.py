@@ -4,10 +4,12 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_dist.cli import main
 from resnet_dist.distributed import start
@@ -100,3 +102,24 @@ def test_workers_follow_the_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert workers_for(100.0, 400.0)[0] == 1
     few, why = workers_for(9000.0, 400.0)
     assert few == 8 and "27 would be needed, 8 cores are there" in why
+
+
+class Unscaled(TorchDispatchMode):
+    """Counts how often gradients are unscaled."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += "unscale" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("precision", "unscaled"), [("no", 0), ("fp16", 1)])
+def test_a_step_of_fp16_is_tried_with_what_it_costs(precision: str, unscaled: int) -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with Unscaled() as seen:
+        trial._step(model, torch.rand(2, 3, 2, 2), precision)
+    assert seen.calls == unscaled
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert parameter.grad is None and torch.equal(parameter, value)
