@@ -357,7 +357,7 @@ def read_values(tensor: torch.Tensor, stop: StopRequests) -> list[float]:
     if tensor.device.type == "cuda":
         on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         on_host.copy_(tensor, non_blocking=True)
-        copied = torch.cuda.Event()
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
         wait_until(copied.query, stop.pulse())
     values: list[float] = on_host.tolist()
