@@ -59,7 +59,7 @@ steps() { # seconds, name, options...
 
 have_photographs() { # MANY names of FILES photographs: they cost as much to decode, and less to make
     [[ -f $PHOTOS/done ]] || stage 90 photographs "$PY" - "$PHOTOS" "$FILES" "$MANY" <<'P'
-import os, pathlib, sys
+import os, pathlib, shutil, sys
 from multiprocessing import Pool
 from resnet_dist.bench.synthetic import photographs
 root, files, many = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -67,13 +67,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 parts = [root.with_name(f"{root.name}-{i}") for i in range(16)]
 with Pool() as pool:
     pool.starmap(photographs, [(part, files // 16 or 1) for part in parts])
-made = sorted(file for part in parts for file in part.rglob("train/*/*.jpg"))
-for n in range(many + 64):
-    file = root / ("train" if n < many else "val") / "ab"[n % 2] / f"{n:06d}.jpg"
+kinds = {kind: sorted(file for part in parts for file in part.rglob(f"{kind}/*/*.jpg")) for kind in ("train", "val")}
+for n in range(many + 64):  # copies: links to one file would be refused as one image twice
+    kind = "train" if n < many else "val"
+    file = root / kind / "ab"[n % 2] / f"{n:06d}.jpg"
     file.parent.mkdir(parents=True, exist_ok=True)
-    os.link(made[n % len(made)], file)
+    shutil.copyfile(kinds[kind][n % len(kinds[kind])], file)
 (root / "done").touch()
-print(len(made), "photographs under", many + 64, "names")
+print(sum(map(len, kinds.values())), "photographs under", many + 64, "names")
 from safetensors.torch import save_file
 from torchvision.models import resnet18
 save_file(resnet18().state_dict(), root.with_name("random-resnet18.safetensors"))

@@ -102,8 +102,10 @@ def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.opt
 
 def has_fused_adagrad(device: str) -> bool:
     """Whether this torch has a fused Adagrad for a kind of device: torch 2.11 has none for CUDA, torch 2.15 has."""
+    parameter = torch.zeros(1, device=device, requires_grad=True)
+    parameter.grad = torch.zeros_like(parameter)
     try:
-        torch.optim.Adagrad([torch.zeros(1, device=device)], fused=True)
+        torch.optim.Adagrad([parameter], fused=True).step()
     except RuntimeError:
         return False
     return True
