@@ -2,6 +2,6 @@
 
 import sys
 
-from resnet_dist.cli import main
+from resnet_dist.cli import entry
 
-sys.exit(main(["export", *sys.argv[1:]]))
+entry(["export", *sys.argv[1:]])

@@ -15,6 +15,7 @@ from export.predict import FILTERS, Predictor, Preprocessing, self_test_pixels
 from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.outputs import Kind, check_folder, json_with
 from resnet_dist.run_folder import is_written, sync_folder, to_json
+from resnet_dist.wording import one_line
 
 BUNDLE = Kind("an export", "export_report.json", json_with("passed", "problems", "gate_images"))
 VECTORS = "test_data_set_0"  # a folder of the bundle
@@ -41,7 +42,7 @@ def write_side_files(folder: Path, metadata: Mapping[str, Any]) -> None:
     """labels.txt, config.json, preprocessor_config.json, README.md and predict.py beside model.onnx in `folder`."""
     classes = metadata["classes"]
     spec = Preprocessing.from_dict(metadata["preprocessing"])
-    labels = "".join(" ".join(name.splitlines()) + "\n" for name in classes)
+    labels = "".join(f"{one_line(name)}\n" for name in classes)
     (folder / "labels.txt").write_text(labels, encoding="utf-8", errors="surrogateescape")
     (folder / "config.json").write_text(to_json(config_of(metadata)))
     (folder / "preprocessor_config.json").write_text(to_json(preprocessor_config_of(spec)))

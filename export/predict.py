@@ -10,6 +10,7 @@ prediction equal to theirs.
 """
 
 import argparse
+import codecs
 import csv
 import dataclasses
 import errno
@@ -25,7 +26,7 @@ import struct
 import sys
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -407,6 +408,61 @@ def normalise(pixels: np.ndarray, spec: Preprocessing) -> np.ndarray:
     return np.stack([table[pixels[..., channel], channel] for channel in range(3)], axis=-1)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Which files are images: the one rule of predict, train and check
+
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+EXTENSIONS |= {".ppm", ".pgm", ".pbm", ".pnm"}
+NOT_DATA = {"__macosx", "thumbs.db", "desktop.ini"}
+
+
+def images_below(
+    folder: Path, ignored: Counter[str], notes: list[str], above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[str]:
+    """Image files below a folder by their extensions, sorted, links followed but never around a loop.
+
+    `ignored` counts the other files by extension; a link that goes round is told in `notes`. Hidden files and what file
+    managers leave behind are not counted. Raises OSError for a folder that cannot be listed.
+    """
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        notes.append(f"WARNING: {folder} is a link to a folder above it: not followed")
+        return
+    folders: list[str] = []
+    for entry in entries_of(folder):
+        extension = Path(entry.name).suffix.lower()
+        if is_folder(entry):
+            folders.append(entry.path)
+        elif extension in EXTENSIONS and (entry.is_symlink() or entry.is_file()):  # no pipe
+            yield entry.path
+        else:
+            ignored[extension] += 1
+    for path in folders:
+        yield from images_below(Path(path), ignored, notes, above | {here})
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def entries_of(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, sorted, without hidden files and what file managers leave behind. Raises OSError."""
+    with os.scandir(folder) as entries:
+        kept = [e for e in entries if not e.name.startswith(".") and e.name.lower() not in NOT_DATA]
+    return sorted(kept, key=lambda entry: entry.name)
+
+
+def ignored_text(ignored: Counter[str]) -> str:
+    """` (files that are not read as images: 2 .gif, 1 .txt)`, or nothing."""
+    kinds = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in sorted(ignored.items()))
+    return f" (files that are not read as images: {kinds})" if kinds else ""
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces, so that equal values are equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -416,19 +472,20 @@ def canonical_json(value: Any) -> str:
 # The model
 
 
+NAMES = "resnet_dist_names"  # of the error handler of streams
 METADATA, DIGEST = "resnet_dist", "resnet_dist_sha256"
 MAX_MODEL_BYTES, MAX_METADATA_BYTES, MAX_CLASSES = 1 << 30, 1 << 24, 100_000
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "openvino": "OpenVINOExecutionProvider"}
 # How far the self-test's logits may be off, as a share of the largest: other machines add in other orders, and int8
 # products may saturate on CPUs without VNNI.
 SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "int8": 0.25}
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-EXTENSIONS |= {".ppm", ".pgm", ".pbm", ".pnm"}
-Source = str | os.PathLike[str] | bytes | Image.Image
+Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | BinaryIO
 
 
 class ModelError(ValueError):
     """A model file that cannot be used or is not what it says. One line that names it."""
+
+    exit_code = 6
 
 
 @dataclass(frozen=True)
@@ -462,8 +519,11 @@ class Predictor:
         """Load a .onnx file that resnet-dist exported, or the one of an exported run folder.
 
         `threads`: of the CPU (default: onnxruntime's choice). `providers`: auto, or names such as "cuda,cpu". Raises
-        ModelError where the file is missing, foreign, damaged, or its checksum is not its own.
+        ModelError where the file is missing, foreign, damaged, or its checksum is not its own, ValueError for `threads`
+        below 1.
         """
+        if threads is not None:
+            _check_count("threads", threads)
         self.path = find_model(model)
         self._session = _open_session(self.path, _checked(self.path), threads, providers)
         properties = self._session.get_modelmeta().custom_metadata_map
@@ -501,19 +561,35 @@ class Predictor:
 
     def predict(
         self,
-        images: Iterable[Source],
+        images: Source | Iterable[Source],
         top_k: int = 5,
         batch_size: int = 16,
         abstain_below: float | None = None,
         embed: bool = False,
     ) -> Iterator[Prediction]:
-        """Predictions in the order of the images (paths, bytes or Pillow images); a bad image gives one with `error`.
+        """Predictions in the order of the images; an image that cannot be read gives one with `error`.
 
-        `abstain_below` stands in for the model's own thresholds. `embed` adds the features. Images are decoded ahead by
-        a pool of threads while the model runs. Raises ModelError where there are no features to give.
+        `images`: one image, or an iterable of them. An image is a path, the bytes of a file, a binary file object, a
+        Pillow image, or an array, uint8 (H, W, 3) in RGB or (H, W). `abstain_below` (0..1) stands in for the model's
+        own thresholds. `embed` adds the features. Images are decoded ahead by a pool of threads while the model runs.
+
+        Raises TypeError for what is no image, as soon as it is met; ValueError for `top_k` or `batch_size` below 1;
+        ModelError where there are no features to give.
         """
+        for name, number in (("top_k", top_k), ("batch_size", batch_size)):
+            _check_count(name, number)
+        if abstain_below is not None and not 0 <= abstain_below <= 1:
+            raise ValueError(f"abstain_below must be in 0..1, not {abstain_below!r}")
         if embed and not self.has_features:
             raise ModelError(f"{self.path}: gives no features; export it with --embeddings")
+        items: Any = [images] if _is_one(images) else images
+        if not isinstance(items, Iterable):
+            raise TypeError(_not_an_image(images))
+        return self._predictions(items, top_k, batch_size, abstain_below, embed)
+
+    def _predictions(
+        self, images: Iterable[Source], top_k: int, batch_size: int, abstain_below: float | None, embed: bool
+    ) -> Iterator[Prediction]:
         for batch in _batched(self._decoded(images, ahead=2 * batch_size + self.threads), batch_size):
             pixels = [array for _, array, _ in batch if array is not None]
             rows = self._rows(np.stack(pixels), embed) if pixels else iter(())
@@ -542,15 +618,19 @@ class Predictor:
         with ThreadPoolExecutor(self.threads) as pool:
             waiting: deque[Future[tuple[str, np.ndarray | None, str]]] = deque()
             for image in images:
-                waiting.append(pool.submit(self.load, image))
+                waiting.append(pool.submit(self.load, _readable(image)))
                 if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
 
     def load(self, image: Source) -> tuple[str, np.ndarray | None, str]:
-        """Name, pixels uint8 (img_size, img_size, 3) and "", or name, None and what is wrong."""
-        name = os.fspath(image) if isinstance(image, str | os.PathLike) else "image"
+        """Name, pixels uint8 (img_size, img_size, 3) and "", or name, None and what is wrong.
+
+        `image` is one of those of `predict`. Raises TypeError for anything else.
+        """
+        image = _readable(image)
+        name = os.fsdecode(image) if isinstance(image, str | os.PathLike) else "image"
         try:
             if isinstance(image, Image.Image):
                 with as_image_errors(), ROOM.take(memory_of(image)):
@@ -573,6 +653,39 @@ class Predictor:
         return f"{off:.1e}"
 
 
+def _is_one(images: object) -> bool:
+    """Whether it is a single image, and not an iterable of images."""
+    if isinstance(images, np.ndarray):
+        return images.ndim < 4
+    return isinstance(images, str | os.PathLike | bytes | Image.Image) or hasattr(images, "read")
+
+
+def _readable(image: Any) -> str | os.PathLike[str] | bytes | Image.Image:
+    """An image in a form that any thread can read: a file object as its bytes, an array as a Pillow image.
+
+    Raises TypeError for what is no image.
+    """
+    if isinstance(image, str | os.PathLike | bytes | Image.Image):
+        return image
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size and image.ndim in (2, 3):
+        if image.ndim == 2 or image.shape[2] == 3:
+            return Image.fromarray(np.ascontiguousarray(image))
+    elif hasattr(image, "read") and isinstance(data := image.read(MAX_FILE_BYTES), bytes):
+        return data
+    raise TypeError(_not_an_image(image))
+
+
+def _not_an_image(value: object) -> str:
+    given = f"{value.dtype} array {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+    kinds = "a path, bytes, a binary file object, a Pillow image or an array, uint8 (H, W, 3) or (H, W)"
+    return f"{given}: not an image; give {kinds}, or a list of those"
+
+
+def _check_count(name: str, number: object) -> None:
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{name} must be a whole number above 0, not {number!r}")
+
+
 def self_test_pixels(size: int) -> np.ndarray:
     """The image of the self-test, uint8 (1, size, size, 3): the high bytes of multiples of 2654435761."""
     values = np.arange(size * size * 3, dtype=np.uint64) * np.uint64(2654435761)
@@ -588,9 +701,9 @@ def find_model(model: str | os.PathLike[str]) -> Path:
     """The .onnx file that is meant: itself, or model.onnx of an exported run folder. Raises ModelError."""
     path = Path(model)
     for inside in ("export/model.onnx", "model.onnx"):
-        if path.is_dir() and (path / inside).is_file():
+        if os.path.isdir(path) and (path / inside).is_file():  # noqa: PTH112
             return path / inside
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - False, and no error, for a name that is too long
         raise ModelError(f"{path}: holds no model.onnx; export the run first: resnet-dist export {path}")
     return path
 
@@ -601,7 +714,10 @@ def _checked(path: Path) -> str | bytes:
     From bytes it reads no other file, which only a model with these two words could name; but it keeps the bytes.
     """
     try:
-        if path.stat().st_size > MAX_MODEL_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(f"{path}: a pipe or a device, not a file")
+        if status.st_size > MAX_MODEL_BYTES:
             raise ModelError(f"{path}: larger than {MAX_MODEL_BYTES >> 20} MiB, not a model of resnet-dist")
         data = path.read_bytes()
     except OSError as error:
@@ -679,9 +795,19 @@ def _batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 class UsageError(Exception):
     """The command line is wrong. One line."""
 
+    exit_code = 2
 
-class OutputError(Exception):
-    """The disk takes no more of an output. One line."""
+
+class FolderError(UsageError):
+    """A folder cannot be listed, or nothing that was named holds an image. One line."""
+
+    exit_code = 3
+
+
+class OutputError(UsageError):
+    """What was found cannot be written. One line."""
+
+    exit_code = 4
 
 
 def _cannot_write(option: str, file: Path, error: OSError) -> Exception:
@@ -689,63 +815,117 @@ def _cannot_write(option: str, file: Path, error: OSError) -> Exception:
     return kind(f"{option} {file}: cannot be written ({error.strerror or error})")
 
 
-def find_images(inputs: Sequence[str]) -> Iterator[str]:
-    """Files, folders (recursively, sorted), glob patterns, and `-` for a list of paths on standard input.
+def find_images(inputs: Sequence[str], say: Callable[[str], None] = lambda line: None) -> Iterator[str]:
+    """Files, folders (see `images_below`), glob patterns, and `-` for a list of paths on standard input.
 
-    Raises UsageError for a URL and for what does not exist.
+    `say` gets a line on what is passed over. Raises UsageError for a URL, FolderError for folders without any image.
     """
+    ignored: Counter[str] = Counter()
+    notes: list[str] = []
+    found = 0
     for text in inputs:
-        if text.startswith(("http://", "https://")):
-            raise UsageError(f"{text}: nothing is read from the network; download it first")
-        if text == "-":
-            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
-        elif Path(text).is_dir():
-            for folder, folders, names in os.walk(text):
-                folders.sort()
-                yield from (f"{folder}{os.sep}{n}" for n in sorted(names) if Path(n).suffix.lower() in EXTENSIONS)
-        elif Path(text).exists() or not (found := sorted(glob.glob(text, recursive=True))):  # noqa: PTH207 - absolute too
-            yield text
-        else:
-            yield from found
+        for path in _named_by(text):
+            try:
+                for image in images_below(Path(path), ignored, notes) if os.path.isdir(path) else [path]:  # noqa: PTH112
+                    found += 1
+                    yield image
+            except OSError as error:
+                raise FolderError(f"{error.filename}: cannot be listed ({error.strerror})") from None
+    if not found:
+        raise FolderError(f"{', '.join(inputs)}: no images found{ignored_text(ignored)}")
+    for line in (*notes, *([f"ignored{ignored_text(ignored)}"] if ignored else [])):
+        say(line)
+
+
+def _named_by(text: str) -> Iterable[str]:
+    """The paths that one INPUT stands for."""
+    if text.startswith(("http://", "https://")):
+        raise UsageError(f"{text}: nothing is read from the network; download it first")
+    if text == "-":
+        return (line.rstrip("\n") for line in sys.stdin if line.strip())
+    if os.path.lexists(text):
+        return [text]
+    return sorted(glob.glob(text, recursive=True)) or [text]  # noqa: PTH207 - absolute too
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "predict.py") -> int:
-    """The command line. Returns 0, or 2 (usage), 3 (some image could not be read), 4 (an output cannot be written),
-    6 (the model was refused)."""
+    """The command line.
+
+    Returns 0, or 2 (usage), 3 (some image could not be read), 4 (the output cannot be written), 6 (the model was
+    refused).
+    """
+    _prepare_streams()
     try:
-        options = _parser(program).parse_args(arguments)
-        predictor = Predictor(options.model, options.threads, options.providers)
-        if options.verify:
-            print(f"{predictor.path}: checksum and self-test pass (logits off by {predictor.verify()} of their size)")
-            return 0
-        if not options.inputs:
-            raise UsageError("no INPUT: give image files, folders, patterns, or - for a list on standard input")
-        code = _predict(predictor, options)
-        sys.stdout.flush()
+        code = _run(arguments, program)
+        with _writing():
+            sys.stdout.flush()
         return code
-    except UsageError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
-    except ModelError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 6
-    except OutputError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 4
+    except (UsageError, ModelError) as error:
+        _say(f"{program}: error: {error}")
+        return error.exit_code
     except BrokenPipeError:  # `... | head` has seen enough
-        _drop_stdout()
+        _silence(sys.stdout)
         return 0
-    except OSError as error:  # of standard output: all else that is read or written has its own error
-        if error.errno not in DISK_ERRORS:
-            raise
-        _drop_stdout()
-        print(f"{program}: error: standard output: cannot be written ({error.strerror})", file=sys.stderr)
-        return 4
 
 
-def _drop_stdout() -> None:
-    """Send to nowhere what standard output did not take, so that ending the process does not try again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _run(arguments: Sequence[str] | None, program: str) -> int:
+    try:
+        options = _parser(program).parse_intermixed_args(arguments)
+    except SystemExit:  # --help was printed
+        return 0
+    predictor = Predictor(options.model, options.threads, options.providers)
+    if options.verify:
+        print(f"{predictor.path}: checksum and self-test pass (logits off by {predictor.verify()} of their size)")
+        return 0
+    if not options.inputs:
+        raise UsageError("no INPUT: give image files, folders, patterns, or - for a list on standard input")
+    return _predict(predictor, options)
+
+
+def _prepare_streams() -> None:
+    """Let no name fail to be written or read, and no file get the number of a stream that is closed."""
+    codecs.register_error(NAMES, _escaped)
+    for name, errors in (("stdin", "surrogateescape"), ("stdout", NAMES), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None:
+            closed = os.open(os.devnull, os.O_RDONLY)  # writing to it fails, so that nothing is lost unseen
+            setattr(sys, name, open(closed, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes of a file name that are no text as they are, and as an escape what the encoding has no sign for."""
+    assert isinstance(error, UnicodeEncodeError)
+    code = ord(error.object[error.start])
+    if 0xDC80 <= code <= 0xDCFF:
+        return bytes([code - 0xDC00]), error.start + 1
+    return error.object[error.start].encode("ascii", "backslashreplace").decode(), error.start + 1
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Within it, what standard output does not take is an OutputError."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _silence(sys.stdout)
+        raise OutputError(f"standard output: cannot be written ({error.strerror})") from None
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:  # nobody can be told
+        _silence(sys.stderr)
+
+
+def _silence(stream: TextIO) -> None:
+    """Take what is still to be written nowhere: at its end, Python would complain."""
+    with suppress(OSError):  # not a stream of the system
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -793,16 +973,18 @@ def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
         _check_embed(Path(options.embed), predictor)
     if options.save_grid and os.path.lexists(options.save_grid):
         raise UsageError(f"--save-grid {options.save_grid}: exists already")
+    images = find_images(options.inputs, _say)
+    images = itertools.chain([next(images)], images)  # before there is an output, for there may be none
     try:
         output = Path(options.output) if options.output else None
-        target = output.open("x", newline="", encoding="utf-8", errors="surrogateescape") if output else None
+        target = output.open("x", newline="", encoding="utf-8", errors=NAMES) if output else None
     except OSError as error:
         raise _cannot_write("--output", Path(options.output), error) from None
     how = (top_k, options.batch_size, options.abstain_below, bool(options.embed))
     with _written(options.output, target) as stream:
         write = WRITERS[options.format or ("table" if stream.isatty() else "csv")]
         write(stream, top_k, None)
-        for prediction in predictor.predict(find_images(options.inputs), *how):
+        for prediction in predictor.predict(images, *how):
             write(stream, top_k, prediction)
             bad += bool(prediction.error)
             if options.embed:
@@ -816,7 +998,7 @@ def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
     if options.embed:
         save_features(Path(options.embed), embedded)
     if bad:
-        print(f"{bad} image{'s' if bad > 1 else ''} could not be read; the column error says why", file=sys.stderr)
+        _say(f"{bad} image{'s' if bad > 1 else ''} could not be read; the column error says why")
     return 3 if bad else 0
 
 
@@ -824,7 +1006,9 @@ def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
 def _written(name: str | None, target: TextIO | None) -> Iterator[TextIO]:
     """The stream that lines go to; what a full disk says of a file is raised as OutputError."""
     if target is None:
-        yield sys.stdout
+        with _writing():
+            yield sys.stdout
+            sys.stdout.flush()
         return
     try:
         with target:
@@ -838,8 +1022,8 @@ def _written(name: str | None, target: TextIO | None) -> Iterator[TextIO]:
 def _check_embed(file: Path, predictor: Predictor) -> None:
     if file.suffix not in (".npy", ".csv"):
         raise UsageError(f"--embed {file}: the name must end in .npy or .csv")
-    if file.exists() or not file.parent.is_dir():
-        raise UsageError(f"--embed {file}: {'exists already' if file.exists() else 'there is no such folder'}")
+    if os.path.lexists(file) or not file.parent.is_dir():
+        raise UsageError(f"--embed {file}: {'exists already' if os.path.lexists(file) else 'there is no such folder'}")
     if not predictor.has_features:
         raise ModelError(f"{predictor.path}: gives no features; export it with --embeddings")
 
@@ -854,7 +1038,7 @@ def save_features(file: Path, rows: Sequence[tuple[str, np.ndarray | None]]) -> 
             with file.open("xb") as binary:
                 np.save(binary, table, allow_pickle=False)
             return
-        with file.open("x", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        with file.open("x", newline="", encoding="utf-8", errors=NAMES) as stream:
             lines = ([name, *map(str, values)] for (name, _), values in zip(rows, table, strict=True))
             for line in itertools.chain([["path", *(f"f{i}" for i in range(width))]], lines):
                 _write_row(stream, line)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from resnet_dist import __version__, launcher
+from resnet_dist import __version__, launcher, streams
 from resnet_dist.errors import ResnetDistError, UsageError, disk_error
 from resnet_dist.options import parse
 from resnet_dist.recipes import layers
@@ -41,13 +41,15 @@ MODULES = {"export": "export.command", "predict": "export.predict"}
 WITH_RECIPES = ("train", "lr-find", "compare", "summary")
 
 
-def entry() -> NoReturn:
+def entry(argv: Sequence[str] | None = None) -> NoReturn:
     """The console command: run it, and leave without waiting for loader processes that ignore signals."""
     end_with_launcher()
-    code = main()
-    with suppress(OSError):  # what could not be written has been said
-        sys.stdout.flush()
-    sys.stderr.flush()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] != ["predict"]:  # which sees to that itself
+        streams.prepare()
+    code = main(arguments)
+    with suppress(OSError):
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -56,17 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
-    if arguments[0] in ("-V", "--version"):
-        print(f"resnet-dist {__version__}")
-        return 0
     words = 2 if " ".join(arguments[:2]) in VERBS else 1
     verb = " ".join(arguments[:words])
     try:
-        code = run(verb, arguments[words:])
-        sys.stdout.flush()  # here, where a device that is full is still an error of one line
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(_overview())
+            code = 0
+        elif arguments[0] in ("-V", "--version"):
+            print(f"resnet-dist {__version__}")
+            code = 0
+        else:
+            code = run(verb, arguments[words:])
+        sys.stdout.flush()
         return code
     except (ResnetDistError, OSError) as raised:
         error = disk_error(raised) if isinstance(raised, OSError) else raised

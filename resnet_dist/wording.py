@@ -1,6 +1,7 @@
 """How names and lists are put to the user."""
 
 import difflib
+import unicodedata
 from collections.abc import Sequence
 
 
@@ -9,6 +10,13 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(name: str) -> str:
+    """The name on one line of a text file: control characters and line separators become escapes such as \\n."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in name
+    )
 
 
 def shortened(name: str, most: int) -> str:

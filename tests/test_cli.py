@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from resnet_dist.cli import VERBS, main, module_of
 from resnet_dist.errors import ResnetDistError
 from resnet_dist.options import Option, make_parser, options_of
 from resnet_dist.recipes import texts
-from resnet_dist.wording import listed, printable, shortened, suggestion
+from resnet_dist.wording import listed, one_line, printable, shortened, suggestion
 from tests.conftest import run_program
 
 Refused = Callable[..., str]
@@ -258,7 +259,30 @@ def test_of_many_processes_the_main_one_speaks(
     assert len(capsys.readouterr().err.splitlines()) == lines
 
 
-# Recipes
+@pytest.mark.parametrize(
+    ("redirect", "code", "said"),
+    [
+        ("> /dev/full", 4, "standard output: cannot be written (No space left on device)"),
+        (">&-", 0, ""),
+        ("2> /dev/full", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        ("| head -c 1 > /dev/null", 0, ""),
+    ],
+)
+def test_streams_may_be_full_or_closed(redirect: str, code: int, said: str) -> None:
+    """A verb that prints; and one that refuses keeps its exit code, whether or not it can say why."""
+    for arguments, expected in (("recipes", code), ("nothing", 2)):
+        line = f"{sys.executable} -m resnet_dist {arguments} {redirect}"
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, check=False)
+        assert done.returncode == expected, done.stderr
+        assert "Traceback" not in done.stderr and (said in done.stderr or expected == 2)
+
+
+def test_letters_that_a_stream_has_no_signs_for_are_escaped() -> None:
+    line = [sys.executable, "-c", "from resnet_dist import streams; streams.prepare(); print('grün', flush=True)"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (0, "gr\\xfcn\n"), done.stderr
 
 
 def test_recipes_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,6 +349,19 @@ def test_launchers_leave_our_options_alone(make_launcher: Callable[[], ArgumentP
 def test_printable_text_is_printable(text: str, shown: str) -> None:
     assert printable(text) == shown
     assert printable(text).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a\nb", "a\\nb"),
+        ("a\r\x1b[2J\x85\u2028b", "a\\r\\x1b[2J\\x85\\u2028b"),
+        ("grün 蓝 \u00a0 \U0001f469\u200d\U0001f680 \udcff", "grün 蓝 \u00a0 \U0001f469\u200d\U0001f680 \udcff"),
+    ],
+)
+def test_one_line_is_one_line_and_leaves_letters_alone(name: str, shown: str) -> None:
+    assert one_line(name) == shown
+    assert len(shown.splitlines()) == 1
 
 
 def test_names_are_listed_up_to_a_number() -> None:

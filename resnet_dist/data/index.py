@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from export.predict import EXTENSIONS, entries_of, ignored_text, images_below, is_folder
 from resnet_dist.config import DataConfig
 from resnet_dist.data.exclude import leave_out
 from resnet_dist.data.manifest import SPLIT_NAMES, Row, appearance, lookalikes, read_manifest, stripped
@@ -19,23 +20,6 @@ from resnet_dist.data.split import assign, groups_note
 from resnet_dist.errors import DataError, UsageError
 from resnet_dist.run_folder import read_facts, to_csv, write_atomically
 from resnet_dist.wording import listed
-
-EXTENSIONS = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-}
-NOT_DATA = {"__macosx", "thumbs.db", "desktop.ini"}
 
 
 class PathTable:
@@ -131,7 +115,7 @@ def read_index(cfg: DataConfig) -> ImageIndex:
         root, found = _with_val_dir(root, found, Path(cfg.val_dir))
     if not found.rows:
         raise DataError(
-            f"{data}: no images found{_ignored_text(found)}; one sub-folder per class is expected{_flat(data)}"
+            f"{data}: no images found{ignored_text(found.ignored)}; one sub-folder per class is expected{_flat(data)}"
         )
     if cfg.exclude_list is not None:
         before, found.rows = len(found.rows), leave_out(found.rows, Path(cfg.exclude_list), root)
@@ -142,7 +126,7 @@ def read_index(cfg: DataConfig) -> ImageIndex:
 def _index(root: Path, found: _Found, cfg: DataConfig) -> ImageIndex:
     notes = list(found.notes)
     if found.ignored:
-        notes.append(f"ignored{_ignored_text(found)}")
+        notes.append(f"ignored{ignored_text(found.ignored)}")
     rows = sorted(found.rows)
     splits = {split for _, _, split in rows}
     if splits == {"train"} and cfg.val_dir is None:
@@ -208,13 +192,6 @@ def _table(root: Path, rows: Sequence[Row], classes: tuple[str, ...], split: str
     return ImageTable(root, PathTable([path for path, _ in ours]), targets)
 
 
-def _ignored_text(found: _Found) -> str:
-    kinds = ", ".join(
-        f"{count} {extension or 'without extension'}" for extension, count in sorted(found.ignored.items())
-    )
-    return f" (files that are not read as images: {kinds})" if kinds else ""
-
-
 def _flat(folder: Path) -> str:
     """A hint where images lie flat in a folder."""
     if folder.is_dir() and any(Path(entry.name).suffix.lower() in EXTENSIONS for entry in _entries(folder)):
@@ -235,7 +212,7 @@ def _read_folder(root: Path) -> _Found:
         return found
     for split, folder in split_folders.items():
         _read_classes(root, folder, split, found)
-    others = [e.name for e in _entries(root) if _is_folder(e) and Path(e.path) not in split_folders.values()]
+    others = [e.name for e in _entries(root) if is_folder(e) and Path(e.path) not in split_folders.values()]
     if others:
         found.notes.append(f"WARNING: beside {' and '.join(split_folders)}, the folder {listed(others)} is not read")
     return found
@@ -246,7 +223,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for entry in _entries(root):
         split = next((split for split, names in SPLIT_NAMES.items() if entry.name.lower() in names), None)
-        if split is None or not _is_folder(entry) or not any(map(_is_folder, _entries(Path(entry.path)))):
+        if split is None or not is_folder(entry) or not any(map(is_folder, _entries(Path(entry.path)))):
             continue
         if split in folders:
             raise DataError(
@@ -261,47 +238,30 @@ def _read_classes(root: Path, folder: Path, split: str | None, found: _Found) ->
     entries = _entries(folder)
     above = frozenset((s.st_dev, s.st_ino) for s in (root.stat(), folder.stat()))
     for entry in entries:
-        if not _is_folder(entry):
+        if not is_folder(entry):
             found.ignored[Path(entry.name).suffix.lower()] += 1
             continue
         before = len(found.rows)
         for path in _images_below(Path(entry.path), found, above):
             found.rows.append((os.path.relpath(path, root), entry.name, split))
         if len(found.rows) == before and split in ("train", None):
-            raise DataError(f"{entry.path}: a class folder without images{_ignored_text(found)}; fill it or remove it")
+            raise DataError(
+                f"{entry.path}: a class folder without images{ignored_text(found.ignored)}; fill it or remove it"
+            )
 
 
 def _images_below(folder: Path, found: _Found, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Image files below a folder, links followed but never around a loop."""
-    status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        found.notes.append(f"WARNING: {folder} is a link to a folder above it: not followed")
-        return
-    for entry in _entries(folder):
-        if _is_folder(entry):
-            yield from _images_below(Path(entry.path), found, above | {here})
-        elif Path(entry.name).suffix.lower() in EXTENSIONS and (entry.is_symlink() or entry.is_file()):  # no pipe
-            yield entry.path
-        else:
-            found.ignored[Path(entry.name).suffix.lower()] += 1
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+        yield from images_below(folder, found.ignored, found.notes, above)
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from None
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, sorted, without hidden files and the droppings of file managers."""
     try:
-        with os.scandir(folder) as entries:
-            kept = [e for e in entries if not e.name.startswith(".") and e.name.lower() not in NOT_DATA]
+        return entries_of(folder)
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
-    return sorted(kept, key=lambda entry: entry.name)
 
 
 def _with_val_dir(root: Path, found: _Found, val_dir: Path) -> tuple[Path, _Found]:
@@ -343,7 +303,7 @@ def read_part(data: Path, split: str, classes: Sequence[str], root: Path | None 
     found = _Found(*read_manifest(data, start, exact=root is not None)) if data.is_file() else _read_folder(data)
     rows = sorted((row for row in found.rows if row[2] in (split, None)), key=lambda row: row[0])
     if not rows:
-        raise DataError(f"{data}: no images in the {split} split{_ignored_text(found)}")
+        raise DataError(f"{data}: no images in the {split} split{ignored_text(found.ignored)}")
     unknown = {label for _, label, _ in rows} - set(classes)
     if unknown:
         raise DataError(
@@ -372,7 +332,7 @@ def class_rows(folder: Path) -> list[tuple[str, str]]:
     found = _Found()
     _read_classes(folder, folder, None, found)
     if not found.rows:
-        raise DataError(f"{folder}: no images found{_ignored_text(found)}; one sub-folder per class is expected")
+        raise DataError(f"{folder}: no images found{ignored_text(found.ignored)}; one sub-folder per class is expected")
     return sorted((path, label) for path, label, _ in found.rows)
 
 
@@ -401,7 +361,7 @@ def flat_rows(folder: Path, pattern: str) -> list[tuple[str, str]]:
             raise DataError(f"{path}: its label would be '{label}', which as a folder is hidden or another one")
         rows.append((os.path.relpath(path, folder), label))
     if not rows:
-        raise DataError(f"{folder}: no images found{_ignored_text(found)}")
+        raise DataError(f"{folder}: no images found{ignored_text(found.ignored)}")
     alike = lookalikes(label for _, label in rows)
     if alike is not None:
         raise DataError(f"{folder}: the labels {alike[0]!a} and {alike[1]!a} look the same; rename the files")

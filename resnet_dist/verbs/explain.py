@@ -136,12 +136,9 @@ def named_images(cfg: Config) -> list[Item]:
     from export import predict
 
     try:
-        items = [Item(file) for file in predict.find_images(cfg.images)]
+        return [Item(file) for file in predict.find_images(cfg.images, print)]
     except predict.UsageError as error:
         raise UsageError(str(error)) from None
-    if not items:
-        raise UsageError(f"{cfg.images[0]}: holds no images")
-    return items
 
 
 def worst_mistakes(cfg: Config, run: Path) -> list[Item]:

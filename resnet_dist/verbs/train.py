@@ -248,6 +248,7 @@ def open_run(run: "RunFolder", blueprint: "Blueprint", replace: "Replace") -> No
     from resnet_dist.run_folder import to_json
     from resnet_dist.stored import to_toml
     from resnet_dist.train.facts import this_launch, what_is_trained
+    from resnet_dist.wording import one_line
 
     cfg, index = blueprint.cfg, blueprint.index
     weights = sum(p.numel() * p.element_size() for p in empty(blueprint.architecture).parameters())
@@ -269,7 +270,7 @@ def open_run(run: "RunFolder", blueprint: "Blueprint", replace: "Replace") -> No
     run.create(replace, needed, facts)
     run.write("command.txt", shlex.join(["resnet-dist", *sys.argv[1:]]) + "\n")
     run.write("config.toml", to_toml(cfg))
-    run.write("classes.txt", "".join(f"{name}\n" for name in index.classes))
+    run.write("classes.txt", "".join(f"{one_line(name)}\n" for name in index.classes))
     run.write("preprocess.json", to_json(blueprint.spec.to_dict()))
     write_manifest(run.path / "data" / "manifest.csv", index)
     if blueprint.bad_images:

@@ -213,7 +213,7 @@ def test_named_images_and_a_class(run: Path, tmp_path: Path) -> None:
         (3, ["{bad}"], "bad.jpg: not an image"),
         (3, ["{none}"], "cannot be opened"),
         (2, ["https://example.org/cat.jpg"], "nothing is read from the network"),
-        (2, ["{empty}"], "holds no images"),
+        (2, ["{empty}"], "no images found"),
     ],
 )
 def test_explain_refuses(
