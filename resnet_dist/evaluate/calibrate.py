@@ -1,22 +1,24 @@
 """Probabilities that mean what they say: how far they are off, a temperature that mends it, and when to abstain."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from resnet_dist.errors import ArtifactError
+from resnet_dist.errors import ArtifactError, DataError
 from resnet_dist.evaluate.intervals import wilson
 from resnet_dist.evaluate.records import Records
+from resnet_dist.evaluate.thresholds import CONFIDENCE, Threshold, abstained, fewest, thresholds
 from resnet_dist.model.weights import sha256_of
 from resnet_dist.outputs import json_with
 from resnet_dist.reading import parse_json, read_bounded
 from resnet_dist.run_folder import to_json, write_atomically
 
 BINS = 15
+FOLDS = 5  # of cross-fitting
 TEMPERATURES = (0.05, 20.0)
 FILE_NAME, FORMAT_VERSION, MAX_BYTES = "calibration.json", 1, 1 << 26
 
@@ -57,12 +59,13 @@ def reliability(records: Records) -> Reliability:
 # Temperature
 
 
-def fit_temperature(logits: np.ndarray, target: np.ndarray) -> float | None:
+def fit_temperature(logits: np.ndarray | None, target: np.ndarray) -> float | None:
     """The temperature that makes softmax(logits / T) most likely (Guo et al. 2017), in 0.05..20.
 
     logits: float (n, classes); target: int64 (n,). The mean loss is convex in 1 / T, so its slope is brought to zero by
     halving, in float64. None where every image is right: the likeliest T would then be 0, absolute certainty.
     """
+    assert logits is not None
     if (logits.argmax(axis=1) == target).all():
         return None
     values = torch.from_numpy(logits).double()
@@ -85,55 +88,38 @@ def tempered(records: Records, temperature: float) -> Records:
     return Records(records.target, loss, records.classes, probabilities, records.logits, records.features)
 
 
-# Thresholds
+# Cross-fitting
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """From which probability on a class may be believed, as measured on `images` that were taken for it.
+def cross_fitted(records: Records, num_classes: int, precision: float | None = None) -> tuple[Records, np.ndarray]:
+    """What calibrating does for images that it was not fitted on, measured on images that it could be fitted on.
 
-    Attributes:
-        threshold: 0..1, or None where no threshold reaches the precision, so that the class is never believed.
-        kept: how many of the images reach the threshold; `right` how many of those bear the class as their label.
+    Each image of `records`, which must hold logits, is judged by a temperature, and with a `precision` by thresholds,
+    that were fitted on the other folds. Gives the tempered records and bool (n,): which predictions are kept. The
+    folds are the same in every call.
     """
-
-    threshold: float | None
-    images: int
-    kept: int
-    right: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, with the precision of the kept images and its Wilson interval."""
-        precision = self.right / self.kept if self.kept else None
-        interval = list(wilson(self.right, self.kept)) if self.kept else None
-        return {**asdict(self), "precision": precision, "precision_interval": interval}
-
-
-def thresholds(records: Records, num_classes: int, precision: float) -> list[Threshold]:
-    """For every class the smallest threshold at which so much of what is taken for it is right; `precision` in 0..1."""
-    right = records.prediction == records.target
-    chosen = [records.prediction == number for number in range(num_classes)]
-    return [_threshold(records.probabilities[mask, 0], right[mask], precision) for mask in chosen]
+    assert records.logits is not None
+    fold = np.random.default_rng(0).permutation(len(records)) % FOLDS
+    loss, probabilities = np.empty_like(records.loss), np.empty_like(records.probabilities)
+    kept = np.ones(len(records), bool)
+    for number in range(min(FOLDS, len(records))):
+        judged = fold == number
+        others = taken(records, ~judged)
+        temperature = fit_temperature(others.logits, others.target) or 1.0
+        part = tempered(taken(records, judged), temperature)
+        loss[judged], probabilities[judged] = part.loss, part.probabilities
+        if precision is not None:
+            limits = thresholds(tempered(others, temperature), num_classes, precision)
+            kept[judged] = ~abstained(part, [limit.threshold for limit in limits])
+    return replace(records, loss=loss, probabilities=probabilities), kept
 
 
-def _threshold(confidence: np.ndarray, right: np.ndarray, precision: float) -> Threshold:
-    order = np.argsort(-confidence, kind="stable")
-    confidence, hits = confidence[order], np.cumsum(right[order])
-    counts = np.arange(1, len(order) + 1)
-    is_edge = np.append(confidence[1:] < confidence[:-1], True)  # equal confidences stand or fall together
-    enough = np.flatnonzero(is_edge[: len(order)] & (hits >= precision * counts))
-    if len(enough) == 0:
-        return Threshold(None, len(order), 0, 0)
-    last = int(enough[-1])
-    # Halfway to the first that is left out: another machine's last digits must not decide.
-    value = 0.0 if last + 1 == len(order) else float(confidence[last].astype(float) + confidence[last + 1]) / 2
-    return Threshold(value, len(order), last + 1, int(hits[last]))
-
-
-def abstained(records: Records, limits: Sequence[float | None]) -> np.ndarray:
-    """bool (n,): where the best class's probability is below its threshold, or it has none that can be reached."""
-    lowest = np.array([np.inf if limit is None else limit for limit in limits])
-    return np.asarray(records.probabilities[:, 0] < lowest[records.prediction])
+def taken(records: Records, rows: np.ndarray) -> Records:
+    """Some of the records, by a mask or by positions."""
+    extras = (None if values is None else values[rows] for values in (records.logits, records.features))
+    return Records(
+        records.target[rows], records.loss[rows], records.classes[rows], records.probabilities[rows], *extras
+    )
 
 
 # calibration.json
@@ -156,32 +142,66 @@ class Calibration:
     measured: Mapping[str, Any]
 
 
-def calibrate(
-    records: Records, classes: Sequence[str], precision: float | None, checkpoint_sha256: str
-) -> tuple[Records, Calibration]:
-    """The calibration that evaluated images suggest, and their records with it. The records must hold logits.
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibrating gives.
 
-    `precision`, 0..1: what each class's threshold is to reach; None for no thresholds.
+    Attributes:
+        records: those of the evaluation, with the temperature that is kept.
+        judged: the same with probabilities and losses that are cross-fitted, from which metrics are to be computed.
+    """
+
+    calibration: Calibration
+    records: Records
+    judged: Records
+
+
+def calibrate(records: Records, classes: Sequence[str], precision: float | None, checkpoint_sha256: str) -> Calibrated:
+    """The calibration that evaluated images suggest. The records must hold logits.
+
+    `precision`, above 0 and below 1: what each class's threshold is to reach; None for no thresholds. Every number in
+    `measured` about the calibrated model is cross-fitted; those of a class's threshold come with the lower bound by
+    which it was chosen. Raises DataError where no class has images enough to show the precision.
     """
     assert records.logits is not None
     fitted = fit_temperature(records.logits, records.target)
     plain, better = tempered(records, 1.0), tempered(records, fitted or 1.0)
-    measured: dict[str, Any] = {"images": len(records)}
+    judged, kept = cross_fitted(records, len(classes), precision)
+    measured: dict[str, Any] = {"images": len(records), "folds": min(FOLDS, len(records))}
     if fitted is None:
         measured["note"] = "every image is right, so no temperature is the likeliest: 1 is kept"
-    measured["loss"] = [float(part.loss.mean(dtype=np.float64)) for part in (plain, better)]
-    measured["ece"] = [reliability(part).error for part in (plain, better)]
+    measured["loss"] = [float(part.loss.mean(dtype=np.float64)) for part in (plain, judged)]
+    measured["ece"] = [reliability(part).error for part in (plain, judged)]
     limits: list[Threshold] = []
     if precision is not None:
         limits = thresholds(better, len(classes), precision)
+        _check_enough(limits, precision)
         rows = [{"class": name, **limit.to_dict()} for name, limit in zip(classes, limits, strict=True)]
-        measured |= {"precision": precision, "classes": rows}
-    return better, Calibration(
+        measured |= {"precision": precision, "confidence": CONFIDENCE, "fewest_images": fewest(precision)}
+        measured |= {"cross_fitted": _kept(judged, kept), "classes": rows}
+    made = Calibration(
         checkpoint_sha256=checkpoint_sha256,
         temperature=fitted or 1.0,
         thresholds=tuple(limit.threshold for limit in limits),
         measured=measured,
     )
+    return Calibrated(made, better, judged)
+
+
+def _check_enough(limits: Sequence[Threshold], precision: float) -> None:
+    most, needed = max(limit.images for limit in limits), fewest(precision)
+    if most < needed:
+        raise DataError(
+            f"--precision {precision:g}: at least {needed} images must be predicted as a class to show it with "
+            f"{100 * CONFIDENCE:g} % confidence, and the most are {most}; give more images as DATA, or lower it"
+        )
+
+
+def _kept(records: Records, kept: np.ndarray) -> dict[str, Any]:
+    """How many predictions are kept, how many of those are right, and their precision with its 95 % interval."""
+    n, right = int(kept.sum()), int((records.prediction == records.target)[kept].sum())
+    interval = list(wilson(right, n)) if n else None
+    return {"kept": n, "right": right, "precision": right / n if n else None, "precision_interval": interval}
 
 
 is_calibration = json_with("format_version", "checkpoint_sha256", "temperature")

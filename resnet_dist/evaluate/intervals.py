@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from scipy.special import betaincinv
 
 Interval = tuple[float, float]
 Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
@@ -16,6 +17,14 @@ def wilson(successes: int, n: int, z: float = Z95) -> Interval:
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def lower_bound(successes: int, n: int, confidence: float) -> float:
+    """The one-sided lower bound of a share of `n` > 0 independent cases, in 0..1 (Clopper and Pearson 1934).
+
+    The true share is below it in at most 1 - `confidence` of the samples, whatever the share and `n` are.
+    """
+    return float(betaincinv(successes, n - successes + 1, 1 - confidence)) if successes else 0.0
 
 
 def paired_drop(lost: int, won: int, n: int, z: float = Z95) -> Interval:

@@ -33,18 +33,22 @@ def write_evaluation(
     classes: Sequence[str],
     spec: Preprocessing,
     facts: Mapping[str, Any] = MappingProxyType({}),
+    judged: Records | None = None,
 ) -> dict[str, Measured]:
     """Tables and numbers of an evaluation into `folder`, pictures into `plots_folder`; gives the headline.
 
     predictions.csv, per_class.csv, confused.csv, metrics.json (with `facts` on how it was evaluated); embeddings.npy,
-    float32 (n, F) in the order of predictions.csv, where features were kept. Raises MachineError, DataError.
+    float32 (n, F) in the order of predictions.csv, where features were kept. Numbers about losses and probabilities are
+    those of `judged`, where these images were used to calibrate: the same records, cross-fitted. Raises MachineError,
+    DataError.
     """
+    judged = judged or records
     for place in (folder, plots_folder):
         try:
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MachineError(f"{place}: cannot be made into a folder ({error.strerror})") from None
-    metrics, counts = measured(records), confusion(records, classes)
+    metrics, counts = measured(judged), confusion(records, classes)
     values = {name: metric.value for name, metric in metrics.items()}
     intervals = {name: [metric.low, metric.high] for name, metric in metrics.items()}
     write_atomically(  # first: by it the folder is known as an evaluation
@@ -54,7 +58,7 @@ def write_evaluation(
     write_atomically(folder / "per_class.csv", table_csv(per_class(records, classes)))
     write_atomically(folder / "confused.csv", table_csv(confused_pairs(counts, classes), CONFUSED))
     plots.confusion_matrix(plots_folder / "confusion_matrix.png", counts, classes)
-    plots.reliability_diagram(plots_folder / "reliability.png", reliability(records))
+    plots.reliability_diagram(plots_folder / "reliability.png", reliability(judged))
     prediction_grid(plots_folder / "predictions.png", table, records, classes, spec)
     if records.features is not None:
         stream = io.BytesIO()

@@ -187,6 +187,7 @@ def _evaluated_errors(evaluation: Evaluation, place: Mapping[int, int]) -> dict[
     if evaluation.split == "train":
         return {"title": title, "note": "The network learnt these labels, so it cannot judge them.", "rows": []}
     found = label_errors.find_in_records(evaluation.records, len(evaluation.classes))
+    told = found.order.tolist() if found.judge.can_tell else []
     rows = [
         [
             place[position],
@@ -194,13 +195,12 @@ def _evaluated_errors(evaluation: Evaluation, place: Mapping[int, int]) -> dict[
             _rounded(found.quality[position]),
             bool(found.suspected[position]),
         ]
-        for position in found.order.tolist()
+        for position in told
         if position in place
     ]
-    note = (
-        f"{found.suspected.sum()} labels are suspected, by confident learning from the network's probabilities; the "
-        "quality of a label is low where another class is much more probable."
-    )
+    note = found.judge.sentence(int(found.suspected.sum()), "the network")
+    if found.judge.can_tell:
+        note += " The quality of a label is low where another class is much more probable."
     return {"title": title, "note": note, "rows": rows[:MOST_JUDGED]}
 
 
@@ -221,9 +221,10 @@ def _training_errors(run: Path, images: Images, classes: Sequence[str]) -> dict[
             ]
             for row in found[:MOST_JUDGED]
         ]
-    suspected = sum(row["suspected"] == "1" for row in found)
-    note = f"{suspected} of {len(found)} labels are suspected, by classifiers that were fitted without the image."
-    return {"title": "Training images", "note": note, "rows": rows}
+        right = np.array([float(row["quality"]) >= 0.5 for row in found])
+        judge = label_errors.Judge.of(right, np.array([number[row["label"]] for row in found]))
+    note = judge.sentence(sum(row["suspected"] == "1" for row in found), label_errors.OUT_OF_FOLD)
+    return {"title": "Training images", "note": note, "rows": rows if judge.can_tell else []}
 
 
 def _near_duplicates(

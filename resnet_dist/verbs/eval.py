@@ -1,11 +1,12 @@
 """`resnet-dist eval`: exact metrics of a run, a checkpoint or an exported model, with one line per image."""
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from resnet_dist.config import SystemConfig
 from resnet_dist.errors import UsageError
@@ -51,8 +52,9 @@ class Config:
     """Fit a temperature on the validation images and write it to calibration.json beside the checkpoint, for later
     evaluations, export and predict; the order of the classes never changes."""
     precision: float | None = None
-    """With --calibrate: also choose for every class the smallest probability from which on so much of what is taken
-    for it is right (0..1); predict abstains below."""
+    """With --calibrate: also choose a confidence threshold per class above which predictions have at least this
+    precision (between 0 and 1), shown with 95 % confidence; predict abstains below it, and always from a class with too
+    few images to show it."""
     tta: Literal["none", "flip", "crops"] = "none"
     """Average the probabilities over an image and its mirror image, or over five crops and their mirror images."""
     embeddings: bool = False
@@ -84,7 +86,8 @@ class Config:
             yield f"--calibrate belongs to --split val, not {self.split}"
         if self.precision is not None and not self.calibrate:
             yield "--precision belongs to --calibrate"
-        yield from out_of_range(self, 0, 1, "precision")
+        if self.precision is not None and not 0 < self.precision < 1:
+            yield f"--precision {self.precision:g}: must be between 0 and 1 (no images show that all are right)"
         yield from out_of_range(self, 1, math.inf, "batch_size", "threads")
         yield from out_of_range(self, 0, 1024, "workers")
 
@@ -99,6 +102,8 @@ class Subject:
     to_input: Callable[["Batch"], "torch.Tensor"]
     temperature: float
     thresholds: Sequence[float | None]
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """What the calibration says of itself."""
 
 
 def main(cfg: Config) -> int:
@@ -151,7 +156,8 @@ def load_network(accelerator: "Accelerator", checkpoint: Path, anew: bool) -> Su
     classes, spec = description.classes, description.preprocessing
     known = on_main(accelerator, lambda: None if anew else read_calibration(checkpoint, len(classes)))
     temperature, thresholds = (known.temperature, known.thresholds) if known else (1.0, ())
-    return Subject(model, classes, spec, ToInput(spec, accelerator.device), temperature, thresholds)
+    measured = known.measured if known else {}
+    return Subject(model, classes, spec, ToInput(spec, accelerator.device), temperature, thresholds, measured)
 
 
 def load_exported(file: Path) -> Subject:
@@ -234,43 +240,93 @@ def write(cfg: Config, file: Path, subject: Subject, table: "ImageTable", record
     from resnet_dist.report.on_disk import read_evaluation
     from resnet_dist.report.page import write_evaluation_page
 
-    lines = []
+    lines: list[tuple[str, str]] = []
+    judged, digest = records, images_digest(table)
     if cfg.calibrate:
-        records, made = calibrate(records, subject.classes, cfg.precision, sha256_of(file))
+        done = calibrate(records, subject.classes, cfg.precision, sha256_of(file))
+        made = dataclasses.replace(done.calibration, measured={**done.calibration.measured, "images_sha256": digest})
+        records, judged = done.records, done.judged
         subject = dataclasses.replace(subject, temperature=made.temperature, thresholds=made.thresholds)
         lines = [*said_of(made), ("calibration", str(write_calibration(file, made)))]
+    elif subject.thresholds:
+        lines.append(("abstained", said_of_abstaining(records, subject.thresholds)))
+    is_fitted = subject.measured.get("images_sha256") == digest
+    if is_fitted and not cfg.calibrate:
+        lines += said_of_fitted(subject.measured)
     facts = {"model": file.name, "split": cfg.split, "tta": cfg.tta, "temperature": subject.temperature}
+    facts |= {"cross_fitted": ["loss", "ece"]} if cfg.calibrate else {}
+    facts |= {"calibrated_on_these_images": True} if is_fitted and not cfg.calibrate else {}
     folder = output_folder(cfg, Path(cfg.run or ""))
-    metrics = write_evaluation(folder, folder, table, records, subject.classes, subject.spec, facts)
+    metrics = write_evaluation(folder, folder, table, records, subject.classes, subject.spec, facts, judged)
     evaluation = read_evaluation(folder, table.root, cfg.split, subject.classes)
     page = write_evaluation_page(evaluation, None if cfg.is_exported else subject.model, subject.spec)
     rows = [(name, str(metric)) for name, metric in metrics.items()]
     if subject.temperature != 1:
         rows.append(("temperature", f"{subject.temperature:.4f}"))
-    if subject.thresholds:
-        rows.append(("abstained", said_of_abstaining(records, subject.thresholds)))
     rows += [("most confused", line) for line in confused_lines(records, subject.classes)]
     return [*rows, *lines, ("written to", str(folder)), ("to look at", str(page))]
 
 
+def images_digest(table: "ImageTable") -> str:
+    """A hash of which files these are and of their classes, in whatever order and spelling."""
+    from resnet_dist.data.same_file import Places
+
+    place = Places(table.root)
+    rows = sorted((*place(path), target) for path, target in zip(table.paths, table.targets.tolist(), strict=True))
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
 def said_of(made: "Calibration") -> Iterator[tuple[str, str]]:
-    """What calibrating changed, as rows of the table."""
+    """What calibrating changes, as rows of the table."""
     found = made.measured
     if "note" in found:
         yield "note", found["note"]
     for name in ("loss", "ece"):
         before, after = found[name]
-        yield f"{name} by calibrating", f"{before:.4f} before, {after:.4f} after, on the images it was fitted on"
+        yield f"{name} by calibrating", f"{before:.4f} before, {after:.4f} after (cross-fitted, as {name} above)"
     if made.thresholds:
-        never = [row["class"] for row in found["classes"] if row["threshold"] is None]
-        reached = f"{len(made.thresholds) - len(never)} of {len(made.thresholds)} classes reach {found['precision']:g}"
-        yield "thresholds", reached + (f"; always abstained: {listed(never)}" if never else "")
+        none = [row for row in found["classes"] if row["threshold"] is None]
+        yield (
+            "thresholds",
+            f"{len(made.thresholds) - len(none)} of {len(made.thresholds)} classes: precision at least "
+            f"{found['precision']:g}, with {100 * found['confidence']:g} % confidence in each",
+        )
+        few = [row["class"] for row in none if row["images"] < found["fewest_images"]]
+        if few:
+            yield "always abstained", f"{listed(few)}: predicted for fewer than {found['fewest_images']} images"
+        weak = [row["class"] for row in none if row["class"] not in few]
+        if weak:
+            yield "always abstained", f"{listed(weak)}: the precision is not shown at any threshold"
+        yield "predictions kept", said_of_kept(found)
+
+
+def said_of_kept(found: Mapping[str, Any]) -> str:
+    """What thresholds do for images that they were not chosen on, from what a calibration says of itself."""
+    kept, n = found["cross_fitted"], found["images"]
+    if not kept["kept"]:
+        return f"0 of {n} (cross-fitted over {found['folds']} folds)"
+    low, high = kept["precision_interval"]
+    return (
+        f"{kept['kept']} of {n}, their precision {kept['precision']:.4f} [{low:.4f}, {high:.4f}] (cross-fitted over "
+        f"{found['folds']} folds)"
+    )
+
+
+def said_of_fitted(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The warning that a model is evaluated on the images that it was calibrated on."""
+    yield (
+        "WARNING",
+        "the calibration was fitted on these images, so loss, ece and what is gained by abstaining look too good; "
+        f"cross-fitted, loss is {found['loss'][1]:.4f} and ece {found['ece'][1]:.4f}",
+    )
+    if "cross_fitted" in found:
+        yield "predictions kept", said_of_kept(found)
 
 
 def said_of_abstaining(records: "Records", thresholds: Sequence[float | None]) -> str:
     """How many images the thresholds leave aside, and how good the rest is."""
-    from resnet_dist.evaluate.calibrate import abstained
     from resnet_dist.evaluate.intervals import wilson
+    from resnet_dist.evaluate.thresholds import abstained
 
     kept = ~abstained(records, thresholds)
     n, right = int(kept.sum()), int((records.prediction == records.target)[kept].sum())

@@ -30,7 +30,8 @@ class Config:
     """Rank the labels of a run's training images, the most doubtful first, into label_errors.csv of the run.
 
     Each label is judged by a logistic regression that was fitted on the other folds, on features of the weights that
-    the run began with: nothing that judges a label has learnt it. `report RUN` then shows the images.
+    the run began with: nothing that judges a label has learnt it. Where these predict the labels too badly, that is
+    said and no label is suspected. `report RUN` then shows the images.
     """
 
     run: str | None = option(None, positional=True)
@@ -136,18 +137,17 @@ def pretrained(cfg: Config, run: Path, description: "Description") -> tuple["nn.
 
 def judge(cfg: Config, run: Path, table: "ImageTable", features: "np.ndarray", classes: tuple[str, ...]) -> list[str]:
     """Write label_errors.csv and say what is in it. On the main process. Raises MachineError."""
-    from resnet_dist.evaluate.label_errors import find, out_of_fold
+    from resnet_dist.evaluate.label_errors import OUT_OF_FOLD, find, out_of_fold
     from resnet_dist.run_folder import to_csv, write_atomically
 
     probabilities = out_of_fold(features, table.targets, cfg.folds)
     found = find(table.targets, probabilities)
-    right = (probabilities.argmax(axis=1) == table.targets).mean()
     rows = [label_row(table, found, classes, int(position)) for position in found.order]
     write_atomically(run / FILE, to_csv(COLUMNS, rows))
     suspected = int(found.suspected.sum())
     shown = [f"  {shortened(str(path), 60)}: labelled {label}, likely {likely}" for path, label, likely, *_ in rows]
     return [
-        f"{suspected} of {len(table)} training labels are suspected; out of fold, {right:.4f} of them are predicted",
+        found.judge.sentence(suspected, OUT_OF_FOLD),
         *shown[: min(SHOWN, suspected)],
         f"{run / FILE} has all, the most doubtful first; `resnet-dist report {run}` shows them",
     ]

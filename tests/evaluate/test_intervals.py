@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from resnet_dist.evaluate.intervals import bootstrap, paired_drop, wilson
+from resnet_dist.evaluate.intervals import bootstrap, lower_bound, paired_drop, wilson
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (10, 10), (640, 644), (1, 2)])
@@ -18,6 +18,13 @@ def test_wilson_covers_by_simulation(share: float, n: int) -> None:
     hits = np.random.default_rng(1).binomial(n, share, 2000)
     inside = [low <= share <= high for low, high in (wilson(int(k), n) for k in hits)]
     assert 0.93 < np.mean(inside) < 0.97
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (10, 10), (640, 644), (1, 2)])
+@pytest.mark.parametrize("confidence", [0.95, 0.99])
+def test_lower_bound_equals_scipy(k: int, n: int, confidence: float) -> None:
+    expected = stats.binomtest(k, n, alternative="greater").proportion_ci(confidence, method="exact").low
+    assert lower_bound(k, n, confidence) == pytest.approx(expected, abs=1e-12)
 
 
 def test_interval_of_a_paired_drop_by_simulation() -> None:

@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = sha256_of(best)
     assert main(["eval", str(root / "run"), *QUIET]) == 0
     shutil.copytree(root / "run/eval/val", root / "uncalibrated")
-    assert main(["eval", str(root / "run"), "--calibrate", "--precision", "0.8", *QUIET, "--embeddings"]) == 0
+    assert main(["eval", str(root / "run"), "--calibrate", "--precision", "0.5", *QUIET, "--embeddings"]) == 0
     assert sha256_of(best) == before, "calibrating changes no byte of the checkpoint"
     return root / "run"
 
@@ -80,7 +80,11 @@ def test_metrics_equal_scikit_learns_on_the_written_records(run: Path) -> None:
         assert found["top1"] == pytest.approx(accuracy_score(target, predicted))
         assert found["macro_f1"] == pytest.approx(f1_score(target, predicted, average="macro"))
         table /= table.sum(axis=1, keepdims=True)  # float32 decimals
-        assert found["loss"] == pytest.approx(log_loss(target, table, labels=CLASSES), abs=1e-5)
+        written = log_loss(target, table, labels=CLASSES)
+        if folder.name == "val":  # calibrated on these images: the loss is cross-fitted, and larger
+            assert found["cross_fitted"] == ["loss", "ece"] and written < found["loss"] < 1.2 * written
+        else:
+            assert found["loss"] == pytest.approx(written, abs=1e-5)
 
 
 def test_calibrating_lowers_the_loss_and_moves_no_prediction(run: Path) -> None:
@@ -97,11 +101,31 @@ def test_calibrating_lowers_the_loss_and_moves_no_prediction(run: Path) -> None:
         assert [float(b[f"p{n}"]) for n in (1, 2, 3)] == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_later_eval_takes_the_calibration(run: Path, tmp_path: Path) -> None:
-    assert main(["eval", str(run), *QUIET, "-o", str(tmp_path / "again")]) == 0
+def test_a_later_eval_takes_the_calibration_and_says_that_it_was_fitted_on_these_images(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where they are named as a folder of their own; the training images are measured without a warning."""
+    stored = json.loads((run / "checkpoints/calibration.json").read_text())
+    capsys.readouterr()
+    assert main(["eval", str(run), str(run.parent / "data/val"), *QUIET, "-o", str(tmp_path / "again")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "was fitted on these images" in said and f"cross-fitted, loss is {stored['measured']['loss'][1]:.4f}" in said
     again, first = numbers(tmp_path / "again"), numbers(run / "eval/val")
-    assert again["temperature"] == first["temperature"]
-    assert again["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert again["temperature"] == first["temperature"] and again["calibrated_on_these_images"] is True
+    assert again["top1"] == first["top1"] and again["loss"] < first["loss"]
+    pairs = zip(records(tmp_path / "again"), records(run / "eval/val"), strict=True)
+    assert all(float(one["p1"]) == pytest.approx(float(other["p1"]), rel=1e-5) for one, other in pairs)
+    assert main(["eval", str(run), *QUIET, "--split", "train", "-o", str(tmp_path / "train")]) == 0
+    said = capsys.readouterr().out
+    assert "fitted on these images" not in said and "abstained" in said
+    assert "calibrated_on_these_images" not in numbers(tmp_path / "train")
+
+
+def test_a_precision_that_the_images_cannot_show_is_refused(run: Path, tmp_path: Path, refused: Refused) -> None:
+    before = (run / "checkpoints/calibration.json").read_bytes()
+    said = refused(3, "eval", run, "--calibrate", "--precision", "0.95", *QUIET, "-o", tmp_path / "out")
+    assert "--precision 0.95: at least 59 images must be predicted as a class" in said and len(said.splitlines()) == 1
+    assert (run / "checkpoints/calibration.json").read_bytes() == before and not (tmp_path / "out").exists()
 
 
 def test_the_exported_model_has_the_same_records(run: Path, exported: Path, tmp_path: Path) -> None:
@@ -283,7 +307,8 @@ def test_augmented_evaluation_averages_probabilities(run: Path, tmp_path: Path) 
     [
         (["--calibrate", "--split", "test"], "--calibrate belongs to --split val"),
         (["--precision", "0.9"], "--precision belongs to --calibrate"),
-        (["--calibrate", "--precision", "1.5"], "--precision"),
+        (["--calibrate", "--precision", "1.5"], "--precision 1.5: must be between 0 and 1"),
+        (["--calibrate", "--precision", "1"], "--precision 1: must be between 0 and 1"),
         (["--calibrate", "--tta", "flip"], "--tta does not go with --calibrate"),
         (["--tta", "rotate"], "must be one of none, flip, crops"),
     ],
