@@ -47,8 +47,8 @@ pytestmark = [
 # Six steps of 24 images; float32 without TF32, so that a CPU can be compared with. What comes later in a list wins.
 OPTIONS = [*TINY, "--img-size", "32", "--batch-size", "8", "--epochs", "2", "--lr", "0.001", "--log-every", "1"]
 OPTIONS += ["--no-tf32"]
-# With a 7x7 convolution and max pooling, at a rate at which rounding does not grow: at 0.001, a change of the weights by
-# 1e-7 changes the loss of the fifth step by 3 %, on a CPU too.
+# With a 7x7 convolution and max pooling, at a rate at which rounding does not grow: at 0.001, a change of the weights
+# by 1e-7 changes the loss of the fifth step by 3 %, on a CPU too.
 STANDARD = ["--stem", "standard", "--img-size", "64", "--lr", "0.0001"]
 
 
