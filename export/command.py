@@ -148,6 +148,7 @@ def fill(made: Path, cfg: Config, checkpoint: Path, model: "nn.Module", descript
         calibration = read_calibration(checkpoint, len(description.classes))
         temperature = calibration.temperature if calibration else 1.0
         print(f"temperature {temperature:.4f} (calibration.json)" if calibration else "not calibrated")
+        inputs = calibration_inputs(cfg, description) if cfg.int8 else []  # what is wrong with them is said first
         graph = graph_of(model, description.preprocessing, in_graph, temperature, cfg.embeddings)
         expected = self_test_logits(model, description.preprocessing)
         metadata = describe(description, checkpoint, "fp32", in_graph, expected, calibration)
@@ -157,7 +158,7 @@ def fill(made: Path, cfg: Config, checkpoint: Path, model: "nn.Module", descript
             "model.onnx": check_equality(model, some, made / "model.onnx", labelled, temperature)
         }
         print(f"{'model.onnx':<16} {reports['model.onnx']}")
-        for name, small in smaller_graphs(cfg, graph, description):
+        for name, small in smaller_graphs(cfg, graph, inputs):
             expected = runtime_logits(small, self_test_feed(made))[0]
             smaller = describe(description, checkpoint, name.split(".")[1], in_graph, expected, calibration)
             write_model(made / name, small, smaller)
@@ -194,15 +195,15 @@ def self_test_feed(made: Path) -> "dict[str, np.ndarray]":
 
 
 def smaller_graphs(
-    cfg: Config, graph: "onnx.ModelProto", description: "Description"
+    cfg: Config, graph: "onnx.ModelProto", inputs: "list[np.ndarray]"
 ) -> "Iterator[tuple[str, onnx.ModelProto]]":
-    """The fp16 and int8 graphs that were asked for, under their file names. Raises DataError, UsageError."""
+    """The fp16 and int8 graphs that were asked for, under their file names; int8's ranges are taken from `inputs`."""
     from export.quantize import to_fp16, to_int8
 
     if cfg.fp16:
         yield "model.fp16.onnx", to_fp16(graph)
     if cfg.int8:
-        yield "model.int8.onnx", to_int8(graph, calibration_inputs(cfg, description), cfg.reduce_range)
+        yield "model.int8.onnx", to_int8(graph, inputs, cfg.reduce_range)
 
 
 def gate_images(cfg: Config, description: "Description", folder: Path) -> "tuple[ImageTable, str]":

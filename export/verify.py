@@ -180,7 +180,10 @@ class Loss:
         said += f" (95 % interval {low:.1f} to {high:.1f} %)"
         if self.accuracy is None:
             return said
-        return f"{said}, accuracy {self.accuracy:.4f} (fp32 {self.accuracy_fp32:.4f})"
+        said += f", accuracy {self.accuracy:.4f} (fp32 {self.accuracy_fp32:.4f}"
+        if self.accuracy_drop_interval is not None:
+            said += ", drop {:.1f} to {:.1f} points".format(*(100 * end for end in self.accuracy_drop_interval))
+        return f"{said})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -212,9 +215,11 @@ def compare_smaller(
             int((right & ~right_small).sum()), int((right_small & ~right).sum()), n
         )
         if precision == "int8" and 100 * found.accuracy_drop_interval[0] > max_accuracy_drop:
-            drop = 100 * (found.accuracy_fp32 - found.accuracy)
+            drop, (low, high) = found.accuracy_fp32 - found.accuracy, found.accuracy_drop_interval
+            interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f}"
             found.problems.append(
-                f"int8 loses {drop:.2f} points of top-1 on {n} images, more than {max_accuracy_drop:g}"
+                f"int8 loses {100 * drop:.2f} points of top-1 on {n} images ({interval}), more than the "
+                f"{max_accuracy_drop:g} of --max-accuracy-drop"
             )
     return found
 
