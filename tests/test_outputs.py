@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from resnet_dist.cli import main
 from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.outputs import Kind, check_file, check_folder, json_with, make_folder, table_with
 from resnet_dist.run_folder import RunFolder, is_run, read_facts, written_in
+from resnet_dist.train.state import State, remove_leftovers, write_state
 from resnet_dist.verbs import demo
 from tests.conftest import TINY, small_disk, write_image
 from tests.conftest import make_folder as images_in
@@ -180,6 +182,19 @@ def test_files_are_not_written_through_links(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="cannot be written"):
         run.lock()
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_checkpoint_that_makes_room_leaves_the_files_of_others(tmp_path: Path) -> None:
+    """And what a killed writer left is told by its name from what somebody else called .tmp."""
+    for name in ("step-000000001/notes.txt", "step-mine/state.json", ".tmp-7/state.json", ".tmp-mine/a", ".tmp-7-b"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for steps in (1, 2, 3):
+        write_state(tmp_path, {"x": torch.ones(2)}, {"state": State(steps_done=steps).to_dict()}, keep=1)
+    remove_leftovers(tmp_path)
+    ours = {f"step-000000003/{name}" for name in ("state.safetensors", "state.json", "manifest.json")}
+    found = {name.replace("1.replaced/", "1/") for name in contents(tmp_path)}
+    assert found == {"step-000000001/notes.txt", "step-mine/state.json", ".tmp-mine/a", *ours}
 
 
 # Which run may be replaced

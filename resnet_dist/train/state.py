@@ -3,10 +3,11 @@
 import dataclasses
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from torch import nn
 
 from resnet_dist.errors import ArtifactError, MachineError
 from resnet_dist.reading import parse_json, read_bounded
-from resnet_dist.run_folder import sync_folder, to_json
+from resnet_dist.run_folder import STATE_NAME, sync_folder, to_json
 
 MAX_FACTS, MAX_STATE = 1 << 24, 1 << 34  # bytes
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+LEFTOVER = re.compile(r"\.tmp-\d+(-.+)?")  # what a writer, named by its process, had not finished
 REPLACED = ".replaced"  # ends the name of a state while another of the same step takes its place
 
 
@@ -145,7 +147,7 @@ def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
                 os.fsync(stream.fileno())
         sync_folder(temporary)
         if final.exists():  # of the same step: aside, not away, until the new one stands there
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove(replaced)
             final.rename(replaced)
         temporary.rename(final)
         sync_folder(folder)
@@ -154,15 +156,23 @@ def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
         raise MachineError(
             f"{final}: the checkpoint cannot be written ({error.strerror}); older ones are intact"
         ) from None
-    shutil.rmtree(replaced, ignore_errors=True)
-    for old in _states(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in (replaced, *_states(folder)[keep:]):
+        _remove(old)
     return final
+
+
+def _remove(state: Path) -> None:
+    """Remove a state as far as that is allowed; a file in it that is not of a state stays, and so does its folder."""
+    with suppress(OSError):
+        for name in (MANIFEST, TENSORS, FACTS):
+            (state / name).unlink(missing_ok=True)
+        state.rmdir()
 
 
 def _states(folder: Path) -> list[Path]:
     """The states in a folder, the newest first."""
-    found = (path for path in folder.glob("step-*") if path.is_dir())
+    found = (path for path in folder.glob("step-*") if STATE_NAME.fullmatch(path.name))
+    found = (path for path in found if path.is_dir() and not path.is_symlink())
     return sorted(found, key=lambda path: (path.name.removesuffix(REPLACED), path.suffix != REPLACED), reverse=True)
 
 
@@ -211,8 +221,8 @@ def fitting(run: Path) -> Iterator[None]:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a writer that was killed left in a folder. Raises MachineError where that is not allowed."""
     try:
-        for path in folder.glob(".tmp-*"):
-            if path.is_dir():
+        for path in (path for path in folder.glob(".tmp-*") if LEFTOVER.fullmatch(path.name)):
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
