@@ -1,6 +1,7 @@
 """Batches for one process: which samples, in which order, loaded by how many helpers."""
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -259,7 +260,9 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _checked(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    batches = iter(loader)
+    with warnings.catch_warnings():  # Python 3.12 warns of forks beside threads; ours wait for signals or work
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        batches = iter(loader)
     while True:
         try:
             batch = next(batches)
