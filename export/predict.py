@@ -201,7 +201,7 @@ def opened(
 
     With `whole`, and always for bytes, the structure of the whole file is checked and not only that of its start.
     """
-    with _file_of(source) as file, as_image_errors(max_pixels):
+    with file_of(source) as file, as_image_errors(max_pixels):
         _check_structure(file, whole or isinstance(source, bytes))
         with Image.open(file, formats=FORMATS) as image:
             pixels, parts = image.width * image.height, getattr(image, "tile", ())
@@ -215,7 +215,7 @@ def opened(
 
 
 @contextmanager
-def _file_of(source: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
+def file_of(source: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
     """The file, opened. Raises OSError, or ImageError where it is none or too large."""
     if isinstance(source, bytes):
         yield io.BytesIO(source)

@@ -9,7 +9,18 @@ import torch
 import torchvision
 from PIL import Image
 
-from export.predict import ORIENTATION, ImageError, Preprocessing, decode, decoded, fit, opened, to_rgb, upright
+from export.predict import (
+    ORIENTATION,
+    ImageError,
+    Preprocessing,
+    decode,
+    decoded,
+    file_of,
+    fit,
+    opened,
+    to_rgb,
+    upright,
+)
 from resnet_dist.data.index import ImageTable
 from resnet_dist.errors import DataError
 
@@ -45,8 +56,8 @@ def load_whole(table: ImageTable, index: int, least: int = 0) -> np.ndarray:
 
     With `least`, JPEGs whose short side is 2, 4 or 8 times as many pixels are decoded at that fraction of their size.
     """
-    with naming_the_file(table, index):
-        data = (table.root / table.paths[index]).read_bytes()
+    with naming_the_file(table, index), file_of(table.root / table.paths[index]) as file:
+        data = file.read()
         pixels = scaled_jpeg_pixels(data, least) if least else None
         if pixels is None:
             pixels = jpeg_pixels(data)

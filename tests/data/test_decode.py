@@ -1,6 +1,7 @@
 """The faster ways to decode, against Pillow's own pixels: equal, or within a stated bound where asked for."""
 
 import io
+import os
 import random
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from export.predict import ImageError, decode
 from resnet_dist.data.decode import Reader, jpeg_pixels, jpeg_scale, load_image, load_whole, scaled_jpeg_pixels
 from resnet_dist.data.index import ImageTable, PathTable
+from resnet_dist.errors import DataError
 
 # Smooth, so that a JPEG of it looks like a photograph and not like noise.
 SMOOTH = Image.fromarray(np.random.default_rng(2).integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((211, 157))
@@ -118,6 +120,16 @@ def test_damage_is_treated_as_the_predictor_treats_it(shared: Path) -> None:
             assert pixels is None or np.array_equal(pixels, expected), file
             seen["left" if pixels is None else "equal"] += 1
     assert seen["equal"] > 20 and seen["left"] > 5, seen
+
+
+def test_what_became_a_pipe_or_grew_too_large_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    """Between the look at the header and the reading of the file."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "large.jpg").touch()
+    os.truncate(tmp_path / "large.jpg", 1 << 40)
+    for name, reason in (("pipe.jpg", "a pipe or a device"), ("large.jpg", "larger than")):
+        with pytest.raises(DataError, match=f"{name}: {reason}"):
+            load_whole(one(tmp_path / name), 0)
 
 
 def test_without_torchvisions_decoder_the_pixels_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
