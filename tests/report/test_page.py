@@ -218,8 +218,7 @@ def test_of_many_classes_those_with_mistakes_are_in_the_matrix(tmp_path: Path) -
 
 
 def test_an_evaluation_that_is_not_there_or_of_other_classes(tmp_path: Path, refused: Callable[..., str]) -> None:
-    said = refused(6, "report", tmp_path)
-    assert "best.safetensors" in said
+    assert "not a run folder" in refused(2, "report", tmp_path)
     evaluation = made_evaluation(tmp_path / "a", CLASSES, 6)
     with pytest.raises(
         ArtifactError, match=r"predictions\.csv: damaged, or of another run \('cat' is missing or unknown\)"
