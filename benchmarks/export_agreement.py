@@ -66,19 +66,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def spread(folder: Path, count: int, part: int = 0) -> np.ndarray:
-    """`count` photographs as the networks take them, float32 (N, 3, H, W), from one half of a folder (part 0 or 1)."""
-    files = sorted(folder.rglob("*.jpg"))
-    half = files[part::2] if part or len(files) > 2 * count else files
-    chosen = [half[i] for i in np.linspace(0, len(half) - 1, min(count, len(half))).round().astype(int)]
+def spread(folder: Path, count: int, first: int = 0, step: int = 1) -> np.ndarray:
+    """`count` photographs as the networks take them, float32 (N, 3, H, W), of every `step`-th file from `first` on."""
+    files = sorted(folder.rglob("*.jpg"))[first::step]
+    chosen = [files[i] for i in np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)]
     rows = (normalise(fit(decode(file), Preprocessing()), Preprocessing()) for file in chosen)
     return np.ascontiguousarray(np.stack([row.transpose(2, 0, 1) for row in rows]))
 
 
 def networks(options: argparse.Namespace) -> Iterator[tuple[str, torch.nn.Module, np.ndarray, np.ndarray]]:
     """(name, network, images for the ranges, images to measure on)."""
-    train, val = spread(options.data / "train", CALIBRATION), spread(options.data / "val", options.images)
-    others = [spread(options.photos, n, part) for n, part in ((options.images, 0), (CALIBRATION, 1)) if options.photos]
+    train, val = spread(options.data / "train", CALIBRATION, step=2), spread(options.data / "val", options.images)
+    halves = ((options.images, 0), (CALIBRATION, 1))
+    others = [spread(options.photos, count, first, step=2) for count, first in halves if options.photos]
     model = torchvision.models.resnet18()
     model.load_state_dict(load_file(options.weights))
     ranges, measured = np.concatenate([train, *others[1:]]), np.concatenate([val, *others[:1]])
