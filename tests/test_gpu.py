@@ -166,7 +166,8 @@ def test_dropout_masks_are_those_of_the_cpu() -> None:
         ("--opt adam --mixed-precision fp16 --ema", 0),
         ("--opt adamw --mixed-precision bf16 --ema --clip-grad 1 --grad-accum 2 --batch-size 4 --cutmix 1", 0),
         ("--mixed-precision bf16 --mixup 1 --loss focal --class-weights balanced", 0),
-        ("--opt adagrad", 1),  # none with a torch that has a fused form for CUDA; torch 2.11 has not
+        # None if torch has a fused form for CUDA. torch 2.11 has not: it asks the host for every parameter's step too.
+        ("--opt adagrad", 63),
         ("--head concat-pool --dropout 0.5 --mixed-precision bf16 --aug trivial --workers 2", 0),
         ("--trainable head --aug none --mixed-precision bf16 --dropout 0.5", 0),
         ("--aug none --cache device --mixed-precision bf16", 0),
@@ -210,7 +211,7 @@ def test_fp16_survives_an_overflow_in_the_first_step(folder: Path, tmp_path: Pat
     loop.train_step(job, learner, batches[0])
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
     loop.train_step(job, learner, batches[1])
-    moves = [float((b - a).abs().max()) for a, b in zip(before, parameters, strict=True)]
+    moves = [float((b - a).detach().abs().max()) for a, b in zip(before, parameters, strict=True)]
     assert 0 < max(moves) < 0.5
 
 
