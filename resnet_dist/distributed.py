@@ -91,10 +91,11 @@ def check_gpus(on_cpu: bool) -> None:
     """Refuse more processes on this machine than GPUs that this one sees: each needs a GPU of its own."""
     if on_cpu or not torch.cuda.is_available():
         return
-    seen, needed = torch.cuda.device_count(), launcher.local_world_size()
+    seen, (needed, is_exact) = torch.cuda.device_count(), launcher.processes_here()
     if needed > seen:
+        at_least = "" if is_exact else "at least "
         raise UsageError(
-            f"{needed} processes on this machine, but this one sees {seen} GPU{'s' if seen > 1 else ''} "
+            f"{at_least}{needed} processes on this machine, but this one sees {seen} GPU{'s' if seen > 1 else ''} "
             f"({launcher.visible_gpus()}); start at most {seen}, and let each see the GPUs of all: with srun "
             "--gpus-per-node, not --gpus-per-task; of MIG slices a process sees only one"
         )

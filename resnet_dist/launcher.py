@@ -34,6 +34,13 @@ def local_world_size() -> int:
     return max(1, _number("LOCAL_WORLD_SIZE", world_size()))
 
 
+def processes_here() -> tuple[int, bool]:
+    """How many of them are known to run on this machine, and whether that is all; only some launchers say it."""
+    if os.environ.get("LOCAL_WORLD_SIZE"):
+        return local_world_size(), True
+    return _number("LOCAL_RANK", 0) + 1, False
+
+
 def check() -> None:
     """Raise MachineError where the variables of a launcher are set in part, or hold what cannot be."""
     given = {name: os.environ[name] for name in (*VARIABLES, "LOCAL_WORLD_SIZE") if os.environ.get(name)}

@@ -146,6 +146,18 @@ def test_more_processes_than_gpus(
         assert str(raised.value).startswith(words) and "\n" not in str(raised.value)
 
 
+def test_gpus_of_one_machine_among_several(variables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every launcher says how many processes a machine has: the number of this one there says how many at least."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    variables(**WHOLE | {"WORLD_SIZE": "16", "RANK": "11", "LOCAL_RANK": "7"})
+    launcher.check()
+    check_gpus(on_cpu=False)
+    variables(**WHOLE | {"WORLD_SIZE": "16", "RANK": "8", "LOCAL_RANK": "8"})
+    with pytest.raises(UsageError, match=r"^at least 9 processes on this machine, but this one sees 8 GPUs "):
+        check_gpus(on_cpu=False)
+
+
 @pytest.mark.parametrize(
     ("asked", "chosen", "has_bf16", "warns"),
     [
