@@ -317,23 +317,26 @@ def usable(index: ImageIndex, cfg: DataConfig) -> tuple[ImageIndex, list[Finding
 def refuse_one_file_twice(index: ImageIndex, found: np.ndarray, may_repeat: bool) -> None:
     """Raises DataError where two images of an index are links to one file, by their devices and inodes, (n, 2).
 
-    With `may_repeat`, one file may be linked to several times in one split and class, which gives it more weight.
+    With `may_repeat`, one file may be linked to several times in one split and class, which gives it more weight. Each
+    image is compared with the first of its file only: if all are like that one, they are like each other.
     """
-    ends = np.cumsum([len(index.part(split)) for split in ("train", "val", "test")])
+    parts = {split: index.part(split) for split in ("train", "val", "test")}
+    splits = np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()])
+    classes = np.concatenate([part.targets for part in parts.values()])
+    pairs = of_one_file(found)
+    if may_repeat:
+        pairs = pairs[(splits[pairs[:, 0]] != splits[pairs[:, 1]]) | (classes[pairs[:, 0]] != classes[pairs[:, 1]])]
 
-    def image(position: int) -> tuple[str, int, str]:
-        """(split, class, path)"""
-        part = int(np.searchsorted(ends, position, side="right"))
-        split = ("train", "val", "test")[part]
-        row = position - (int(ends[part - 1]) if part else 0)
-        return split, int(index.part(split).targets[row]), index.part(split).paths[row]
+    def path(position: int) -> str:
+        number = int(splits[position])
+        part = tuple(parts.values())[number]
+        return part.paths[position - int(np.searchsorted(splits, number))]
 
-    for one, other in of_one_file(found):
-        (*first, path), (*second, again) = image(one), image(other)
-        if (may_repeat and first == second) or not is_same(index.root / path, index.root / again):
+    for pair in pairs.tolist():
+        if not is_same(*(index.root / path(position) for position in pair)):
             continue
-        texts = [f"'{file}' ({index.classes[target]}, {split})" for split, target, file in (image(one), image(other))]
+        one, other = (f"'{path(at)}' ({index.classes[classes[at]]}, {tuple(parts)[splits[at]]})" for at in pair)
         raise DataError(
-            f"{index.root}: {texts[0]} and {texts[1]} are links to one file: an image listed more than once; remove "
+            f"{index.root}: {one} and {other} are links to one file: an image listed more than once; remove "
             "one of them, or name it in --exclude-list"
         )

@@ -85,7 +85,7 @@ def is_same(one: Path, other: Path) -> bool:
 
 def refuse_links(name: str, root: Path, paths: Paths) -> None:
     """Raises DataError where two of the paths are links to one file (each is looked up once). `name` is the data's."""
-    for one, other in of_one_file(identities(root, paths)):
+    for one, other in of_one_file(identities(root, paths)).tolist():
         if is_same(root / paths[one], root / paths[other]):
             raise DataError(
                 f"{name}: '{paths[one]}' and '{paths[other]}' are links to one file: an image listed more than once; "
@@ -117,15 +117,17 @@ def as_identities(found: Sequence[tuple[int, int]]) -> np.ndarray:
     return np.array(found, np.uint64).reshape(-1, 2)
 
 
-def of_one_file(identities: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Pairs of positions (the smaller first) with one device and inode, uint64 (n, 2): links to one file are seen.
+def of_one_file(identities: np.ndarray) -> np.ndarray:
+    """Of positions with one device and inode, uint64 (n, 2), each but the first: int64 (k, 2) of (first, position).
 
-    A file without an inode (0) is like no other. Whoever refuses a pair asks `is_same` first: some network file
-    systems use an inode again.
+    Links to one file are seen so. A file without an inode (0) is like no other. Whoever refuses a pair asks `is_same`
+    first: some network file systems use an inode again.
     """
     there = np.flatnonzero(identities[:, 1])
-    _, number = np.unique(identities[there], axis=0, return_inverse=True)
-    return ((int(there[a]), int(there[b])) for a, b in _equal(number.reshape(-1)))
+    _, at, number = np.unique(identities[there], axis=0, return_index=True, return_inverse=True)
+    firsts = there[at[number.reshape(-1)]]
+    again = firsts != there
+    return np.stack([firsts[again], there[again]], axis=1)
 
 
 def _equal(values: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Manifests and lists that a user wrote by hand or by spreadsheet: what has two meanings is refused with its line."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 
 from resnet_dist.cli import main
 from resnet_dist.config import DataConfig
-from resnet_dist.data.check import usable
+from resnet_dist.data import check
+from resnet_dist.data.check import refuse_one_file_twice, usable
 from resnet_dist.data.exclude import read_paths
-from resnet_dist.data.index import ImageIndex, read_index, read_part, write_manifest
+from resnet_dist.data.index import ImageIndex, ImageTable, PathTable, read_index, read_part, write_manifest
 from resnet_dist.data.same_file import identities, of_one_file
 from resnet_dist.errors import DataError
 from tests.conftest import TINY, make_folder, write_image
@@ -125,8 +127,24 @@ def test_files_of_one_inode_are_found_among_many(tmp_path: Path) -> None:
         os.link(tmp_path / str(target), tmp_path / str(i))
     found = identities(tmp_path, [str(i) for i in range(55)])
     assert (found.dtype, found.shape) == (np.uint64, (55, 2))
-    assert set(of_one_file(found)) == {(7, 50), (7, 52), (50, 52), (30, 51)}
-    assert list(of_one_file(found[:0])) == []
+    assert of_one_file(found).tolist() == [[7, 50], [30, 51], [7, 52]], "each with the first of its file"
+    assert of_one_file(found[:0]).tolist() == []
+
+
+def test_many_links_to_one_file_take_no_time_for_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2000 names of one file in one split and class: 2 million pairs."""
+    names = PathTable([f"cat/{i}" for i in range(2000)])
+    train = ImageTable(Path("/nowhere"), names, np.zeros(len(names), np.int64))
+    none = ImageTable(train.root, PathTable([]), np.zeros(0, np.int64))
+    index = ImageIndex(train.root, ("cat", "dog"), train, none, none)
+    found = np.full((len(names), 2), 1, np.uint64)
+    started = time.process_time()
+    refuse_one_file_twice(index, found, may_repeat=True)
+    assert time.process_time() - started < 2
+    monkeypatch.setattr(check, "is_same", lambda one, other: True)
+    train.targets[1500] = 1
+    with pytest.raises(DataError, match=r"'cat/0' \(cat, train\) and 'cat/1500' \(dog, train\) are links to one file"):
+        refuse_one_file_twice(index, found, may_repeat=True)
 
 
 # Labels
