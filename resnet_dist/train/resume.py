@@ -156,7 +156,7 @@ def changes(resumed: Resumed, cfg: TrainConfig, fingerprint: Mapping[str, Any], 
         directory = Path(str(facts.get("directory", "")))
         differences = [
             (section, name, old, new)
-            for section, name, old, new in _differences(facts["config"], kept(cfg))
+            for section, name, old, new in _differences(_with_stream(facts["config"]), _with_stream(kept(cfg)))
             if not (name in PATHS.get(section, ()) and Path(new).absolute() == directory / old)
         ]
         batch_then = facts["global_batch"]
@@ -175,6 +175,11 @@ def changes(resumed: Resumed, cfg: TrainConfig, fingerprint: Mapping[str, Any], 
             [f"a resumed run keeps its settings, but {line}; start a new run for that" for line in refused]
         )
     return lines
+
+
+def _with_stream(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A stored config that names its random stream: where it does not, as in older versions, that is the first."""
+    return {**config, "run": {"random_stream": 0, **config["run"]}}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:

@@ -11,9 +11,11 @@ from resnet_dist.errors import MachineError, NonFiniteError, UsageError
 from resnet_dist.fields import out_of_range
 from resnet_dist.options import Parser, convert, parse
 from resnet_dist.recipes import layers
-from resnet_dist.stored import Layer, kept, read_toml
+from resnet_dist.stored import Layer, kept, read_toml, stored_config
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from resnet_dist.report.compare import FinishedRun
 
 SIX = (
@@ -104,7 +106,7 @@ def main(configs: Sequence[Config]) -> int:
     done: dict[str, list[Path]] = {}
     diverged = []
     for number, (config, seed) in enumerate(trainings, 1):
-        single = training(config, seed, folder)
+        single = as_begun(accelerator, training(config, seed, folder))
         if accelerator.is_main_process:
             print(f"\ncompare {number}/{len(trainings)}: {config.recipe}, seed {single.run.seed}", flush=True)
         try:
@@ -126,6 +128,18 @@ def training(cfg: Config, number: int, folder: Path) -> TrainConfig:
     )
     fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(TrainConfig)}
     return TrainConfig(**{**fields, "run": run})
+
+
+def as_begun(accelerator: "Accelerator", cfg: TrainConfig) -> TrainConfig:
+    """With the random stream of the run that is there, if there is one: an older version may have begun it."""
+    from resnet_dist.distributed import on_main
+
+    where = {"resume": "auto", "output_dir": cfg.run.output_dir}
+    stored = on_main(accelerator, lambda: stored_config(where).get("run"))
+    stream = stored.get("random_stream") if isinstance(stored, dict) else None
+    if not isinstance(stream, int) or cfg.run.random_stream is not None:
+        return cfg
+    return dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, random_stream=stream))
 
 
 def check_distinct(runs: Sequence[Path]) -> None:

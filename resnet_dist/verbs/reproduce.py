@@ -74,8 +74,6 @@ def as_it_was(old: Path, facts: Mapping[str, Any], new: Path) -> TrainConfig:
 
     cfg: TrainConfig = parse(TrainConfig, ["--resume", str(old)], "resnet-dist train", layers)
     run = dataclasses.replace(cfg.run, output_dir=str(new), resume="auto")
-    if run.init_from is not None and run.random_stream is None:  # of a version in which every run used the first stream
-        run = dataclasses.replace(run, random_stream=0)
     return dataclasses.replace(cfg, run=run)
 
 

@@ -1,5 +1,6 @@
 """`--init-from`: a new run from the weights of an old one, and what it knows of itself."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,15 +12,19 @@ from safetensors.torch import load_file, save_file
 
 from resnet_dist.cli import main
 from resnet_dist.config import TrainConfig
+from resnet_dist.distributed import start
 from resnet_dist.errors import UsageError
 from resnet_dist.model.start import StartingPoint
 from resnet_dist.options import parse
 from resnet_dist.recipes import layers
+from resnet_dist.stored import kept
 from resnet_dist.train.checkpoint import save_best, start_from
 from resnet_dist.train.job import Job
-from resnet_dist.train.state import Best
+from resnet_dist.train.resume import Resumed, changes
+from resnet_dist.train.state import Best, State
+from resnet_dist.verbs import compare
 from tests.conftest import TINY, make_folder
-from tests.train.helpers import job_of
+from tests.train.helpers import config_of, job_of
 
 Refused = Callable[..., str]
 BEST = "checkpoints/best.safetensors"
@@ -105,6 +110,38 @@ def test_run_from_it_is_stored_and_can_be_repeated(
     assert parse(TrainConfig, ["--resume", str(tmp_path / "one")], "train", layers).run.random_stream == 1
     stored.write_text(stored.read_text().replace("random_stream = 1\n", ""))
     assert parse(TrainConfig, ["--resume", str(tmp_path / "one")], "train", layers).run.random_stream == 0
+
+
+def test_run_of_an_older_version_goes_on_with_the_first_stream(old: Path, folder: Path) -> None:
+    """Its state names no random stream; another one than the first would be another run."""
+    cfg = config_of(folder, "--init-from", old, *MACHINE)
+    then = kept(cfg)
+    assert "random_stream" not in then["run"]
+    resumed = Resumed(State(), {}, {"config": then, "data": {}, "global_batch": 8})
+    for stream in (0, 1):
+        now = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, random_stream=stream))
+        if stream == 0:
+            assert changes(resumed, now, {}, 8) == []
+        else:
+            with pytest.raises(UsageError, match="but --random-stream 0 -> 1"):
+                changes(resumed, now, {}, 8)
+
+
+@pytest.mark.parametrize(("stored", "typed", "stream"), [("", [], 0), ("random_stream = 3\n", [], 3), ("", ["4"], 4)])
+def test_comparison_goes_on_with_the_stream_of_the_run(
+    old: Path, folder: Path, tmp_path: Path, stored: str, typed: list[str], stream: int
+) -> None:
+    """The first, if an older version began the run; a run that is not begun yet has none so far."""
+    options = ["--recipes", "bn-only", "--init-from", str(old), *MACHINE]
+    options += [part for value in typed for part in ("--random-stream", value)]
+    (cfg,) = compare.read([str(folder), *options])
+    accelerator, _ = start(cfg.system)
+    single = compare.training(cfg, 0, tmp_path)
+    assert compare.as_begun(accelerator, single) == single
+    run = tmp_path / "bn-only/seed-0"
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text(f'[run]\ninit_from = "{old}"\n{stored}')
+    assert compare.as_begun(accelerator, single).run.random_stream == stream
 
 
 def samples_of(job: Job) -> list[tuple[int, list[int]]]:
