@@ -290,7 +290,7 @@ def usable(index: ImageIndex, cfg: DataConfig) -> tuple[ImageIndex, list[Finding
     """The index without files that cannot be used (by their headers, or with --check full by every pixel), and those.
 
     Raises DataError if there are any and they are not to be skipped, or if they are more than --max-bad-share; and if
-    two images are links to one file.
+    two images are links to one file, as `refuse_one_file_twice` says.
     """
     bad: list[Finding] = []
     found: list[tuple[int, int]] = []
@@ -298,7 +298,7 @@ def usable(index: ImageIndex, cfg: DataConfig) -> tuple[ImageIndex, list[Finding
         found.append(finding.identity)
         if finding.error:
             bad.append(finding)
-    refuse_one_file_twice(index, as_identities(found), may_repeat=Path(cfg.data or "").is_dir())
+    notes = refuse_one_file_twice(index, as_identities(found), may_repeat=Path(cfg.data or "").is_dir())
     total = len(index.train) + len(index.val) + len(index.test)
     if bad and (cfg.bad_images == "error" or len(bad) > cfg.max_bad_share * total):
         first = "; ".join(f"{index.root / finding.path}: {finding.error}" for finding in bad[:3])
@@ -311,19 +311,20 @@ def usable(index: ImageIndex, cfg: DataConfig) -> tuple[ImageIndex, list[Finding
     empty = [name for number, name in enumerate(index.classes) if number not in kept.train.targets]
     if empty:
         raise DataError(f"class {listed(empty)} has no usable training image; mend some, or take the class out")
-    return kept, bad
+    return replace(kept, notes=(*kept.notes, *notes)), bad
 
 
-def refuse_one_file_twice(index: ImageIndex, found: np.ndarray, may_repeat: bool) -> None:
+def refuse_one_file_twice(index: ImageIndex, found: np.ndarray, may_repeat: bool) -> list[str]:
     """Raises DataError where two images of an index are links to one file, by their devices and inodes, (n, 2).
 
-    With `may_repeat`, one file may be linked to several times in one split and class, which gives it more weight. Each
+    With `may_repeat`, one file may be linked to several times in one split and class, which gives it more weight; and
+    in one class of val and test, which gives the one warning that is returned: it is no test then, but chosen. Each
     image is compared with the first of its file only: if all are like that one, they are like each other.
     """
     parts = {split: index.part(split) for split in ("train", "val", "test")}
     splits = np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()])
     classes = np.concatenate([part.targets for part in parts.values()])
-    pairs = of_one_file(found)
+    pairs, warnings = of_one_file(found), list[str]()
     if may_repeat:
         pairs = pairs[(splits[pairs[:, 0]] != splits[pairs[:, 1]]) | (classes[pairs[:, 0]] != classes[pairs[:, 1]])]
 
@@ -333,10 +334,18 @@ def refuse_one_file_twice(index: ImageIndex, found: np.ndarray, may_repeat: bool
         return part.paths[position - int(np.searchsorted(splits, number))]
 
     for pair in pairs.tolist():
-        if not is_same(*(index.root / path(position) for position in pair)):
+        chosen = may_repeat and bool(splits[pair].all()) and classes[pair[0]] == classes[pair[1]]
+        if (chosen and warnings) or not is_same(*(index.root / path(position) for position in pair)):
+            continue
+        if chosen:
+            warnings.append(
+                f"WARNING: images of the test split are used for validation too ({path(pair[0])} and {path(pair[1])} "
+                "are links to one file): its score is not a test score"
+            )
             continue
         one, other = (f"'{path(at)}' ({index.classes[classes[at]]}, {tuple(parts)[splits[at]]})" for at in pair)
         raise DataError(
             f"{index.root}: {one} and {other} are links to one file: an image listed more than once; remove "
             "one of them, or name it in --exclude-list"
         )
+    return warnings

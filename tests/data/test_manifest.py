@@ -120,6 +120,26 @@ def test_links_in_folders(tmp_path: Path, link: str, allowed: bool) -> None:
             usable(read_index(cfg), cfg)
 
 
+def test_a_test_split_that_is_validation_too_is_warned_of(tmp_path: Path) -> None:
+    """`ln -s test val`, as without val/; the test images are no training images all the same."""
+    data = make_folder(tmp_path / "data", train=2, val=2)
+    (data / "val").rename(data / "test")
+    (data / "val").symlink_to("test")
+    cfg = DataConfig(data=str(data))
+    index, _ = usable(read_index(cfg), cfg)
+    assert (len(index.val), len(index.test)) == (6, 6)
+    (warning,) = [note for note in index.notes if note.startswith("WARNING")]
+    assert "val/cat/val000.png and test/cat/val000.png are links to one file" in warning
+    assert warning.endswith("its score is not a test score")
+    (data / "test" / "dog" / "z.png").symlink_to(data / "test" / "emu" / "val001.png")
+    with pytest.raises(DataError, match=r"\(emu, (val|test)\) and '.*' \(dog|\(dog, val\) and '.*' \(emu"):
+        usable(read_index(cfg), cfg)
+    (data / "test" / "dog" / "z.png").unlink()
+    (data / "test" / "dog" / "z.png").symlink_to(data / "train" / "dog" / "train000.png")
+    with pytest.raises(DataError, match=r"'train/dog/train000.png' \(dog, train\) and 'val/dog/z.png' \(dog, val\)"):
+        usable(read_index(cfg), cfg)
+
+
 def test_files_of_one_inode_are_found_among_many(tmp_path: Path) -> None:
     for i in range(50):
         (tmp_path / str(i)).touch()
