@@ -10,7 +10,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu-run}
 LOGS=${LOGS:-/tmp/gpu-run}
-PHOTOS=$LOGS-photographs # thousands of links, not to be packed
+PHOTOS=$LOGS-photographs # thousands of copies, not to be packed
 PY=${PY:-python3}
 END=$((SECONDS + ${BUDGET:-540}))
 mkdir -p "$OUT" "$LOGS"
@@ -68,7 +68,7 @@ parts = [root.with_name(f"{root.name}-{i}") for i in range(16)]
 with Pool() as pool:
     pool.starmap(photographs, [(part, files // 16 or 1) for part in parts])
 kinds = {kind: sorted(file for part in parts for file in part.rglob(f"{kind}/*/*.jpg")) for kind in ("train", "val")}
-for n in range(many + 64):  # copies: links to one file would be refused as one image twice
+for n in range(many + 64):  # copies: links to one file across train and val are refused
     kind = "train" if n < many else "val"
     file = root / kind / "ab"[n % 2] / f"{n:06d}.jpg"
     file.parent.mkdir(parents=True, exist_ok=True)
