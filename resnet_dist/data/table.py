@@ -13,7 +13,9 @@ OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 def read_table(
     name: str, lines: Iterable[str], columns: Sequence[str], needed: Sequence[str]
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """The line number and the cells of every row of a CSV with a header, blank lines left out.
+    """The line number and the cells of every row of a CSV with a header.
+
+    Lines without text are left out: of blanks, or of empty cells (`,,`), which spreadsheets write after the last row.
 
     Gives the cells of `columns`, in that order; a column that the header lacks gives "". A row over several lines (a
     quoted line feed) has the number of its first. `name` stands for the file in errors.
@@ -26,10 +28,10 @@ def read_table(
     pick: Callable[[Sequence[str]], tuple[str, ...]] | None = None
     try:
         for cells in reader:
-            if pick is not None and len(cells) == width:
-                yield line, pick(cells)
-            elif not cells:
+            if not any(map(str.strip, cells)):
                 pass
+            elif pick is not None and len(cells) == width:
+                yield line, pick(cells)
             elif pick is None:
                 width, pick = len(cells), _picker(_places(f"{name}, line {line}", cells, columns, needed))
             else:

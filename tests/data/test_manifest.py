@@ -252,7 +252,7 @@ def test_a_line_has_the_number_that_an_editor_shows(tmp_path: Path, text: str, l
         ("path;label;split\na.png;x;train\n", "line 1: the header needs the columns path,label; its columns are sep"),
         ("path\tlabel\na.png\tx\n", "separated by tabs: save it with commas"),
         ("a.png,x\nb.png,y\n", "the header needs the columns path,label; this one has a.png,x"),
-        (",\n", "the header needs the columns path,label"),
+        (",\n", "list.csv: empty; a header with the columns path,label is needed"),
         ("\n\n", "list.csv: empty; a header with the columns path,label is needed"),
         ("", "list.csv: empty"),
         ("path,label,split\na.png,x,train\n\nb.png,x,\n", "1 of 2 rows have no split, first line 4"),
@@ -260,6 +260,18 @@ def test_a_line_has_the_number_that_an_editor_shows(tmp_path: Path, text: str, l
 )
 def test_rows_and_headers_that_are_wrong_are_refused(tmp_path: Path, text: str, reason: str) -> None:
     assert reason in refusal(manifest(tmp_path, text))
+
+
+@pytest.mark.parametrize("line", ["", "  ", "\t", ",,", " , ,\t", ",,,,", ",", '"",,'], ids=ascii)
+def test_lines_without_text_are_passed_over(tmp_path: Path, line: str) -> None:
+    rows = [line, "path,label,split", line, "a.png,x,train", line, "b.png,y,train", "c.png,y,val", line, line]
+    index = index_of(manifest(tmp_path, "\n".join(rows)))
+    assert list(index.train.paths) == ["a.png", "b.png"] and list(index.val.paths) == ["c.png"]
+    assert "line 10: path and label must not be empty" in refusal(manifest(tmp_path, "\n".join([*rows, ",y,val"])))
+    assert read_paths(manifest(tmp_path, "\n".join(["path,label,split", "a.png,x,", line, "b.png,y,"]))) == [
+        "a.png",
+        "b.png",
+    ]
 
 
 def test_utf_16_is_named(tmp_path: Path) -> None:
@@ -296,7 +308,7 @@ def test_a_list_may_spell_paths_as_it_likes(tmp_path: Path, spelling: str, form:
     [
         ("path,note\n\na.png\n", "line 3: 1 cells"),
         ("path,note\na, b.png,x\n", "line 2: 3 cells"),
-        ("path\n\n" + '" "\n', "line 3: the path is empty"),
+        ("path,note\n\n" + '" ",x\n', "line 3: the path is empty"),
         ("path,path\na,b\n", "the column 'path' is in the header more than once"),
         ("path;label\na.png;x\n", "separated by semicolons"),
         ('path\n"a.png\n', "line 2: not CSV"),
