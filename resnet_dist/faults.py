@@ -13,6 +13,8 @@ from resnet_dist.errors import MachineError, disk_error
 
 # gloo and NCCL have a dozen words for a lost process, but each names itself or the connection.
 LOST_PROCESS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
+NOT_FOUND = ("store", "timeout", "connect")
+OF_CUDA = ("cuda error", "cuda failure", "hip error")
 NO_MEMORY = (
     "out of memory",
     "alloc_failed",
@@ -80,11 +82,19 @@ def memory_for(accelerator: Accelerator, what: str, remedy: str) -> Iterator[Non
 
 @contextmanager
 def finding_each_other() -> Iterator[None]:
-    """Within it, processes that do not find each other are a MachineError in one line."""
+    """Within it, processes that do not find each other, and GPUs that do not work, are a MachineError in one line."""
     try:
         yield
     except (RuntimeError, torch.distributed.DistError) as error:
         if launcher.world_size() == 1:
+            raise
+        said = str(error).lower()
+        if is_out_of_memory(error):
+            raise MachineError(f"out of memory when Accelerate starts: {first_line(error)}") from None
+        if any(word in said for word in OF_CUDA):
+            raise MachineError(f"the GPU does not work when Accelerate starts: {first_line(error)}") from None
+        is_lost = isinstance(error, torch.distributed.DistError)
+        if not is_lost and not any(word.lower() in said for word in (*LOST_PROCESS, *NOT_FOUND)):
             raise
         raise MachineError(
             f"the {launcher.world_size()} processes of the run did not find each other ({first_line(error)}); see that "

@@ -10,7 +10,7 @@ from torch import nn
 from resnet_dist import distributed
 from resnet_dist.distributed import model_from_main, on_main
 from resnet_dist.errors import DataError, MachineError, ResnetDistError
-from resnet_dist.faults import is_out_of_memory, machine_errors, memory_for
+from resnet_dist.faults import finding_each_other, is_out_of_memory, machine_errors, memory_for
 
 NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -64,6 +64,31 @@ def test_too_little_memory_in_all_words(error: Exception) -> None:
 def test_what_is_no_lack_of_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)
     with pytest.raises(type(error)), memory_for(process(0), "x", "y"):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"), "out of memory .* Tried to allocate"),
+        (
+            torch.AcceleratorError("CUDA error: invalid device ordinal\nCUDA kernel"),
+            "the GPU .* invalid device ordinal$",
+        ),
+        (torch.distributed.DistBackendError("NCCL error: unhandled cuda error"), "the GPU .* unhandled cuda error$"),
+        (torch.distributed.DistStoreError("1/2 clients joined"), r"the 2 processes .* did not find each other \(1/2"),
+        (RuntimeError("Gloo connectFullMesh failed"), "did not find each other"),
+        (RuntimeError("wait timeout after 600000ms"), "did not find each other"),
+        (RuntimeError("a bug"), None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_fails_at_the_start_of_accelerate(
+    error: Exception, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not all of it is that the processes do not find each other."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MachineError if words else type(error), match=words), finding_each_other():
         raise error
 
 
