@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from resnet_dist import launcher
 
@@ -126,17 +126,26 @@ class StopRequests:
 def stop_requests() -> Iterator[StopRequests]:
     """Within it, signals to stop are requests; after it, the handlers that were there before are back.
 
-    Not in a launched process, which ends then: a launcher that ends the others must not cut off what it has to say.
+    Not in a launched process, which mostly ends then: a launcher that ends the others must not cut off what it has to
+    say. Where it trains again, the watcher goes on with the new requests; a signal that came meanwhile raises Stopped.
     """
     requests = StopRequests()
     is_launched = launcher.is_distributed()
     before = {number: signal.signal(number, requests.note) for number in SIGNALS}
-    watcher = Watcher(requests)
-    watcher.start()
+    watcher = Watcher.kept if is_launched else None
+    if watcher is None:
+        watcher = Watcher(requests)
+        watcher.start()
+    elif watcher.requests.signal is not None:
+        raise Stopped(watcher.requests.signal)
+    watcher.requests = requests
     try:
         yield requests
     finally:
-        if not is_launched:
+        requests.on_exit = None  # what it would record is over
+        if is_launched:
+            Watcher.kept = watcher
+        else:
             watcher.stop()
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -148,6 +157,8 @@ class Watcher(threading.Thread):
     A process that trains nothing yet has SECONDS_TO_LEAVE. One that trains has as long as its launcher gives it, or
     SECONDS_TO_SAVE if the launcher has ended.
     """
+
+    kept: ClassVar["Watcher | None"] = None  # the one of a launched process, from its first training on
 
     def __init__(self, requests: StopRequests) -> None:
         super().__init__(name="stop requests", daemon=True)
@@ -171,7 +182,8 @@ class Watcher(threading.Thread):
                     number, since = told[0], time.monotonic()
             orphaned = self.parent is not None and os.getppid() != self.parent
             if orphaned and not number:  # on Linux the kernel has sent it already
-                os.kill(os.getpid(), signal.SIGTERM)
+                number, since = int(signal.SIGTERM), time.monotonic()  # once: another one would end it at once
+                os.kill(os.getpid(), number)
             is_ending = number and (orphaned or not self.requests.is_read)
             limit = SECONDS_TO_SAVE if self.requests.is_read else SECONDS_TO_LEAVE
             if is_ending and time.monotonic() - since > limit:
@@ -181,8 +193,8 @@ class Watcher(threading.Thread):
         """End this process, whatever its main thread waits for, and what it started."""
         reason = "the launcher ended" if orphaned else f"stopped by {signal.Signals(number).name} before the first step"
         try:
-            if self.requests.on_exit is not None:
-                self.requests.on_exit(128 + number, reason)
+            if (on_exit := self.requests.on_exit) is not None:
+                on_exit(128 + number, reason)
         finally:
             if orphaned and os.getpgrp() == os.getpid():
                 os.killpg(0, signal.SIGKILL)

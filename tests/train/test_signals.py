@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 import resnet_dist.report.training as report
+from resnet_dist import stop
 from resnet_dist.cli import main
 from resnet_dist.stop import StopRequested, stop_requests
 from resnet_dist.train.state import read_newest_state
@@ -213,11 +215,45 @@ def test_told_while_the_best_checkpoint_is_evaluated(
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT, SIGUSR1, SIGUSR2], ids=name_of)
 def test_every_signal_is_a_request_to_stop(number: signal.Signals) -> None:
-    with stop_requests() as stop:
+    with stop_requests() as requests:
+        requests.check()  # from now on a loop reads them
         os.kill(os.getpid(), number)
-        assert stop.signal == number
+        assert requests.signal == number
         with pytest.raises(StopRequested):
-            stop.check()
+            requests.check()
+
+
+def test_a_launched_process_that_trains_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `compare` does: the loss of its launcher is one signal to the second training, and nothing to the first."""
+    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr(stop, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(stop.Watcher, "kept", None, raising=False)
+    monkeypatch.setattr("resnet_dist.launcher.has_launcher", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    try:
+        with stop_requests() as first:
+            first.on_exit = lambda *_: None
+            first.check()
+        assert first.on_exit is None
+        with stop_requests() as second:
+            second.check()
+            assert len(watchers()) == 1
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+            time.sleep(1.5)
+            assert (first.signal, second.signal, exits) == (None, SIGTERM, [])
+        with pytest.raises(stop.Stopped), stop_requests():
+            raise AssertionError("what came meanwhile is forgotten")
+    finally:
+        for watcher in reversed(watchers()):
+            watcher.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def watchers() -> list[stop.Watcher]:
+    return [thread for thread in threading.enumerate() if isinstance(thread, stop.Watcher)]
 
 
 SECOND_SIGNAL = """
