@@ -48,7 +48,8 @@ def train(cfg: TrainConfig) -> Path | None:
             return path
         try:
             resuming = on_main(accelerator, lambda: claim(run, cfg))
-            stop.on_exit = lambda code, reason: record_stop(run, code, reason, resuming)
+            if not cfg.run.dry_run:  # that holds no lock: what it would record may be another process's run
+                stop.on_exit = lambda code, reason: record_stop(run, code, reason, resuming)
             display.say(line)
             return _train_in(accelerator, cfg, run, resuming, display, stop)
         except Stopped as stopped:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 import resnet_dist.report.training as report
+import resnet_dist.train.job as job
 from resnet_dist import stop
 from resnet_dist.cli import main
 from resnet_dist.stop import StopRequested, stop_requests
@@ -254,6 +255,19 @@ def test_a_launched_process_that_trains_twice(monkeypatch: pytest.MonkeyPatch) -
 
 def watchers() -> list[stop.Watcher]:
     return [thread for thread in threading.enumerate() if isinstance(thread, stop.Watcher)]
+
+
+def test_told_in_a_dry_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that it would replace may be training in another process: its run.json stays as it is."""
+    run = tmp_path / "run"
+    run.mkdir()
+    images = {"train": 24, "val": 6, "test": 0}
+    facts = {"status": "running", "epochs": 1, "data_root": str(folder), "images": images}
+    (run / "run.json").write_text(said := json.dumps(facts))
+    monkeypatch.setattr(job, "draw", interrupted(job.draw, 1, stop_here))
+    arguments = ["train", str(folder), *TINY, "--epochs", "1", "-o", str(run), "--overwrite", "--dry-run"]
+    assert main(arguments) == 128 + SIGTERM
+    assert (run / "run.json").read_text() == said
 
 
 SECOND_SIGNAL = """
