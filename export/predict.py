@@ -54,6 +54,7 @@ ORIENTATION, PHOTOMETRIC, BITS_PER_SAMPLE = 0x0112, 262, 258  # Exif and TIFF fi
 TURNS = dict(enumerate((None, *(Image.Transpose(t) for t in (0, 3, 1, 5, 4, 6, 2))), 1))  # by Exif orientation
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
+OpenFile = io.BufferedReader | io.BytesIO
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 # What Pillow's decoders raise on damaged files.
@@ -188,14 +189,19 @@ def decode(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
 def decoded(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """As `decode`; within it, the memory of the image counts against what all threads together may take."""
     with opened(source, max_pixels, whole=True) as image, ROOM.take(memory_of(image)):
-        bits = bits_of(image)
-        image.load()
-        yield to_rgb(upright(image), bits)
+        yield loaded(image)
+
+
+def loaded(image: Image.Image) -> Image.Image:
+    """An opened image, decoded, as upright RGB. Its memory is for the caller to reserve."""
+    bits = bits_of(image)
+    image.load()
+    return to_rgb(upright(image), bits)
 
 
 @contextmanager
 def opened(
-    source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS, whole: bool = False
+    source: str | os.PathLike[str] | bytes | OpenFile, max_pixels: int = MAX_PIXELS, whole: bool = False
 ) -> Iterator[Image.Image]:
     """An image whose header was read and is acceptable. What goes wrong then or within is raised as ImageError.
 
@@ -215,10 +221,10 @@ def opened(
 
 
 @contextmanager
-def file_of(source: str | os.PathLike[str] | bytes) -> Iterator[BinaryIO]:
-    """The file, opened. Raises OSError, or ImageError where it is none or too large."""
-    if isinstance(source, bytes):
-        yield io.BytesIO(source)
+def file_of(source: str | os.PathLike[str] | bytes | OpenFile) -> Iterator[OpenFile]:
+    """The file, opened; what is open already stays so. Raises OSError, or ImageError where it is none or too large."""
+    if isinstance(source, OpenFile | bytes):
+        yield io.BytesIO(source) if isinstance(source, bytes) else source
         return
     try:
         status = os.stat(source)  # noqa: PTH116 - a name with a NUL is a ValueError here and nothing else

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from export.predict import ORIENTATION, ImageError, Preprocessing, decoded, opened
+from export.predict import ORIENTATION, ROOM, ImageError, Preprocessing, file_of, loaded, memory_of, opened
 from resnet_dist import launcher
 from resnet_dist.config import DataConfig
 from resnet_dist.data.index import ImageIndex, ImageTable, PathTable
-from resnet_dist.data.same_file import as_identities, identity, is_same, of_one_file
+from resnet_dist.data.same_file import as_identities, is_same, of_one_file
 from resnet_dist.errors import DataError, MachineError
 from resnet_dist.run_folder import write_atomically
 from resnet_dist.wording import listed
@@ -54,25 +55,35 @@ class Finding:
 def look(root: Path, path: str, label: str, split: str, full: bool) -> Finding:
     """One file: its header, and with `full` every pixel (a truncated file shows only then) and its hashes."""
     file = root / path
+    facts: dict[str, Any] = {}
     try:
-        with opened(file) as image:
-            facts: dict[str, Any] = {"format": image.format or "", "mode": image.mode, "identity": identity(file)}
-            facts |= {"width": image.width, "height": image.height}
-            if full:  # of a PNG this reads the whole file
-                facts["rotated"] = image.getexif().get(ORIENTATION, 1) != 1
+        with file_of(file) as stream:
+            status = os.fstat(stream.fileno())
+            facts["identity"] = status.st_dev, status.st_ino
+            with opened(stream, whole=full) as image:
+                facts |= {"format": image.format or "", "mode": image.mode}
+                facts |= {"width": image.width, "height": image.height}
+                if full:
+                    facts |= _seen(image)
+            if full:
+                stream.seek(0)
+                facts["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
         usual = EXTENSION_OF.get(facts["format"], (f".{facts['format'].lower()}",))
         facts["wrong_extension"] = file.suffix.lower() not in usual
-        if full:
-            with file.open("rb") as stream:
-                facts["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
-            with decoded(file) as image:
-                facts["dhash"] = difference_hash(image)
-                facts["thumbnail"] = image.resize((4, 4), Image.Resampling.BOX).tobytes().hex()
     except ImageError as error:
         return Finding(path, label, split, error=str(error))
     except OSError as error:
         return Finding(path, label, split, error=f"cannot be opened ({error.strerror})")
     return Finding(path, label, split, **facts)
+
+
+def _seen(image: Image.Image) -> dict[str, Any]:
+    """What only the pixels of an opened image show, which are decoded once, within the memory for decoding."""
+    with ROOM.take(memory_of(image)):  # before getexif, which decodes a PNG to find its Exif
+        rotated = image.getexif().get(ORIENTATION, 1) != 1  # of a TIFF, it is gone after decoding
+        rgb = loaded(image)
+        thumbnail = rgb.resize((4, 4), Image.Resampling.BOX).tobytes().hex()
+        return {"rotated": rotated, "dhash": difference_hash(rgb), "thumbnail": thumbnail}
 
 
 def difference_hash(image: Image.Image) -> int:

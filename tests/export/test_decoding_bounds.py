@@ -1,5 +1,6 @@
 """Small files that ask for much: what decoding takes in time and memory is bounded before it begins."""
 
+import hashlib
 import io
 import struct
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 
 from export import predict
 from export.predict import ImageError, Preprocessing, Room, decode, fit, memory_of, opened, to_rgb
-from resnet_dist.data.check import look
+from resnet_dist.data.check import difference_hash, look
 from resnet_dist.data.decode import load_fitted, load_whole
 from resnet_dist.data.index import ImageTable, PathTable
 from resnet_dist.errors import DataError
@@ -176,6 +177,34 @@ def test_room_is_given_back_after_a_damaged_image(monkeypatch: pytest.MonkeyPatc
             decode(data[:-200])
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(decode, [data] * 12))) == 12
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "TIFF"])
+def test_a_check_of_every_pixel_decodes_once_and_within_the_room(
+    name: str, turned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    if turned:
+        exif[0x0112] = 6
+    file = tmp_path / f"a.{name.lower()}"
+    file.write_bytes(encoded(Image.fromarray(NOISE[..., :3]), name, exif=exif))
+    with opened(file) as image:
+        kind, needed = type(image), memory_of(image)
+    room, load, taken = predict.ROOM, kind.load, list[int]()
+
+    def counted(self: Any) -> Any:
+        if self.tile:
+            taken.append(room._taken)
+        return load(self)
+
+    monkeypatch.setattr(kind, "load", counted)
+    found = look(tmp_path, file.name, "x", "train", full=True)
+    assert taken == [needed] and room._taken == 0
+    assert found.rotated == turned and not found.error
+    assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert found.dhash == difference_hash(decode(file))
+    assert found.identity == (file.stat().st_dev, file.stat().st_ino)
 
 
 def memory(name: str) -> int:
