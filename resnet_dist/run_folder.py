@@ -22,7 +22,8 @@ from resnet_dist.reading import parse_json, read_bounded
 
 FORMAT_VERSION = 1
 MAX_FACTS = 1 << 24  # bytes of run.json
-STATE_NAME = re.compile(r"step-\d{9,}(\.replaced)?")  # the folder of a checkpoint to resume from
+STATE_NAME = re.compile(r"step-\d{9,}(\.replaced\d*)?")  # the folder of a checkpoint to resume from
+MANIFEST = "manifest.json"  # in it: written last, removed first
 UNFINISHED = re.compile(r"^\.tmp-\d+-")  # before the name of a file while it is written
 FOLDERS = ("checkpoints", "plots", "data")
 LINKABLE = (*((name,) for name in FOLDERS), ("eval",), ("eval", "val"), ("tracker",))  # where training writes
@@ -311,8 +312,9 @@ def _remove(path: Path, files: Iterable[Path]) -> None:
 
 
 def has_state(path: Path) -> bool:
-    """Whether a run folder holds a checkpoint to resume from, by its name alone."""
-    return any(STATE_NAME.fullmatch(folder.name) for folder in (path / "checkpoints").glob("step-*"))
+    """Whether a run folder holds a checkpoint to resume from: a folder of that name with a manifest."""
+    manifests = (path / "checkpoints").glob(f"step-*/{MANIFEST}")
+    return any(STATE_NAME.fullmatch(manifest.parent.name) for manifest in manifests)
 
 
 def is_run(path: Path) -> bool:

@@ -22,6 +22,10 @@ PATHS = {  # the settings that are, or may be, a path
     "loss": ("class_weights",),
     "run": ("init_from",),
 }
+WORDS = {  # what such a setting may say instead of a path, whatever files there are
+    "weights": ("none", "DEFAULT", "IMAGENET1K_V1", "IMAGENET1K_V2"),
+    "class_weights": ("none", "balanced"),
+}
 
 
 def read_toml(path: str | Path) -> Layer:
@@ -103,7 +107,7 @@ def found_again(layer: Layer, run: Path) -> Layer:
         found[section] = dict(values)
         for name in names:
             value = values.get(name)
-            if isinstance(value, str):
+            if isinstance(value, str) and value not in WORDS.get(name, ()):
                 found[section][name] = _found_path(value, directory, root if name == "data" else None)
     return found
 

@@ -22,7 +22,7 @@ from resnet_dist.config import ARCHITECTURES, Duration, Phase, TrainConfig
 from resnet_dist.errors import UsageError
 from resnet_dist.options import Option, build, make_parser, options_of, parse
 from resnet_dist.recipes import layers, texts
-from resnet_dist.stored import portable, read_toml, to_toml
+from resnet_dist.stored import found_again, portable, read_toml, to_toml
 from resnet_dist.verbs import summary
 
 OPTIONS = {option.name: option for option in options_of(TrainConfig)}
@@ -640,3 +640,16 @@ def test_unknown_sections_are_problems(layer: dict[str, Any]) -> None:
     _, wrong = build(TrainConfig, tomllib.loads(tomli_w.dumps(layer)))
     assert len(wrong) >= len(layer.keys() - {f.name for f in dataclasses.fields(TrainConfig)})
     assert all(re.search(r"no section or key|must be", line) for line in wrong)
+
+
+def test_words_stay_words_where_a_run_is_found_again(tmp_path: Path) -> None:
+    """Also if the directory in which it was started holds files of those names; a path leads there."""
+    names = ("none", "balanced", "DEFAULT", "IMAGENET1K_V1", "IMAGENET1K_V2", "own.toml", "own.pth")
+    for name in names:
+        (tmp_path / name).write_text("")
+    (tmp_path / "run.json").write_text(json.dumps({"directory": str(tmp_path)}))
+    for section, setting, own in (("model", "weights", "own.pth"), ("loss", "class_weights", "own.toml")):
+        words = names[:2] if section == "loss" else ("none", *names[2:5])
+        for value in (*words, own):
+            found = found_again({section: {setting: value}}, tmp_path)
+            assert found == {section: {setting: str(tmp_path / own) if value == own else value}}

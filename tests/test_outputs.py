@@ -15,8 +15,8 @@ import torch
 from resnet_dist.cli import main
 from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.outputs import Kind, check_file, check_folder, json_with, make_folder, table_with
-from resnet_dist.run_folder import RunFolder, is_run, read_facts, written_in
-from resnet_dist.train.state import State, remove_leftovers, write_state
+from resnet_dist.run_folder import RunFolder, has_state, is_run, read_facts, written_in
+from resnet_dist.train.state import State, newest_state, remove_leftovers, write_state
 from resnet_dist.verbs import demo
 from tests.conftest import TINY, small_disk, write_image
 from tests.conftest import make_folder as images_in
@@ -185,16 +185,39 @@ def test_files_are_not_written_through_links(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_makes_room_leaves_the_files_of_others(tmp_path: Path) -> None:
-    """And what a killed writer left is told by its name from what somebody else called .tmp."""
-    for name in ("step-000000001/notes.txt", "step-mine/state.json", ".tmp-7/state.json", ".tmp-mine/a", ".tmp-7-b"):
+    """Also where a step is saved again and again beside them; the folders that they keep alive are no states."""
+    run, folder = tmp_path, tmp_path / "checkpoints"
+    for name in ("step-000000001/notes.txt", "step-mine/state.json", "step-000000002.replaced/mine.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    assert newest_state(folder) is None and not has_state(run)
+    for steps in (1, 2, 2, 3):
+        write_state(folder, {"x": torch.ones(2)}, {"state": State(steps_done=steps).to_dict()}, keep=1)
+        newest = newest_state(folder)
+        assert newest is not None and newest.name == f"step-{steps:09d}" and has_state(run)
+        (newest / "mine.txt").write_text("mine")
+    ours = {f"checkpoints/step-000000003/{name}" for name in ("state.safetensors", "state.json", "manifest.json")}
+    found = contents(run)
+    assert ours == found.keys() - {name for name, content in found.items() if content == b"mine"}
+    assert sum(content == b"mine" for content in found.values()) == 7
+    for name in ours:
+        (run / name).unlink()
+    assert newest_state(folder) is None and not has_state(run)
+
+
+def test_leftovers_are_files_that_the_program_writes(tmp_path: Path) -> None:
+    """What somebody else put under such a name stays, and a state in its place fails without removing it."""
+    ours = [".tmp-7-run.json", "checkpoints/.tmp-7-best.safetensors", "checkpoints/.tmp-7/state.json"]
+    mine = [".tmp-7/a", ".tmp-7-b", "checkpoints/.tmp-8/state/a", "checkpoints/.tmp-7-x/state.json", ".tmp-mine/a"]
+    mine += ["checkpoints/.tmp-8/a", f"checkpoints/.tmp-{os.getpid()}/a"]
+    for name in (*ours, *mine, "checkpoints/.tmp-8/state.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("mine")
-    for steps in (1, 2, 3):
-        write_state(tmp_path, {"x": torch.ones(2)}, {"state": State(steps_done=steps).to_dict()}, keep=1)
+        (tmp_path / name).write_text("x")
     remove_leftovers(tmp_path)
-    ours = {f"step-000000003/{name}" for name in ("state.safetensors", "state.json", "manifest.json")}
-    found = {name.replace("1.replaced/", "1/") for name in contents(tmp_path)}
-    assert found == {"step-000000001/notes.txt", "step-mine/state.json", ".tmp-mine/a", *ours}
+    assert contents(tmp_path).keys() == set(mine) and not (tmp_path / "checkpoints/.tmp-7").exists()
+    with pytest.raises(MachineError, match="cannot be written \\(File exists\\)"):
+        write_state(tmp_path / "checkpoints", {}, {"state": State().to_dict()}, keep=1)
+    assert contents(tmp_path).keys() == set(mine)
 
 
 # Which run may be replaced

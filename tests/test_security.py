@@ -26,9 +26,9 @@ from resnet_dist.cli import main
 from resnet_dist.errors import ArtifactError, ResnetDistError, UsageError
 from resnet_dist.header import description_in
 from resnet_dist.reading import parse_json, read_bounded
-from resnet_dist.run_folder import read_facts
+from resnet_dist.run_folder import MANIFEST, read_facts
 from resnet_dist.train.checkpoint import load_checkpoint
-from resnet_dist.train.state import FACTS, MANIFEST, TENSORS, read_newest_state
+from resnet_dist.train.state import FACTS, TENSORS, read_newest_state
 from tests.conftest import TINY, make_folder, write_image
 
 Refused = Callable[..., str]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -29,6 +29,12 @@ HOLDERS = ("state_dict", "model_state_dict", "model")  # what checkpoints of tra
 WRAPPERS = ("module", "_orig_mod", "model")  # put before names by DDP, torch.compile, and trainers
 NAMES = ("DEFAULT", "IMAGENET1K_V1", "IMAGENET1K_V2")
 Tensors = Mapping[str, torch.Tensor]
+DTYPES = {  # by their names in the header of a .safetensors file
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool, "C64": torch.complex64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
 # What torch.load raises on damaged files.
 _DAMAGED_PICKLE = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, AssertionError, struct.error)
 DAMAGED = (*_DAMAGED_PICKLE, RuntimeError, ValueError, TypeError, OSError)
@@ -128,7 +134,7 @@ def read_tensors(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
         raise ArtifactError(f"{file}: larger than {MAX_WEIGHTS >> 30} GiB, not the weights of a ResNet")
     try:
         if file.suffix == ".safetensors":
-            return _unwrapped(file, {name: value.to(device) for name, value in load_file(file).items()})
+            return _unwrapped(file, _described(file) if device == "meta" else load_file(file, device))
         loaded = torch.load(file, map_location=device, weights_only=True)
     except SafetensorError as error:
         raise ArtifactError(f"{file}: not a safetensors file ({error})") from None
@@ -143,6 +149,19 @@ def read_tensors(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     ):
         raise ArtifactError(f"{file}: holds no state dict (a mapping of names to tensors)")
     return _unwrapped(file, loaded)
+
+
+def _described(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file without their values, from its header alone."""
+    found = {}
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 - no mapping
+            part = opened.get_slice(name)
+            kind = DTYPES.get(part.get_dtype())
+            if kind is None:
+                raise ValueError(f"{name} has the type {part.get_dtype()}")
+            found[name] = torch.empty(part.get_shape(), dtype=kind, device="meta")
+    return found
 
 
 def _unwrapped(file: Path, tensors: Tensors) -> dict[str, torch.Tensor]:

@@ -96,8 +96,7 @@ def read_resumed(accelerator: Accelerator, run: RunFolder) -> tuple[Resumed, lis
     read: dict[str, torch.Tensor] = {}
 
     def facts_and_warnings() -> tuple[dict[str, Any], list[str]]:
-        for folder in (run.path, run.path / "checkpoints"):
-            remove_leftovers(folder)
+        remove_leftovers(run.path)
         tensors, facts, warnings = read_newest_state(run.path / "checkpoints")
         read.update(tensors)
         return facts, warnings

@@ -2,9 +2,9 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,11 +19,11 @@ from torch import nn
 
 from resnet_dist.errors import ArtifactError, MachineError
 from resnet_dist.reading import parse_json, read_bounded
-from resnet_dist.run_folder import STATE_NAME, sync_folder, to_json
+from resnet_dist.run_folder import MANIFEST, STATE_NAME, is_written, sync_folder, to_json
 
 MAX_FACTS, MAX_STATE = 1 << 24, 1 << 34  # bytes
-TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
-LEFTOVER = re.compile(r"\.tmp-\d+(-.+)?")  # what a writer, named by its process, had not finished
+TENSORS, FACTS = "state.safetensors", "state.json"
+UNFINISHED = re.compile(r"\.tmp-\d+")  # a state that a writer, named by its process, had not finished
 REPLACED = ".replaced"  # ends the name of a state while another of the same step takes its place
 
 
@@ -133,13 +133,16 @@ def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
     It appears under its name only once everything is on the disk. Raises MachineError; older states are then as before.
     """
     final = folder / f"step-{facts['state']['steps_done']:09d}"
-    replaced = final.with_name(final.name + REPLACED)
     temporary = folder / f".tmp-{os.getpid()}"
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     contents = {TENSORS: save(plain), FACTS: to_json(facts).encode()}
     contents[MANIFEST] = to_json({name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}).encode()
+    failed = f"{final}: the checkpoint cannot be written ({{}}); older ones are intact"
     try:
         temporary.mkdir()
+    except OSError as error:
+        raise MachineError(failed.format(error.strerror)) from None
+    try:
         for name, data in contents.items():
             with (temporary / name).open("wb") as stream:
                 stream.write(data)
@@ -147,18 +150,23 @@ def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
                 os.fsync(stream.fileno())
         sync_folder(temporary)
         if final.exists():  # of the same step: aside, not away, until the new one stands there
-            _remove(replaced)
-            final.rename(replaced)
+            final.rename(_aside(final))
         temporary.rename(final)
         sync_folder(folder)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise MachineError(
-            f"{final}: the checkpoint cannot be written ({error.strerror}); older ones are intact"
-        ) from None
-    for old in (replaced, *_states(folder)[keep:]):
-        _remove(old)
+        _remove(temporary)
+        raise MachineError(failed.format(error.strerror)) from None
+    kept = [path for path in _states(folder) if path == final or path.stem != final.name][:keep]
+    for path in _state_folders(folder):
+        if path not in kept:
+            _remove(path)
     return final
+
+
+def _aside(final: Path) -> Path:
+    """A free name for a state while another of the same step takes its place."""
+    names = (final.with_name(f"{final.name}{REPLACED}{number or ''}") for number in itertools.count())
+    return next(path for path in names if not os.path.lexists(path))
 
 
 def _remove(state: Path) -> None:
@@ -169,15 +177,20 @@ def _remove(state: Path) -> None:
         state.rmdir()
 
 
-def _states(folder: Path) -> list[Path]:
-    """The states in a folder, the newest first."""
+def _state_folders(folder: Path) -> list[Path]:
+    """The folders in a folder that have the name of a state, the newest first."""
     found = (path for path in folder.glob("step-*") if STATE_NAME.fullmatch(path.name))
     found = (path for path in found if path.is_dir() and not path.is_symlink())
-    return sorted(found, key=lambda path: (path.name.removesuffix(REPLACED), path.suffix != REPLACED), reverse=True)
+    return sorted(found, key=lambda path: (path.stem, not path.suffix, path.suffix), reverse=True)
+
+
+def _states(folder: Path) -> list[Path]:
+    """The states in a folder, the newest first. Without a manifest it is none: others' files kept the folder alive."""
+    return [path for path in _state_folders(folder) if (path / MANIFEST).exists()]
 
 
 def newest_state(folder: Path) -> Path | None:
-    """The newest state in a folder, by its name alone."""
+    """The newest state in a folder, by its name and that it has a manifest."""
     return next(iter(_states(folder)), None)
 
 
@@ -187,7 +200,9 @@ def read_newest_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
     Raises ArtifactError where there is none.
     """
     warnings = []
-    for path in _states(folder):
+    for path in _state_folders(folder):
+        if not any((path / name).exists() for name in (MANIFEST, TENSORS, FACTS)):
+            continue
         try:
             tensors, facts = _read_state(path)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError) as error:
@@ -218,13 +233,23 @@ def fitting(run: Path) -> Iterator[None]:
         raise ArtifactError(f"{run}: its checkpoint does not fit this run ({reason[:200]}); start a new one") from None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a writer that was killed left in a folder. Raises MachineError where that is not allowed."""
+def remove_leftovers(run: Path) -> None:
+    """Remove what a writer of a run that was killed left in it. Raises MachineError where that is not allowed.
+
+    Files that the program does not write stay, and so do the folders that they are in.
+    """
+    checkpoints = run / "checkpoints"
     try:
-        for path in (path for path in folder.glob(".tmp-*") if LEFTOVER.fullmatch(path.name)):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
+        for path in (*run.glob(".tmp-*"), *checkpoints.glob(".tmp-*")):
+            if path.is_file() and not path.is_symlink() and is_written(path.relative_to(run).parts):
                 path.unlink(missing_ok=True)
     except OSError as error:
-        raise MachineError(f"{folder}: leftovers of a killed run cannot be removed ({error.strerror})") from None
+        raise MachineError(f"{run}: leftovers of a killed run cannot be removed ({error.strerror})") from None
+    remove_unfinished(checkpoints)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the states in a folder that a writer that was killed had not finished."""
+    for path in folder.glob(".tmp-*"):
+        if UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            _remove(path)

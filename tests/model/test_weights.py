@@ -23,8 +23,10 @@ from torch import nn
 from export.predict import Preprocessing, fit, normalise
 from resnet_dist.config import ARCHITECTURES, ModelConfig
 from resnet_dist.errors import ArtifactError, MachineError, UsageError
+from resnet_dist.model import weights
 from resnet_dist.model.resnet import Architecture, build
 from resnet_dist.model.weights import (
+    DTYPES,
     cached_file,
     check_backbone,
     download,
@@ -103,6 +105,22 @@ def test_shapes_are_read_without_values(tmp_path: Path, name: str) -> None:
     assert len(check_backbone(read, made, name)) == len(tensors) - 2
     with pytest.raises(ArtifactError, match=r"does not fit resnet34.*it fits --model resnet18"):
         check_backbone(read, Architecture.of(ModelConfig(model="resnet34"), 2), name)
+
+
+def test_of_safetensors_only_the_header_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every type as it is; one that torch does not have is an error."""
+    kinds = [*DTYPES.values()]
+    save_file(
+        {f"t{i}": torch.zeros((2, 3)[: i % 3], dtype=kind) for i, kind in enumerate(kinds)}, tmp_path / "w.safetensors"
+    )
+    monkeypatch.delattr(weights, "load_file")
+    read = read_tensors(tmp_path / "w.safetensors", "meta")
+    for i, kind in enumerate(kinds):
+        assert read[f"t{i}"].is_meta and (read[f"t{i}"].dtype, read[f"t{i}"].shape) == (kind, (2, 3)[: i % 3])
+    header = b'{"a":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}'
+    (tmp_path / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    with pytest.raises(ArtifactError, match="a has the type F8_E8M0"):
+        read_tensors(tmp_path / "odd.safetensors", "meta")
 
 
 def test_saved_parameters_are_read(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from resnet_dist.errors import ArtifactError, MachineError
-from resnet_dist.train.state import read_newest_state, remove_leftovers
+from resnet_dist.train.state import read_newest_state, remove_unfinished
 from tests.conftest import small_disk
 from tests.train.saver import save
 
@@ -73,7 +73,7 @@ def test_killed_forty_times_while_saving(saver: subprocess.Popen[str], tmp_path:
         acknowledged = said[-1] if said else newest
         newest, warnings = number_of_newest(tmp_path)
         assert newest in (acknowledged, acknowledged + 1) and not warnings
-        remove_leftovers(tmp_path)
+        remove_unfinished(tmp_path)
         assert not list(tmp_path.glob(".tmp-*"))
     assert struck >= KILLS / 8, "else the kills came between two states"
     assert len(list(tmp_path.iterdir())) <= 4, "two are kept, and what a kill kept from being removed"
