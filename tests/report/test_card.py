@@ -219,7 +219,7 @@ def test_upload_is_one_commit_with_the_three_files(
     run: Path, server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "folder"
-    folder.mkdir()
+    assert main(["hub", str(run), "-o", str(folder)]) == 0
     (folder / "secret.txt").write_text("not part of it")
     assert main(["hub", str(run), "-o", str(folder), "--push-to-hub", "you/ants", "--private"]) == 0
     assert "/you/ants" in capsys.readouterr().out.splitlines()[-1]
