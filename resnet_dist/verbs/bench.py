@@ -51,8 +51,7 @@ class Config:
     epochs: int = 3
     """Epochs of whole training in each regime; the first is reported by itself."""
     epoch_steps: int | None = None
-    """Steps in such an epoch, of as many training images, spread over DATA (default: 4 per loader process, at least 6).
-    """
+    """Steps in such an epoch, of images spread over DATA (default: 4 per loader process, at least 6)."""
     predict: bool = True
     """Also export the network and time prediction from files to labels."""
     json: str | None = None

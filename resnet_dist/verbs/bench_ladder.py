@@ -27,8 +27,7 @@ class Config:
     epochs: int = 2
     """Epochs of a rung in a round; the first does not count."""
     epoch_steps: int | None = None
-    """Steps in such an epoch, of as many training images, spread over DATA (default: 4 per loader process, at least 6).
-    """
+    """Steps in such an epoch, of images spread over DATA (default: 4 per loader process, at least 6)."""
     json: str | None = None
     """Write everything that was measured to this file."""
 

@@ -43,8 +43,7 @@ class Config:
     epochs: int = 3
     """Epochs of whole training; the first is reported by itself."""
     epoch_steps: int | None = None
-    """Steps in such an epoch, of as many training images, spread over DATA (default: 4 per loader process, at least 6).
-    """
+    """Steps in such an epoch, of images spread over DATA (default: 4 per loader process, at least 6)."""
     json: str | None = None
     """Write everything that was measured to this file."""
 

@@ -163,14 +163,11 @@ def test_smaller_files_agree_with_the_full_one(bundle: Path, small_run: Path, pr
     [
         ("--head concat-pool --dropout 0.2 --stem standard --img-size 64", 64),
         pytest.param("--head mlp --head-hidden 32,16 --dropout 0.2", 16, marks=pytest.mark.matrix),
-        *[
-            pytest.param(f"--model resnet{n} --stem standard --img-size 64", 64, marks=pytest.mark.matrix)
-            for n in (34, 50, 101, 152)
-        ],
+        pytest.param("--model resnet50 --stem standard --img-size 64", 64, marks=pytest.mark.matrix),
         pytest.param("--resize-mode pad --img-size 40", 40, marks=pytest.mark.matrix),
     ],
 )
-def test_every_network_passes_the_gate(options: str, pixels: int, tmp_path: Path) -> None:
+def test_every_kind_of_network_passes_the_gate(options: str, pixels: int, tmp_path: Path) -> None:
     """Weights with statistics that are not the initial ones; the gate compares with torch from the files on."""
     from tests.conftest import TINY
 
