@@ -123,6 +123,8 @@ def end(process: subprocess.Popen[str]) -> None:
         for member in family:
             member.kill()
         process.communicate()
+    if process.stdout is not None:  # open still if it was killed and nobody asked what it said
+        process.stdout.close()
 
 
 def assert_trained(run: Path, said: str, processes: int) -> None:
