@@ -47,7 +47,7 @@ def test_feature_extractor_and_discriminative(shared: Path, weights: list[str], 
 
 @pytest.mark.matrix
 def test_fruits(shared: Path, weights: list[str], tmp_path: Path) -> None:
-    options = ["--recipe", "fruits360", "--batch-size", "32", "--epochs", "1"]
+    options = ["--recipe", "fruits360", "--batch-size", "32", "--epochs", "2"]
     assert trained(tmp_path / "run", shared / "fruits", *weights, *options) >= 0.9
 
 
