@@ -300,6 +300,8 @@ class RunConfig:
     """How many of those checkpoints are kept; the best one is apart from them."""
     log_every: int = option(10, "--log-interval", "--logging-steps", "--print-freq")
     """Optimizer steps between two lines of metrics.jsonl."""
+    report: bool = True
+    """Draw the plots and write report.html when training ends; `resnet-dist report RUN` does so later."""
     output_dir: str | None = option(None, "-o", "--output")
     """The run folder (default: runs/<model>-<recipe>-<time>)."""
     random_stream: int | None = None

@@ -18,7 +18,7 @@ from resnet_dist.outputs import Kind, check_file, check_folder, json_with, make_
 from resnet_dist.run_folder import RunFolder, has_state, is_run, read_facts, written_in
 from resnet_dist.train.state import State, newest_state, remove_leftovers, write_state
 from resnet_dist.verbs import demo
-from tests.conftest import TINY, small_disk, write_image
+from tests.conftest import TINY, WITH_REPORT, small_disk, write_image
 from tests.conftest import make_folder as images_in
 
 Refused = Callable[..., str]
@@ -36,7 +36,7 @@ BEGUN = {**FACTS, "status": "running"}
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, with what every verb writes into it; not to be changed by a test."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    assert main(["train", str(folder), *TINY, "--epochs", "1", "-b", "8", "-o", str(run)]) == 0
+    assert main(["train", str(folder), *WITH_REPORT, "--epochs", "1", "-b", "8", "-o", str(run)]) == 0
     for words in (
         ["eval", "--calibrate"],
         ["eval", "--split", "train", "--embeddings"],
@@ -495,7 +495,7 @@ def test_a_disk_that_is_full_at_any_output_of_training(
 ) -> None:
     """run.json says that the run failed and why, and the same command goes on from there, as often as it takes."""
     run = tmp_path / "run"
-    arguments = ["train", folder, *TINY, "--epochs", "1", "-b", "8", "-o", run, "--resume", "auto"]
+    arguments = ["train", folder, *WITH_REPORT, "--epochs", "1", "-b", "8", "-o", run, "--resume", "auto"]
     real = os.fsync
 
     def full_at(name: str) -> Callable[[int], None]:

@@ -29,7 +29,7 @@ from resnet_dist.reading import parse_json, read_bounded
 from resnet_dist.run_folder import MANIFEST, read_facts
 from resnet_dist.train.checkpoint import load_checkpoint
 from resnet_dist.train.state import FACTS, TENSORS, read_newest_state
-from tests.conftest import TINY, make_folder, write_image
+from tests.conftest import TINY, WITH_REPORT, make_folder, write_image
 
 Refused = Callable[..., str]
 BEST = "checkpoints/best.safetensors"
@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             cell = name.replace('"', '""')
             rows.append(f'images/{number}-{i}.png,"{cell}",{"train" if i < 4 else "val"}')
     (root / "data/list.csv").write_text("\n".join(rows) + "\n", newline="")
-    command = ["train", str(root / "data/list.csv"), *TINY, "--epochs", "1", "-o", str(root / "a/b/run")]
+    command = ["train", str(root / "data/list.csv"), *WITH_REPORT, "--epochs", "1", "-o", str(root / "a/b/run")]
     assert main(command) == 0
     assert main(["export", str(root / "a/b/run"), "--threads", "1"]) == 0
     return root / "a/b/run"

@@ -27,27 +27,20 @@ CONFUSED = ("target", "prediction", "images", "share_of_target")
 
 def write_evaluation(
     folder: Path,
-    plots_folder: Path,
     table: ImageTable,
     records: Records,
     classes: Sequence[str],
-    spec: Preprocessing,
     facts: Mapping[str, Any] = MappingProxyType({}),
     judged: Records | None = None,
 ) -> dict[str, Measured]:
-    """Tables and numbers of an evaluation into `folder`, pictures into `plots_folder`; gives the headline.
+    """Write the tables and numbers of an evaluation into `folder`; returns the headline metrics.
 
     predictions.csv, per_class.csv, confused.csv, metrics.json (with `facts` on how it was evaluated); embeddings.npy,
     float32 (n, F) in the order of predictions.csv, where features were kept. Numbers about losses and probabilities are
-    those of `judged`, where these images were used to calibrate: the same records, cross-fitted. Raises MachineError,
-    DataError.
+    those of `judged`, where these images were used to calibrate: the same records, cross-fitted. Raises MachineError.
     """
     judged = judged or records
-    for place in (folder, plots_folder):
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MachineError(f"{place}: cannot be made into a folder ({error.strerror})") from None
+    make_folder(folder)
     metrics, counts = measured(judged), confusion(records, classes)
     values = {name: metric.value for name, metric in metrics.items()}
     intervals = {name: [metric.low, metric.high] for name, metric in metrics.items()}
@@ -57,15 +50,39 @@ def write_evaluation(
     write_atomically(folder / "predictions.csv", predictions_csv(table, records, classes))
     write_atomically(folder / "per_class.csv", table_csv(per_class(records, classes)))
     write_atomically(folder / "confused.csv", table_csv(confused_pairs(counts, classes), CONFUSED))
-    plots.confusion_matrix(plots_folder / "confusion_matrix.png", counts, classes)
-    plots.reliability_diagram(plots_folder / "reliability.png", reliability(judged))
-    prediction_grid(plots_folder / "predictions.png", table, records, classes, spec)
     if records.features is not None:
         stream = io.BytesIO()
         np.save(stream, records.features, allow_pickle=False)
         write_atomically(folder / "embeddings.npy", stream.getvalue())
-        plots.embedding_map(plots_folder / "embeddings.png", records.features, records.target, classes)
     return metrics
+
+
+def plot_evaluation(
+    folder: Path,
+    table: ImageTable,
+    records: Records,
+    classes: Sequence[str],
+    spec: Preprocessing,
+    judged: Records | None = None,
+) -> None:
+    """Draw the plots of an evaluation into `folder`: confusion matrix, reliability, sample predictions, embeddings.
+
+    `judged`: see write_evaluation. Raises MachineError, DataError.
+    """
+    make_folder(folder)
+    plots.confusion_matrix(folder / "confusion_matrix.png", confusion(records, classes), classes)
+    plots.reliability_diagram(folder / "reliability.png", reliability(judged or records))
+    prediction_grid(folder / "predictions.png", table, records, classes, spec)
+    if records.features is not None:
+        plots.embedding_map(folder / "embeddings.png", records.features, records.target, classes)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents. Raises MachineError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"{folder}: cannot be made into a folder ({error.strerror})") from None
 
 
 def table_csv(rows: Sequence[Mapping[str, object]], header: Sequence[str] = ()) -> str:

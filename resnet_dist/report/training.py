@@ -1,6 +1,5 @@
 """What stands in the run folder once training has ended: the best checkpoint evaluated, and pictures."""
 
-import csv
 import functools
 import json
 from collections.abc import Sequence
@@ -21,8 +20,8 @@ from resnet_dist.model.resnet import build
 from resnet_dist.outputs import inside
 from resnet_dist.report import plots
 from resnet_dist.report.card import run_card
-from resnet_dist.report.evaluation import write_evaluation
-from resnet_dist.report.on_disk import read_evaluation
+from resnet_dist.report.evaluation import plot_evaluation, write_evaluation
+from resnet_dist.report.on_disk import read_csv, read_evaluation, read_text, understood
 from resnet_dist.report.page import write_run_page
 from resnet_dist.run_folder import RunFolder
 from resnet_dist.train.checkpoint import load_checkpoint
@@ -47,15 +46,14 @@ def finish(job: Job, state: State) -> dict[str, Measured]:
     classes = job.index.classes
     records = evaluate(job.accelerator, model, job.val_loader, job.to_input, len(classes), True, job.stop.check)
     metrics = on_main(job.accelerator, lambda: write_results(job.run, job, best, records))
-    on_main(job.accelerator, lambda: write_report(job, model))
+    if job.cfg.run.report:
+        on_main(job.accelerator, lambda: write_report(job, model, records))
     return metrics
 
 
 def write_results(run: RunFolder, job: Job, best: Best, records: Records) -> dict[str, Measured]:
-    """The evaluation and the plots of a finished run. On the main process."""
-    evaluation = inside(run.path, "eval", "val")
-    metrics = write_evaluation(evaluation, run.plots, job.index.val, records, job.index.classes, job.spec)
-    plot_run(run.path)
+    """Write the evaluation, the result and the model card of a finished run. On the main process."""
+    metrics = write_evaluation(inside(run.path, "eval", "val"), job.index.val, records, job.index.classes)
     values = {name: metric.value for name, metric in metrics.items()}
     run.update(
         status="done", exit_code=0, reason="", best={"epoch": best.epoch, "weights": best.weights_kind, **values}
@@ -64,9 +62,14 @@ def write_results(run: RunFolder, job: Job, best: Best, records: Records) -> dic
     return metrics
 
 
-def write_report(job: Job, model: nn.Module) -> Path:
-    """report.html of a finished run, with near duplicates where a look at all images is quick. On the main process."""
+def write_report(job: Job, model: nn.Module, records: Records) -> Path:
+    """Draw the plots of a finished run and write its report.html, on the main process.
+
+    Near duplicates are listed if the run has so few images that all of them are read quickly.
+    """
     path, index = job.run.path, job.index
+    plot_run(path)
+    plot_evaluation(job.run.plots, index.val, records, index.classes, job.spec)
     evaluation = read_evaluation(path / "eval" / "val", index.root, "val", index.classes)
     images = len(index.train) + len(index.val) + len(index.test)
     findings = look_at_all(index, full=True) if images <= FEW else None
@@ -74,12 +77,15 @@ def write_report(job: Job, model: nn.Module) -> Path:
 
 
 def plot_run(run: Path) -> None:
-    """curves.png and lr.png of a run folder, from metrics.csv and metrics.jsonl."""
-    with (run / "metrics.csv").open(newline="") as stream:
-        epochs = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    plots.curves(run / "plots" / "curves.png", epochs)
-    plots.learning_rates(run / "plots" / "lr.png", steps)
+    """Draw curves.png and lr.png of a run folder from its metrics.csv and metrics.jsonl. Raises ArtifactError."""
+    epochs_file, steps_file = run / "metrics.csv", run / "metrics.jsonl"
+    with understood(epochs_file):
+        epochs = [{name: float(value) for name, value in row.items()} for row in read_csv(epochs_file)]
+    with understood(steps_file):
+        steps = [json.loads(line) for line in read_text(steps_file).splitlines()]
+    folder = inside(run, "plots")
+    plots.curves(folder / "curves.png", epochs)
+    plots.learning_rates(folder / "lr.png", steps)
 
 
 def plot_samples(file: Path, images: TrainImages, classes: Sequence[str], spec: Preprocessing) -> None:

@@ -155,7 +155,7 @@ def changes(resumed: Resumed, cfg: TrainConfig, fingerprint: Mapping[str, Any], 
         directory = Path(str(facts.get("directory", "")))
         differences = [
             (section, name, old, new)
-            for section, name, old, new in _differences(_with_stream(facts["config"]), _with_stream(kept(cfg)))
+            for section, name, old, new in _differences(_complete(facts["config"]), _complete(kept(cfg)))
             if not (name in PATHS.get(section, ()) and Path(new).absolute() == directory / old)
         ]
         batch_then = facts["global_batch"]
@@ -176,9 +176,9 @@ def changes(resumed: Resumed, cfg: TrainConfig, fingerprint: Mapping[str, Any], 
     return lines
 
 
-def _with_stream(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A stored config that names its random stream: where it does not, as in older versions, that is the first."""
-    return {**config, "run": {"random_stream": 0, **config["run"]}}
+def _complete(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A stored config with the settings that runs of older versions do not name."""
+    return {**config, "run": {"random_stream": 0, "report": True, **config["run"]}}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:

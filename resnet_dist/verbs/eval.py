@@ -236,7 +236,7 @@ def write(cfg: Config, file: Path, subject: Subject, table: "ImageTable", record
     """Calibrate if that was asked for, write the evaluation, and give what the terminal shows. On the main process."""
     from resnet_dist.evaluate.calibrate import calibrate, write_calibration
     from resnet_dist.model.weights import sha256_of
-    from resnet_dist.report.evaluation import write_evaluation
+    from resnet_dist.report.evaluation import plot_evaluation, write_evaluation
     from resnet_dist.report.on_disk import read_evaluation
     from resnet_dist.report.page import write_evaluation_page
 
@@ -257,7 +257,8 @@ def write(cfg: Config, file: Path, subject: Subject, table: "ImageTable", record
     facts |= {"cross_fitted": ["loss", "ece"]} if cfg.calibrate else {}
     facts |= {"calibrated_on_these_images": True} if is_fitted and not cfg.calibrate else {}
     folder = output_folder(cfg, Path(cfg.run or ""))
-    metrics = write_evaluation(folder, folder, table, records, subject.classes, subject.spec, facts, judged)
+    metrics = write_evaluation(folder, table, records, subject.classes, facts, judged)
+    plot_evaluation(folder, table, records, subject.classes, subject.spec, judged)
     evaluation = read_evaluation(folder, table.root, cfg.split, subject.classes)
     page = write_evaluation_page(evaluation, None if cfg.is_exported else subject.model, subject.spec)
     rows = [(name, str(metric)) for name, metric in metrics.items()]

@@ -1,4 +1,4 @@
-"""`resnet-dist report`: the page of a run, made anew."""
+"""`resnet-dist report`: draw the plots of a run and write its report.html again."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Make report.html of a run anew, with what was found since: label errors of training images, near duplicates."""
+    """Draw the plots of a run and write its report.html again, with later findings: label errors of training images,
+    near duplicates."""
 
     run: str | None = option(None, positional=True)
     """A run folder whose training has ended."""
@@ -31,8 +32,12 @@ class Config:
 
 def main(cfg: Config) -> int:
     """Write the page. Returns the exit code."""
+    from resnet_dist.data.index import read_run_part
+    from resnet_dist.outputs import inside
+    from resnet_dist.report.evaluation import plot_evaluation
     from resnet_dist.report.on_disk import read_run_evaluation
     from resnet_dist.report.page import write_run_page
+    from resnet_dist.report.training import plot_run
     from resnet_dist.run_folder import is_run, read_facts
     from resnet_dist.train.checkpoint import load_checkpoint
 
@@ -41,6 +46,10 @@ def main(cfg: Config) -> int:
         raise UsageError(f"{run}: its run.json is not that of a run")
     model, description = load_checkpoint(run / "checkpoints" / "best.safetensors")
     evaluation = read_run_evaluation(run, description.classes)
+    plot_run(run)
+    if evaluation.root.is_dir():  # otherwise the samples cannot be drawn, and the page says so
+        table = read_run_part(run, "val", description.classes)
+        plot_evaluation(inside(run, "plots"), table, evaluation.records, description.classes, description.preprocessing)
     findings = looked_at(run_index(run, evaluation)) if cfg.near_duplicates else None
     file = write_run_page(run, evaluation, model, description.preprocessing, findings)
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")

@@ -298,11 +298,11 @@ def _train_and_report(
     forget_peak_memory()
     start_trackers(accelerator, run.path / "tracker", kept(blueprint.cfg))
     job = build_job(accelerator, blueprint, run, display, stop, resumed is not None)
-    if resumed is None:
+    if resumed is not None:
+        restore_model(resumed, job)
+    elif blueprint.cfg.run.report:
         file = run.plots / "samples_train.png"
         on_main(accelerator, lambda: plot_samples(file, job.train_images, job.index.classes, job.spec))
-    else:
-        restore_model(resumed, job)
     state = train_phases(job, resumed)
     peak = largest_peak_memory(accelerator)
     run.update(seconds=round(state.elapsed(), 3), peak_memory=peak)
@@ -313,7 +313,9 @@ def _train_and_report(
             "stopped by a signal while the best checkpoint was evaluated; resume to do that again"
         ) from None
     rows = [(name, str(metric)) for name, metric in metrics.items()]
-    rows = [("run folder", str(run.path)), ("to look at", str(run.path / "report.html")), *rows]
+    rows = [("run folder", str(run.path)), *rows]
+    if blueprint.cfg.run.report:
+        rows.insert(1, ("to look at", str(run.path / "report.html")))
     rows.append(("best checkpoint", str(run.best)))
     rows.append(("best epoch", f"{state.best.epoch} of {state.epochs_done}" if state.best else "none"))
     rows.append(("stopped by", state.stopped_by or "the last epoch"))

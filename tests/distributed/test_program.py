@@ -18,7 +18,7 @@ from resnet_dist.cli import main
 from resnet_dist.config import SystemConfig
 from resnet_dist.distributed import check_launch, choose_precision, choose_sync_bn, choose_threads, start
 from resnet_dist.errors import UsageError
-from tests.conftest import TINY
+from tests.conftest import TINY, WITH_REPORT
 
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
 ACCELERATE += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", "2"]
@@ -35,7 +35,7 @@ def program(launch: list[str], *arguments: str | Path, **environment: str) -> su
 def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes under accelerate launch, BatchNorm learning, an average kept, TensorBoard written."""
     path = tmp_path_factory.mktemp("two") / "run"
-    options = [*TINY, "-b", "6", "--epochs", "2", "--ema", "--tracker", "tensorboard", "--save-every", "1steps"]
+    options = [*WITH_REPORT, "-b", "6", "--epochs", "2", "--ema", "--tracker", "tensorboard", "--save-every", "1steps"]
     options += ["--keep-last", "9", "--log-every", "1", "--lr", "0.02", "-o", str(path)]
     options[options.index("--threads") : options.index("--threads") + 2] = []
     done = program(ACCELERATE, "train", folder, *options)

@@ -21,7 +21,7 @@ from resnet_dist.config import ModelConfig
 from resnet_dist.evaluate import label_errors
 from resnet_dist.model.resnet import Architecture, build
 from resnet_dist.report.on_disk import read_run_evaluation
-from tests.conftest import TINY, make_folder
+from tests.conftest import WITH_REPORT, make_folder
 from tests.report.pages import made_records
 
 
@@ -190,7 +190,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(3):
         file = data / "train" / "cat" / f"train{i:03d}.png"
         shutil.move(file, data / "train" / "dog" / f"wrong{i}.png")
-    assert main(["train", str(data), "-o", str(place / "run"), *TINY, "--epochs", "1"]) == 0
+    assert main(["train", str(data), "-o", str(place / "run"), *WITH_REPORT, "--epochs", "1"]) == 0
     return place / "run"
 
 

@@ -19,7 +19,7 @@ from tests.conftest import TINY
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 # The precision stays the launcher's, so that the tests see whether its files are obeyed.
-TRAIN = [*TINY[: TINY.index("--mixed-precision")], "--epochs", "1", "--batch-size", "4"]
+TRAIN = [*TINY[: TINY.index("--mixed-precision")], "--no-report", "--epochs", "1", "--batch-size", "4"]
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -27,7 +27,7 @@ from resnet_dist.report.on_disk import read_evaluation
 from resnet_dist.report.page import write_page
 from resnet_dist.report.page_content import evaluation_content
 from resnet_dist.report.pictures import thumbnails
-from tests.conftest import CLASSES, TINY, make_folder, write_image
+from tests.conftest import CLASSES, WITH_REPORT, make_folder, write_image
 from tests.report.pages import HOSTILE, made_evaluation, made_records
 
 
@@ -259,7 +259,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("report")
     data = make_folder(place / "data")
     shutil.copy(data / "train" / "cat" / "train000.png", data / "val" / "cat" / "copy.png")
-    options = [*TINY, "-b", "8", "--epochs", "2", "--recipe", "discriminative"]
+    options = [*WITH_REPORT, "-b", "8", "--epochs", "2", "--recipe", "discriminative"]
     assert main(["train", str(data), "-o", str(place / "run"), *options]) == 0
     return place / "run"
 
@@ -289,8 +289,28 @@ def test_the_page_made_anew_is_the_same(run: Path, tmp_path: Path, monkeypatch: 
     after = content_of(run / "report.html")
     for name in set(before) - {"facts"}:  # run.json knows more by now
         assert after[name] == before[name], name
-    assert main(["report", str(run), "--no-near-duplicates"]) == 0
-    assert content_of(run / "report.html")["near_duplicates"] == []
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    assert main(["report", str(copy), "--no-near-duplicates"]) == 0
+    assert content_of(copy / "report.html")["near_duplicates"] == []
+
+
+def test_a_run_without_a_report_gets_the_same_one_later(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = [*WITH_REPORT, "-b", "8", "--epochs", "2", "--recipe", "discriminative", "--no-report"]
+    late = tmp_path / "run"
+    assert main(["train", str(run.parent / "data"), "-o", str(late), *options]) == 0
+    assert not list(late.glob("plots/*")) and not (late / "report.html").exists()
+    assert main(["report", str(late)]) == 0
+    before, after = content_of(run / "report.html"), content_of(late / "report.html")
+    for name in set(before) - {"facts", "texts"}:  # which hold the time and this very setting
+        assert str(after[name]).replace(str(late), str(run)) == str(before[name]), name
+    drawn = {file.name for file in (run / "plots").iterdir()} - {"samples_train.png"}
+    assert {file.name for file in (late / "plots").iterdir()} == drawn
+    for name in ("confusion_matrix.png", "reliability.png", "predictions.png"):
+        assert (late / "plots" / name).read_bytes() == (run / "plots" / name).read_bytes()
 
 
 def test_eval_writes_a_page_too(run: Path, tmp_path: Path) -> None:

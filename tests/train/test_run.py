@@ -16,16 +16,17 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from resnet_dist.cli import main
 from resnet_dist.recipes import layers
-from tests.conftest import CLASSES, TINY
+from tests.conftest import CLASSES, TINY, WITH_REPORT
 
-SHORT = [*TINY, "--epochs", "2", "--batch-size", "8", "--lr", "0.02"]
+LENGTH = ["--epochs", "2", "--batch-size", "8", "--lr", "0.02"]
+SHORT = [*TINY, *LENGTH]
 
 
 @pytest.fixture(scope="module")
 def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; not to be changed by a test."""
     path = tmp_path_factory.mktemp("runs") / "run"
-    assert main(["train", str(folder), *SHORT, "-o", str(path), "--ema", "--log-every", "1"]) == 0
+    assert main(["train", str(folder), *WITH_REPORT, *LENGTH, "-o", str(path), "--ema", "--log-every", "1"]) == 0
     return path
 
 
