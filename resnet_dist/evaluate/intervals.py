@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from scipy.special import betaincinv
 
 Interval = tuple[float, float]
 Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
@@ -24,6 +23,8 @@ def lower_bound(successes: int, n: int, confidence: float) -> float:
 
     The true share is below it in at most 1 - `confidence` of the samples, whatever the share and `n` are.
     """
+    from scipy.special import betaincinv  # half a second to import, for thresholds only
+
     return float(betaincinv(successes, n - successes + 1, 1 - confidence)) if successes else 0.0
 
 

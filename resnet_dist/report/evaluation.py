@@ -16,7 +16,6 @@ from resnet_dist.evaluate.calibrate import reliability
 from resnet_dist.evaluate.metrics import Measured, confused_pairs, confusion, measured, per_class
 from resnet_dist.evaluate.records import Records
 from resnet_dist.outputs import Kind, json_with
-from resnet_dist.report import plots
 from resnet_dist.run_folder import to_csv, to_json, write_atomically
 from resnet_dist.wording import shortened
 
@@ -69,6 +68,8 @@ def plot_evaluation(
 
     `judged`: see write_evaluation. Raises MachineError, DataError.
     """
+    from resnet_dist.report import plots  # with matplotlib: only who draws waits for it
+
     make_folder(folder)
     plots.confusion_matrix(folder / "confusion_matrix.png", confusion(records, classes), classes)
     plots.reliability_diagram(folder / "reliability.png", reliability(judged or records))
@@ -107,6 +108,8 @@ def prediction_grid(
     file: Path, table: ImageTable, records: Records, classes: Sequence[str], spec: Preprocessing
 ) -> None:
     """Images spread evenly over the table with their predicted and true names, as the network sees them."""
+    from resnet_dist.report import plots
+
     chosen = np.unique(np.linspace(0, len(table) - 1, GRID).round().astype(int))
     images = [load_fitted(table, int(i), spec) for i in chosen]
     names = [shortened(name, 22) for name in classes]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.decomposition import PCA
 
 from resnet_dist.errors import ArtifactError
 from resnet_dist.evaluate import label_errors
@@ -175,6 +174,8 @@ def _map(evaluation: Evaluation, place: Mapping[int, int]) -> list[list[float]] 
         raise ArtifactError(f"{file}: not one row for every image of predictions.csv; evaluate again")
     if len(features) < 3:
         return None
+    from sklearn.decomposition import PCA  # seconds to import, and few maps are drawn
+
     points = PCA(2, svd_solver="randomized", random_state=0).fit_transform(features)
     return [[place[at], _rounded(points[at, 0]), _rounded(points[at, 1])] for at in list(place)[:MOST_DOTS]]
 

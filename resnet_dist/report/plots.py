@@ -12,7 +12,6 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from sklearn.decomposition import PCA
 
 from resnet_dist.evaluate.calibrate import BINS, Reliability
 from resnet_dist.run_folder import write_atomically
@@ -212,6 +211,8 @@ def principal_axes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if len(features) < 2:
         return np.zeros((len(features), 2), np.float32), np.zeros(2)
+    from sklearn.decomposition import PCA  # seconds to import, and few maps are drawn
+
     model = PCA(2, svd_solver="full" if min(features.shape) < 500 else "randomized", random_state=0)
     places = model.fit_transform(features.astype(np.float64))
     shares = model.explained_variance_ / max(float(features.var(axis=0, ddof=1).sum()), 1e-30)

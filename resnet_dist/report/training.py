@@ -18,11 +18,9 @@ from resnet_dist.evaluate.metrics import Measured
 from resnet_dist.evaluate.records import Records, evaluate
 from resnet_dist.model.resnet import build
 from resnet_dist.outputs import inside
-from resnet_dist.report import plots
 from resnet_dist.report.card import run_card
 from resnet_dist.report.evaluation import plot_evaluation, write_evaluation
 from resnet_dist.report.on_disk import read_csv, read_evaluation, read_text, understood
-from resnet_dist.report.page import write_run_page
 from resnet_dist.run_folder import RunFolder
 from resnet_dist.train.checkpoint import load_checkpoint
 from resnet_dist.train.job import Job
@@ -67,6 +65,8 @@ def write_report(job: Job, model: nn.Module, records: Records) -> Path:
 
     Near duplicates are listed if the run has so few images that all of them are read quickly.
     """
+    from resnet_dist.report.page import write_run_page  # with matplotlib: only who draws waits for it
+
     path, index = job.run.path, job.index
     plot_run(path)
     plot_evaluation(job.run.plots, index.val, records, index.classes, job.spec)
@@ -78,6 +78,8 @@ def write_report(job: Job, model: nn.Module, records: Records) -> Path:
 
 def plot_run(run: Path) -> None:
     """Draw curves.png and lr.png of a run folder from its metrics.csv and metrics.jsonl. Raises ArtifactError."""
+    from resnet_dist.report import plots
+
     epochs_file, steps_file = run / "metrics.csv", run / "metrics.jsonl"
     with understood(epochs_file):
         epochs = [{name: float(value) for name, value in row.items()} for row in read_csv(epochs_file)]
@@ -93,6 +95,8 @@ def plot_samples(file: Path, images: TrainImages, classes: Sequence[str], spec: 
 
     Raises DataError if one cannot be read.
     """
+    from resnet_dist.report import plots
+
     order = epoch_order(len(images.table), images.seed, 0, 2, drop_last=False)[:GRID]
     batch = images.__getitems__([(0, int(index)) for index in order])
     if isinstance(batch, DataError):

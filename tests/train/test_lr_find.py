@@ -149,23 +149,22 @@ def test_what_lr_find_does_not_take(folder: Path, refused: Refused, tmp_path: Pa
 
 @pytest.mark.matrix
 def test_suggestion_beats_ten_times_more_and_less(shared: Path, tmp_path: Path) -> None:
-    """Full fine-tuning of real weights on real photographs: the training loss of the third epoch, mean of 3 seeds."""
+    """Full fine-tuning of real weights on real photographs: the training loss of the second epoch."""
     options = [shared / "hymenoptera", "--recipe", "full-finetune", "--model", "resnet18", "-b", "32", "--workers", "0"]
     options += ["--img-size", "112", "--resize", "128", "--weights", shared / "weights/resnet18.safetensors"]
     job = job_of(tmp_path / "find", *options)
-    rate = steepest(range_test(job, job.cfg.phase[-1], 1e-7, 10.0, 100))
+    rate = steepest(range_test(job, job.cfg.phase[-1], 1e-6, 10.0, 50))
     assert rate is not None
-    losses: dict[float, list[float]] = {}
-    for factor, seed in itertools.product((0.1, 1.0, 10.0), range(3)):
-        job = job_of(tmp_path / f"{factor}-{seed}", *options, "--seed", str(seed), "--lr", f"{rate * factor}")
+    losses: dict[float, float] = {}
+    for factor in (0.1, 1.0, 10.0):
+        job = job_of(tmp_path / str(factor), *options, "--lr", f"{rate * factor}")
         learner = begin_phase(job, job.cfg.phase[-1])
         learner.source.fill(job)
         job.model.train()
-        for epoch in range(3):
+        for epoch in range(2):
             learner.window.zero_()
             for batches in learner.source.train_loader.epoch(epoch):
                 train_step(job, learner, batches)
-        losses.setdefault(factor, []).append(float(learner.window[0] / learner.window[1]))
-    means = {factor: np.mean(values) for factor, values in losses.items()}
-    print(f"steepest {rate:.2e}: training loss {means}")
-    assert means[1.0] < 0.8 * min(means[0.1], means[10.0])
+        losses[factor] = float(learner.window[0] / learner.window[1])
+    print(f"steepest {rate:.2e}: training loss {losses}")
+    assert losses[1.0] < 0.8 * min(losses[0.1], losses[10.0])
