@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_dist.config import DataConfig
+from resnet_dist.config.schema import DataConfig
 from resnet_dist.data.check import look_at_all, report_on
 from resnet_dist.data.index import ImageIndex, read_index
-from resnet_dist.provenance import made_with
+from resnet_dist.runtime.machine import made_with
 
 
 def seconds(index: ImageIndex, full: bool, rounds: int) -> float:

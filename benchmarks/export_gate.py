@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from resnet_dist import launcher
+from resnet_dist.runtime import environment as launcher
 
 FINE_TUNED = "--model resnet18 --recipe feature-extractor-bn-eval --lr 1e-2 --epochs 3 --batch-size 32"
 FROM_SCRATCH = "--weights none --opt adam --epochs 1 --batch-size 8"

@@ -22,16 +22,16 @@ import torch
 from accelerate import PartialState
 from torch.nn.parallel import DistributedDataParallel
 
-from resnet_dist import launcher
 from resnet_dist.bench.machine import describe, roofs
 from resnet_dist.bench.synthetic import photographs
 from resnet_dist.bench.timing import Plan, measure
 from resnet_dist.bench.training import begin, job_of, limits, work
-from resnet_dist.config import TrainConfig
+from resnet_dist.config.options import parse
+from resnet_dist.config.recipes import layers
+from resnet_dist.config.schema import TrainConfig
 from resnet_dist.data.transforms import Batch
-from resnet_dist.distributed import start
-from resnet_dist.options import parse
-from resnet_dist.recipes import layers
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.accelerate import start
 from resnet_dist.train.job import Job, draw
 from resnet_dist.train.loop import Learner, end_phase, train_step
 

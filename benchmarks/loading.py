@@ -30,7 +30,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from export.predict import Preprocessing, decode
-from resnet_dist.config import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.cache import ImageCache, bytes_needed
 from resnet_dist.data.decode import load_whole
 from resnet_dist.data.index import ImageTable, PathTable, class_rows

@@ -24,7 +24,7 @@ import psutil
 from PIL import Image
 
 from export.predict import Preprocessing
-from resnet_dist.config import AugmentConfig, DataConfig
+from resnet_dist.config.schema import AugmentConfig, DataConfig
 from resnet_dist.data.index import ImageIndex, read_index
 from resnet_dist.data.loader import Share, TrainBatches, TrainImages, TrainLoader
 

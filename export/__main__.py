@@ -2,6 +2,6 @@
 
 import sys
 
-from resnet_dist.cli import entry
+from resnet_dist.cli.main import entry
 
 entry(["export", *sys.argv[1:]])

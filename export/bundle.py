@@ -13,9 +13,9 @@ import onnx
 
 from export.predict import FILTERS, Predictor, Preprocessing, self_test_pixels
 from resnet_dist.errors import MachineError, UsageError
-from resnet_dist.outputs import Kind, check_folder, json_with
-from resnet_dist.run_folder import is_written, sync_folder, to_json
-from resnet_dist.wording import one_line
+from resnet_dist.files.outputs import Kind, check_folder, json_with
+from resnet_dist.files.run import is_written, sync_folder, to_json
+from resnet_dist.runtime.wording import one_line
 
 BUNDLE = Kind("an export", "export_report.json", json_with("passed", "problems", "gate_images"))
 VECTORS = "test_data_set_0"  # a folder of the bundle

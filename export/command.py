@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resnet_dist.config.fields import option, out_of_range
 from resnet_dist.errors import ArtifactError, DataError, MachineError, UsageError
-from resnet_dist.fields import option, out_of_range
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,8 +79,8 @@ def main(cfg: Config) -> int:
     import torch
 
     from export.bundle import check_target, put_in_place
-    from resnet_dist import launcher
-    from resnet_dist.outputs import inside
+    from resnet_dist.files.outputs import inside
+    from resnet_dist.runtime import environment as launcher
     from resnet_dist.train.checkpoint import load_checkpoint
 
     torch.set_num_threads(cfg.threads or launcher.cores())
@@ -138,7 +138,7 @@ def fill(made: Path, cfg: Config, checkpoint: Path, model: "nn.Module", descript
     from export.to_onnx import describe, graph_of, runtime_logits, self_test_logits
     from export.verify import check_equality, compare_smaller
     from resnet_dist.evaluate.calibrate import read_calibration
-    from resnet_dist.run_folder import to_json
+    from resnet_dist.files.run import to_json
 
     in_graph = cfg.preprocess_in_graph
     with tempfile.TemporaryDirectory(prefix="resnet-dist-gate-") as folder:

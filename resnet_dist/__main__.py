@@ -10,10 +10,10 @@ _FIRST = sys.path[0] or "."
 if os.path.exists(_FIRST) and os.path.samefile(_FIRST, ".") and not os.path.samefile(_FIRST, _PLACE):  # noqa: PTH110, PTH121
     del sys.path[0]
 
-from resnet_dist.stop import end_with_launcher  # noqa: E402
+from resnet_dist.runtime.signals import end_with_launcher  # noqa: E402
 
 end_with_launcher()  # before what takes long to import: a launcher that is killed meanwhile must not leave this behind
 
-from resnet_dist.cli import entry  # noqa: E402
+from resnet_dist.cli.main import entry  # noqa: E402
 
 entry()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CLASSES = ("cat", "dog", "emu")

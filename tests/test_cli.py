@@ -19,12 +19,13 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import resnet_dist
-from resnet_dist import cli, errors
-from resnet_dist.cli import VERBS, main, module_of
+from resnet_dist import errors
+from resnet_dist.cli import main as cli
+from resnet_dist.cli.main import VERBS, main, module_of
+from resnet_dist.config.options import Option, make_parser, options_of
+from resnet_dist.config.recipes import texts
 from resnet_dist.errors import ResnetDistError
-from resnet_dist.options import Option, make_parser, options_of
-from resnet_dist.recipes import texts
-from resnet_dist.wording import listed, one_line, printable, shortened, suggestion
+from resnet_dist.runtime.wording import listed, one_line, printable, shortened, suggestion
 from tests.conftest import run_program
 
 Refused = Callable[..., str]
@@ -82,8 +83,8 @@ def test_unknown_verb_is_a_usage_error(refused: Refused, typed: str, said: str) 
 
 def test_there_is_a_module_for_every_verb() -> None:
     """And no module that no verb leads to."""
-    folder = Path(resnet_dist.__file__).parent / "verbs"
-    modules = {f"resnet_dist.verbs.{file.stem}" for file in folder.glob("*.py")} - {"resnet_dist.verbs.__init__"}
+    folder = Path(resnet_dist.__file__).parent / "cli"
+    modules = {f"resnet_dist.cli.{file.stem}" for file in folder.glob("*.py") if file.stem not in ("__init__", "main")}
     assert modules | {"export.command", "export.predict"} == {module_of(verb) for verb in VERBS}
 
 
@@ -117,7 +118,7 @@ def strings_below_fields(module: str) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize(("verb", "option"), VERB_OPTIONS, ids=lambda value: getattr(value, "name", value))
 def test_help_text_is_a_sentence_below_the_field(verb: str, option: Option) -> None:
-    sources = strings_below_fields("resnet_dist.config") | strings_below_fields(module_of(verb))
+    sources = strings_below_fields("resnet_dist.config.schema") | strings_below_fields(module_of(verb))
     assert (option.name, option.help) in sources
     assert len(option.help) >= 4 and option.help[-1] in ".)"
 
@@ -136,7 +137,7 @@ def test_printing_help_imports_nothing_heavy() -> None:
     """Help is there at once: neither torch nor what brings it, nor numpy, is imported."""
     code = f"""
 import sys
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 main([])
 for verb in {WITH_CONFIG}:
     try:

@@ -12,8 +12,8 @@ from PIL import Image
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
 
-from resnet_dist.cli import main
-from resnet_dist.verbs.compare import SIX
+from resnet_dist.cli.compare import SIX
+from resnet_dist.cli.main import main
 from tests.conftest import TINY, make_folder
 
 Refused = Callable[..., str]

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from resnet_dist.cli import main
-from resnet_dist.config import ModelConfig
+from resnet_dist.cli.main import main
+from resnet_dist.config.schema import ModelConfig
 from resnet_dist.errors import ArtifactError
 from resnet_dist.model.resnet import Architecture, build
 from resnet_dist.model.weights import load_backbone, read_tensors

@@ -17,18 +17,18 @@ from PIL import Image
 from safetensors.torch import save
 
 from export.predict import ImageError, Preprocessing, decode
-from resnet_dist.config import DataConfig, TrainConfig
+from resnet_dist.config.options import parse
+from resnet_dist.config.recipes import layers
+from resnet_dist.config.schema import DataConfig, TrainConfig
 from resnet_dist.data.decode import load_fitted, load_whole
 from resnet_dist.data.exclude import read_paths
 from resnet_dist.data.index import ImageTable, PathTable, read_index
 from resnet_dist.errors import ArtifactError, DataError, UsageError
-from resnet_dist.header import description_in, network_of
+from resnet_dist.files.header import description_in, network_of
+from resnet_dist.files.reading import parse_json
+from resnet_dist.files.run import MANIFEST, read_facts
 from resnet_dist.model.resnet import Architecture, build
 from resnet_dist.model.weights import preprocessing_in, read_tensors
-from resnet_dist.options import parse
-from resnet_dist.reading import parse_json
-from resnet_dist.recipes import layers
-from resnet_dist.run_folder import MANIFEST, read_facts
 from resnet_dist.train.checkpoint import Description, load_checkpoint, save_best
 from resnet_dist.train.state import FACTS, TENSORS, State, read_newest_state, write_state
 

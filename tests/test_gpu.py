@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import resnet_dist.train.loop as loop
 from export.predict import Preprocessing
-from resnet_dist.cli import main
-from resnet_dist.config import AugmentConfig
+from resnet_dist.cli.main import main
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.loader import DeviceImages, close_loaders
 from resnet_dist.data.transforms import Batch, ToInput, mix_of_pair
 from resnet_dist.errors import NonFiniteError

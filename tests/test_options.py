@@ -18,12 +18,12 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_dist.config import ARCHITECTURES, Duration, Phase, TrainConfig
+from resnet_dist.cli import summary
+from resnet_dist.config.options import Option, build, make_parser, options_of, parse
+from resnet_dist.config.recipes import layers, texts
+from resnet_dist.config.schema import ARCHITECTURES, Duration, Phase, TrainConfig
+from resnet_dist.config.stored import found_again, portable, read_toml, to_toml
 from resnet_dist.errors import UsageError
-from resnet_dist.options import Option, build, make_parser, options_of, parse
-from resnet_dist.recipes import layers, texts
-from resnet_dist.stored import found_again, portable, read_toml, to_toml
-from resnet_dist.verbs import summary
 
 OPTIONS = {option.name: option for option in options_of(TrainConfig)}
 SECTIONS = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in ("recipe", "phase")]

@@ -9,10 +9,10 @@ import pytest
 import torchvision
 from safetensors.torch import save_file
 
-from resnet_dist import cli
-from resnet_dist.cli import main
-from resnet_dist.options import parse
-from resnet_dist.recipes import layers
+from resnet_dist.cli import main as cli
+from resnet_dist.cli.main import main
+from resnet_dist.config.options import parse
+from resnet_dist.config.recipes import layers
 from tests.conftest import make_folder
 
 README = Path(__file__).parents[1] / "README.md"

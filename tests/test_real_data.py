@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 
 
 def trained(run: Path, *arguments: str | Path) -> float:

@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 
-from resnet_dist.cli import main
-from resnet_dist.provenance import git_state, peak_memory
+from resnet_dist.cli.main import main
+from resnet_dist.runtime.machine import git_state, peak_memory
 from tests.conftest import TINY, make_folder
 
 Refused = Callable[..., str]

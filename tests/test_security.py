@@ -22,11 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from export.predict import ModelError, Predictor, digest_of
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from resnet_dist.errors import ArtifactError, ResnetDistError, UsageError
-from resnet_dist.header import description_in
-from resnet_dist.reading import parse_json, read_bounded
-from resnet_dist.run_folder import MANIFEST, read_facts
+from resnet_dist.files.header import description_in
+from resnet_dist.files.reading import parse_json, read_bounded
+from resnet_dist.files.run import MANIFEST, read_facts
 from resnet_dist.train.checkpoint import load_checkpoint
 from resnet_dist.train.state import FACTS, TENSORS, read_newest_state
 from tests.conftest import TINY, WITH_REPORT, make_folder, write_image

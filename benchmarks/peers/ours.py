@@ -10,7 +10,7 @@ from typing import Any
 
 import peer
 
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from resnet_dist.train import loop
 
 RECIPES = {

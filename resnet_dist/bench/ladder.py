@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from resnet_dist import launcher
 from resnet_dist.bench.training import begin, job_of, shortened, whole_training
-from resnet_dist.config import TrainConfig
-from resnet_dist.distributed import start
+from resnet_dist.config.schema import TrainConfig
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.accelerate import start
 from resnet_dist.train.loop import end_phase
 
 

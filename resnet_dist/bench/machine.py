@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from resnet_dist import launcher
 from resnet_dist.bench.timing import Plan, measure
-from resnet_dist.provenance import hardware, versions
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.machine import hardware, versions
 
 ISA = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 CPU_SIDE, GPU_SIDE = 2048, 8192  # of the matrices: large enough to be bound by arithmetic

@@ -9,7 +9,7 @@ from resnet_dist.bench.loading import fastest, loading
 from resnet_dist.bench.machine import describe, roofs
 from resnet_dist.bench.timing import Plan
 from resnet_dist.bench.training import STEPS_PER_WORKER, job_of, measure_regime, shortened
-from resnet_dist.config import TrainConfig
+from resnet_dist.config.schema import TrainConfig
 from resnet_dist.data.loader import DeviceImages
 from resnet_dist.train.job import Job
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from resnet_dist.distributed import on_main
+from resnet_dist.runtime.accelerate import on_main
 
 WINDOW_SECONDS = 0.5  # length of a window where nobody says how many steps it has
 MOST_STEPS = 1000

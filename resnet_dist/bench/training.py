@@ -11,20 +11,20 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from resnet_dist import launcher
 from resnet_dist.bench.machine import activation_bytes, gemm_flops
 from resnet_dist.bench.timing import Plan, measure, summary, wait_for
 from resnet_dist.bench.work import bytes_moved, flops, least_seconds, operations
-from resnet_dist.config import Phase, TrainConfig
+from resnet_dist.config.schema import Phase, TrainConfig
 from resnet_dist.data.index import ImageTable, PathTable
 from resnet_dist.data.loader import TrainBatches, TrainLoader, default_workers
 from resnet_dist.data.transforms import Batch
+from resnet_dist.files.run import RunFolder
 from resnet_dist.model.parts import cut, first_changing_stage
 from resnet_dist.model.resnet import empty
 from resnet_dist.model.trainable import set_trainable, train_mode
-from resnet_dist.provenance import forget_peak_memory, peak_memory
-from resnet_dist.run_folder import RunFolder
-from resnet_dist.stop import StopRequests
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.machine import forget_peak_memory, peak_memory
+from resnet_dist.runtime.signals import StopRequests
 from resnet_dist.train.compile import compiled
 from resnet_dist.train.job import Blueprint, Job, build_job, draw
 from resnet_dist.train.loop import Learner, begin_phase, end_phase, train_one_epoch, train_step

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from resnet_dist.model.batch_norm import BatchNorm
 from resnet_dist.model.head import ConcatPool
-from resnet_dist.model.trainable import BatchNorm
 
 _INDEX_BYTES = 8  # max pooling keeps int64 places
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from export.predict import ImageError, opened
-from resnet_dist import launcher
 from resnet_dist.data.decode import Reader, jpeg_scale
 from resnet_dist.errors import MachineError
+from resnet_dist.runtime import environment as launcher
 
 # What an entry says of its image. height 0: there is none yet. checksum: of the fields before it and of the pixels.
 RECORD = np.dtype(

@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image
 
 from export.predict import ORIENTATION, ROOM, ImageError, Preprocessing, file_of, loaded, memory_of, opened
-from resnet_dist import launcher
-from resnet_dist.config import DataConfig
+from resnet_dist.config.schema import DataConfig
 from resnet_dist.data.index import ImageIndex, ImageTable, PathTable
 from resnet_dist.data.same_file import as_identities, is_same, of_one_file
 from resnet_dist.errors import DataError, MachineError
-from resnet_dist.run_folder import write_atomically
-from resnet_dist.wording import listed
+from resnet_dist.files.run import write_atomically
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.wording import listed
 
 AT_ONCE = 4096  # files that are being looked at
 TINY = 32  # pixels of the short side below which an image is called tiny

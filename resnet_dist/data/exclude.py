@@ -9,8 +9,8 @@ from resnet_dist.data.manifest import Row
 from resnet_dist.data.same_file import Places
 from resnet_dist.data.table import OTHER_DELIMITERS, read_table
 from resnet_dist.errors import DataError
-from resnet_dist.reading import read_bounded
-from resnet_dist.wording import listed
+from resnet_dist.files.reading import read_bounded
+from resnet_dist.runtime.wording import listed
 
 MAX_LIST_BYTES = 1 << 28
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from export.predict import EXTENSIONS, entries_of, ignored_text, images_below, is_folder
-from resnet_dist.config import DataConfig
+from resnet_dist.config.schema import DataConfig
 from resnet_dist.data.exclude import leave_out
 from resnet_dist.data.manifest import SPLIT_NAMES, Row, appearance, lookalikes, read_manifest, stripped
 from resnet_dist.data.same_file import refuse_links
 from resnet_dist.data.split import assign, groups_note
 from resnet_dist.errors import DataError, UsageError
-from resnet_dist.run_folder import read_facts, to_csv, write_atomically
-from resnet_dist.wording import listed
+from resnet_dist.files.run import read_facts, to_csv, write_atomically
+from resnet_dist.runtime.wording import listed
 
 
 class PathTable:

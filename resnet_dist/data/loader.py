@@ -13,13 +13,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from export.predict import Preprocessing
-from resnet_dist import launcher
-from resnet_dist.config import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.decode import Reader
 from resnet_dist.data.index import ImageTable
 from resnet_dist.data.transforms import Batch, augment, mix_of_pair, sample_key, starts_fitted, training_pixels
-from resnet_dist.errors import DataError, MachineError, UsageError
-from resnet_dist.stop import shield_loader
+from resnet_dist.errors import DataError, UsageError
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.faults import lost_loader
+from resnet_dist.runtime.signals import shield_loader
 
 Read = Callable[[int], np.ndarray]  # the decoded image at a position, uint8 (H, W, 3)
 _loaders: "weakref.WeakSet[DataLoader[Batch]]" = weakref.WeakSet()  # with whatever processes they have
@@ -245,14 +246,6 @@ def close_loaders() -> None:
         if loader.num_workers and batches is not None:
             batches._shutdown_workers()
             loader._iterator = None
-
-
-def lost_loader(error: RuntimeError) -> MachineError | None:
-    """What an error of torch means if it is about a loader process that ended; it can strike between any two lines."""
-    if "DataLoader worker" not in str(error):
-        return None
-    reason = str(error).partition("\n")[0]
-    return MachineError(f"a loader process ended ({reason}); if memory ran out, lower --workers")
 
 
 def _as_it_is(batch: Any) -> Any:

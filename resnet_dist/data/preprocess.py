@@ -1,7 +1,7 @@
 """The preprocessing of a run: that of its weights, with what the config changes."""
 
 from export.predict import Preprocessing
-from resnet_dist.config import PreprocessConfig
+from resnet_dist.config.schema import PreprocessConfig
 from resnet_dist.errors import UsageError
 
 

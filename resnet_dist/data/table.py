@@ -5,7 +5,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from resnet_dist.errors import DataError
-from resnet_dist.wording import listed, shortened
+from resnet_dist.runtime.wording import listed, shortened
 
 OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import resize_image
 
 from export.predict import Preprocessing
-from resnet_dist.config import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 
 _MASK = (1 << 64) - 1
 IMAGENET = Preprocessing()

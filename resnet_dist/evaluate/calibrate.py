@@ -12,10 +12,10 @@ from resnet_dist.errors import ArtifactError, DataError
 from resnet_dist.evaluate.intervals import wilson
 from resnet_dist.evaluate.records import Records
 from resnet_dist.evaluate.thresholds import CONFIDENCE, Threshold, abstained, fewest, thresholds
+from resnet_dist.files.outputs import json_with
+from resnet_dist.files.reading import parse_json, read_bounded
+from resnet_dist.files.run import to_json, write_atomically
 from resnet_dist.model.weights import sha256_of
-from resnet_dist.outputs import json_with
-from resnet_dist.reading import parse_json, read_bounded
-from resnet_dist.run_folder import to_json, write_atomically
 
 BINS = 15
 FOLDS = 5  # of cross-fitting

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from resnet_dist.config import STAGES, Phase
+from resnet_dist.config.schema import STAGES, Phase
 from resnet_dist.model.resnet import stage_of
 from resnet_dist.model.trainable import select, updating_batch_norms
 

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from resnet_dist.config import ARCHITECTURES, ModelConfig
+from resnet_dist.config.schema import ARCHITECTURES, ModelConfig
 from resnet_dist.model.head import ConcatPool, LinearHead, deep_head, mlp
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from resnet_dist.header import best_of
+from resnet_dist.files.header import best_of
 from resnet_dist.model.weights import NAMES
 
 

@@ -1,23 +1,14 @@
 """What learns: two axes, the parameters that take gradients and the BatchNorm statistics that update."""
 
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from resnet_dist.config import STAGES, Phase
+from resnet_dist.config.schema import STAGES, Phase
 from resnet_dist.errors import UsageError
+from resnet_dist.model.batch_norm import BatchNorm, backbone_batch_norms
 from resnet_dist.model.resnet import stage_of
-
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm
-
-
-def backbone_batch_norms(model: nn.Module) -> Iterator[tuple[str, BatchNorm]]:
-    """The BatchNorm layers of the backbone, by name. Those of a head are part of the head: new, they always learn."""
-    for name, module in model.named_modules():
-        if isinstance(module, BatchNorm) and stage_of(name) != "head":
-            yield name, module
 
 
 def select(model: nn.Module, text: str) -> list[str]:

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from export.predict import Preprocessing
-from resnet_dist.config import ARCHITECTURES, ModelConfig
+from resnet_dist.config.schema import ARCHITECTURES, ModelConfig
 from resnet_dist.errors import ArtifactError, MachineError, UsageError
-from resnet_dist.header import description_in
+from resnet_dist.files.header import description_in
 from resnet_dist.model.resnet import Architecture, empty, stage_of
 
 MAX_WEIGHTS = 1 << 32  # bytes; a resnet152 with an optimizer's state beside it has a quarter of that

@@ -9,12 +9,12 @@ from typing import Any
 
 from export.predict import Preprocessing
 from resnet_dist.errors import ArtifactError
-from resnet_dist.header import best_of, description_in
+from resnet_dist.files.header import best_of, description_in
+from resnet_dist.files.run import read_facts
 from resnet_dist.model.resnet import Architecture
 from resnet_dist.model.start import StartingPoint
-from resnet_dist.run_folder import read_facts
+from resnet_dist.runtime.wording import printable
 from resnet_dist.train.checkpoint import Description
-from resnet_dist.wording import printable
 
 SHOWN_CLASSES = 50
 

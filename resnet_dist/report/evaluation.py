@@ -15,9 +15,9 @@ from resnet_dist.errors import MachineError
 from resnet_dist.evaluate.calibrate import reliability
 from resnet_dist.evaluate.metrics import Measured, confused_pairs, confusion, measured, per_class
 from resnet_dist.evaluate.records import Records
-from resnet_dist.outputs import Kind, json_with
-from resnet_dist.run_folder import to_csv, to_json, write_atomically
-from resnet_dist.wording import shortened
+from resnet_dist.files.outputs import Kind, json_with
+from resnet_dist.files.run import to_csv, to_json, write_atomically
+from resnet_dist.runtime.wording import shortened
 
 EVALUATION = Kind("an evaluation", "metrics.json", json_with("images", "top1", "loss", "intervals"))
 GRID = 16

@@ -10,10 +10,10 @@ from matplotlib import colormaps
 from PIL import Image
 
 from resnet_dist.errors import MachineError
-from resnet_dist.outputs import Kind, make_folder, table_with
+from resnet_dist.files.outputs import Kind, make_folder, table_with
+from resnet_dist.files.run import to_csv, write_atomically
 from resnet_dist.report import plots
-from resnet_dist.run_folder import to_csv, write_atomically
-from resnet_dist.wording import shortened
+from resnet_dist.runtime.wording import shortened
 
 ON_SHEET = 24
 COLUMNS = ("file", "path", "target", "prediction", "probability", "explained")

@@ -12,7 +12,7 @@ import numpy as np
 
 from resnet_dist.errors import ArtifactError
 from resnet_dist.evaluate.records import Records
-from resnet_dist.run_folder import read_facts
+from resnet_dist.files.run import read_facts
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import nn
 
 from export.predict import Preprocessing
 from resnet_dist.data.check import Finding, report_on, summary
+from resnet_dist.files.run import write_atomically
 from resnet_dist.report.on_disk import Evaluation
 from resnet_dist.report.overlays import grad_cam_overlays
 from resnet_dist.report.page_content import evaluation_content
-from resnet_dist.run_folder import write_atomically
-from resnet_dist.wording import printable
+from resnet_dist.runtime.wording import printable
 
 SCRIPTS = ("dom.js", "charts.js", "matrix.js", "gallery.js", "page.js")  # in this order, one after the other
 

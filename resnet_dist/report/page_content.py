@@ -15,9 +15,9 @@ from resnet_dist.errors import ArtifactError
 from resnet_dist.evaluate import label_errors
 from resnet_dist.evaluate.metrics import confusion, per_class
 from resnet_dist.evaluate.records import Records
+from resnet_dist.files.run import read_facts
 from resnet_dist.report.on_disk import Evaluation, read_csv, read_json, read_text, understood
 from resnet_dist.report.pictures import thumbnails
-from resnet_dist.run_folder import read_facts
 
 MOST_LISTED = 20_000  # evaluated images that the page lists; the worst ones where there are more
 MOST_JUDGED = 500  # labels of each ranking that the page shows

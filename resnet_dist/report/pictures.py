@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from export.predict import ImageError, decode
-from resnet_dist import launcher
+from resnet_dist.runtime import environment as launcher
 
 SIDE = 128  # pixels of the long side
 ROOM = 9_000_000  # characters of all pictures of a page together

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from resnet_dist.evaluate.calibrate import BINS, Reliability
-from resnet_dist.run_folder import write_atomically
-from resnet_dist.wording import shortened
+from resnet_dist.files.run import write_atomically
+from resnet_dist.runtime.wording import shortened
 
 GREEN, RED = "#1a7f37", "#cf222e"
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from resnet_dist import launcher
-from resnet_dist.config import TrainConfig
+from resnet_dist.config.schema import TrainConfig
 from resnet_dist.data.loader import TrainImages
-from resnet_dist.distributed import on_main
 from resnet_dist.errors import DataError
 from resnet_dist.model.resnet import build
 from resnet_dist.model.trainable import set_trainable, train_mode
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.accelerate import on_main
 from resnet_dist.train.job import Blueprint
 
 SECONDS = 2.0  # for each thing that is tried: ten in all at most, with what it takes to begin

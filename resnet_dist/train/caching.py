@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from resnet_dist.config import TrainConfig
+from resnet_dist.config.schema import TrainConfig
 from resnet_dist.data.cache import ImageCache, bytes_needed, choose_tier, default_folder, disk_file, shares
 from resnet_dist.data.loader import DeviceImages, EvalImages, Samples, TrainImages
-from resnet_dist.distributed import on_main
 from resnet_dist.errors import MachineError
-from resnet_dist.faults import memory_for
+from resnet_dist.runtime.accelerate import on_main
+from resnet_dist.runtime.faults import memory_for
 
 
 def cache_images(accelerator: Accelerator, cfg: TrainConfig, samples: Sequence[TrainImages | EvalImages]) -> str:

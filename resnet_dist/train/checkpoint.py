@@ -13,10 +13,10 @@ from torch import nn
 from export.predict import Preprocessing, canonical_json
 from resnet_dist import __version__
 from resnet_dist.errors import ArtifactError
-from resnet_dist.header import METADATA_KEY, description_in
+from resnet_dist.files.header import METADATA_KEY, description_in
+from resnet_dist.files.run import FORMAT_VERSION, write_atomically
 from resnet_dist.model.resnet import Architecture, build, empty
 from resnet_dist.model.weights import load_backbone
-from resnet_dist.run_folder import FORMAT_VERSION, write_atomically
 
 MAX_CLASSES, MAX_NAME = 100_000, 1024  # the predictor's limits too
 

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 
 from resnet_dist.model.resnet import empty
 from resnet_dist.model.trainable import select
-from resnet_dist.provenance import made_with, peak_memory
+from resnet_dist.runtime.machine import made_with, peak_memory
 from resnet_dist.train.job import Blueprint
 
 

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from resnet_dist import launcher
-from resnet_dist.config import Phase
+from resnet_dist.config.schema import Phase
 from resnet_dist.data.index import ImageTable
 from resnet_dist.data.loader import EvalImages, EvalLoader, Key, TrainImages, TrainLoader
 from resnet_dist.data.transforms import Batch, sample_key
-from resnet_dist.distributed import on_main
 from resnet_dist.errors import DataError
-from resnet_dist.faults import memory_for
 from resnet_dist.model.parts import cut, first_changing_stage
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.accelerate import on_main
+from resnet_dist.runtime.faults import memory_for
 from resnet_dist.train.job import Job, eval_loader
 
 Input = Callable[[Batch], torch.Tensor]  # what a network, or its rest, takes of a batch

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from export.predict import Preprocessing
-from resnet_dist import launcher
-from resnet_dist.config import TrainConfig
+from resnet_dist.config.schema import TrainConfig
+from resnet_dist.config.stored import portable
 from resnet_dist.data.check import Finding, usable
 from resnet_dist.data.index import ImageIndex, read_index
 from resnet_dist.data.loader import (
@@ -26,16 +26,17 @@ from resnet_dist.data.loader import (
 )
 from resnet_dist.data.preprocess import preprocessing
 from resnet_dist.data.transforms import ToInput, stream_seed
-from resnet_dist.distributed import choose_sync_bn, on_main, share_weights
 from resnet_dist.errors import UsageError
-from resnet_dist.header import random_stream_of
+from resnet_dist.files.header import random_stream_of
+from resnet_dist.files.run import RunFolder
 from resnet_dist.model import weights
+from resnet_dist.model.batch_norm import choose_sync_bn
 from resnet_dist.model.resnet import Architecture, build, empty
 from resnet_dist.model.start import StartingPoint
 from resnet_dist.model.trainable import batch_norm_of_one_value, updating_batch_norms
-from resnet_dist.run_folder import RunFolder
-from resnet_dist.stop import StopRequests
-from resnet_dist.stored import portable
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.accelerate import on_main, share_weights
+from resnet_dist.runtime.signals import StopRequests
 from resnet_dist.train.caching import cache_images, on_device
 from resnet_dist.train.checkpoint import Description, start_from
 from resnet_dist.train.ema import Ema

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_dist.config import BEST_METRICS, Phase
+from resnet_dist.config.schema import BEST_METRICS, Phase
 from resnet_dist.data.loader import EvalLoader
 from resnet_dist.data.transforms import Batch
-from resnet_dist.distributed import averaged_statistics, check_in_step, on_main, read_values, share_statistics, wrap
 from resnet_dist.errors import NonFiniteError, Preempted
 from resnet_dist.evaluate.metrics import headline
 from resnet_dist.evaluate.records import evaluate
+from resnet_dist.model.batch_norm import averaged_statistics, share_statistics
 from resnet_dist.model.head import set_sample_keys
 from resnet_dist.model.trainable import set_trainable, train_mode
-from resnet_dist.stop import StopRequested
+from resnet_dist.runtime.accelerate import check_in_step, on_main, read_values, wrap
+from resnet_dist.runtime.signals import StopRequested
 from resnet_dist.train.checkpoint import save_best
 from resnet_dist.train.compile import compiled, pays
 from resnet_dist.train.features import Input, Source, source

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from resnet_dist.config import LossConfig
+from resnet_dist.config.schema import LossConfig
+from resnet_dist.config.stored import read_toml
 from resnet_dist.data.transforms import Batch
 from resnet_dist.errors import DataError
-from resnet_dist.stored import read_toml
 
 
 class Loss:

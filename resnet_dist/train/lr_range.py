@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from resnet_dist.config import OptimConfig, Phase
+from resnet_dist.config.schema import OptimConfig, Phase
 from resnet_dist.data.transforms import Batch
 from resnet_dist.errors import NonFiniteError
 from resnet_dist.model.trainable import train_mode

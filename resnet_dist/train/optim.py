@@ -7,7 +7,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from resnet_dist.config import STAGES, OptimConfig, Phase
+from resnet_dist.config.schema import STAGES, OptimConfig, Phase
 from resnet_dist.model.resnet import stage_of
 
 # By optimizer: (only a head and BatchNorm learn, pretrained weights are fine-tuned, from scratch). SGD's are those of

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from resnet_dist.config import OptimConfig, Phase, TrainConfig
+from resnet_dist.config.schema import OptimConfig, Phase, TrainConfig
+from resnet_dist.model.batch_norm import backbone_batch_norms
 from resnet_dist.model.resnet import stage_of
 from resnet_dist.model.start import StartingPoint
-from resnet_dist.model.trainable import backbone_batch_norms, select, updating_batch_norms
+from resnet_dist.model.trainable import select, updating_batch_norms
 from resnet_dist.train.optim import DEFAULT_MOMENTUM, DEFAULT_WEIGHT_DECAY, default_lr, stage_rates
 
 

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from resnet_dist.run_folder import append
-from resnet_dist.wording import printable
+from resnet_dist.files.run import append
+from resnet_dist.runtime.wording import printable
 
 
 class Display:

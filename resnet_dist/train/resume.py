@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from resnet_dist.config import TrainConfig
-from resnet_dist.distributed import check_in_step, on_main, running_statistics, share_tensors
+from resnet_dist.config.schema import TrainConfig
+from resnet_dist.config.stored import PATHS, kept
 from resnet_dist.errors import UsageError
-from resnet_dist.run_folder import RunFolder
-from resnet_dist.stored import PATHS, kept
+from resnet_dist.files.run import RunFolder
+from resnet_dist.model.batch_norm import running_statistics
+from resnet_dist.runtime.accelerate import check_in_step, on_main, share_tensors
 from resnet_dist.train.job import Job
 from resnet_dist.train.schedule import Schedule
 from resnet_dist.train.state import (

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from resnet_dist.config import ScheduleConfig
+from resnet_dist.config.schema import ScheduleConfig
 
 ONECYCLE_START, ONECYCLE_FIRST, ONECYCLE_LAST = 0.3, 1 / 25, 1 / 25e4  # torch's OneCycleLR defaults
 

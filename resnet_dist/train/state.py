@@ -18,8 +18,8 @@ from safetensors.torch import load, save
 from torch import nn
 
 from resnet_dist.errors import ArtifactError, MachineError
-from resnet_dist.reading import parse_json, read_bounded
-from resnet_dist.run_folder import MANIFEST, STATE_NAME, is_written, sync_folder, to_json
+from resnet_dist.files.reading import parse_json, read_bounded
+from resnet_dist.files.run import MANIFEST, STATE_NAME, is_written, sync_folder, to_json
 
 MAX_FACTS, MAX_STATE = 1 << 24, 1 << 34  # bytes
 TENSORS, FACTS = "state.safetensors", "state.json"

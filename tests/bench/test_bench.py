@@ -13,7 +13,7 @@ from resnet_dist.bench.report import lines, notes, verdict
 from resnet_dist.bench.synthetic import DIFFERENT, photographs
 from resnet_dist.bench.timing import Plan
 from resnet_dist.bench.training import enough_steps
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from resnet_dist.data.loader import DeviceImages, TrainLoader
 from tests.conftest import TINY
 from tests.train.helpers import config_of, job_of

@@ -13,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_dist.bench.ladder import GROUND, LEVERS
 from resnet_dist.bench.timing import Plan
 from resnet_dist.bench.training import begin, communication
-from resnet_dist.cli import main
-from resnet_dist.options import parse
+from resnet_dist.cli import bench, bench_scaling
+from resnet_dist.cli.main import main
+from resnet_dist.config.options import parse
 from resnet_dist.train.loop import train_step
-from resnet_dist.verbs import bench, bench_scaling
 from tests.conftest import TINY
 from tests.train.helpers import job_of
 

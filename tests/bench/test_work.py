@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_dist.bench.work import Operation, bytes_moved, flops, least_seconds, operations
-from resnet_dist.config import STAGES, Phase
+from resnet_dist.config.schema import STAGES, Phase
 from resnet_dist.model.parts import cut
 from resnet_dist.model.resnet import Architecture, build, empty
 from resnet_dist.model.trainable import set_trainable, train_mode

@@ -19,14 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from export.predict import Preprocessing
-from resnet_dist import launcher
-from resnet_dist.cli import main
-from resnet_dist.config import AugmentConfig
+from resnet_dist.cli.main import main
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.cache import RECORD, START, ImageCache, bytes_needed, choose_tier, disk_file, shares
 from resnet_dist.data.decode import Reader, load_image
 from resnet_dist.data.index import ImageTable, PathTable
 from resnet_dist.data.loader import DeviceImages, EvalImages, EvalLoader, Share, TrainBatches, TrainImages, TrainLoader
 from resnet_dist.errors import DataError, MachineError
+from resnet_dist.runtime import environment as launcher
 from tests.conftest import TINY, make_folder, write_image
 from tests.data.test_loader import assert_equal_batches
 from tests.distributed.test_program import ACCELERATE, program

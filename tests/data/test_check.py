@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_dist.cli import main
-from resnet_dist.config import DataConfig
+from resnet_dist.cli.main import main
+from resnet_dist.config.schema import DataConfig
 from resnet_dist.data.check import Cache, Report, look_at_all, near_pairs, report_on
 from resnet_dist.data.index import read_index
 from tests.conftest import TINY, make_folder, write_image

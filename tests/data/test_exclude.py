@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from resnet_dist.cli import main
-from resnet_dist.config import DataConfig
+from resnet_dist.cli.main import main
+from resnet_dist.config.schema import DataConfig
 from resnet_dist.data.index import ImageIndex, read_index
 from resnet_dist.errors import DataError
 from tests.conftest import TINY, make_folder

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
-from resnet_dist.config import DataConfig
+from resnet_dist.config.schema import DataConfig
 from resnet_dist.data.index import (
     ImageIndex,
     ImageTable,

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from export.predict import Preprocessing, decode, fit
-from resnet_dist.config import AugmentConfig, DataConfig
+from resnet_dist.config.schema import AugmentConfig, DataConfig
 from resnet_dist.data.decode import load_image
 from resnet_dist.data.index import ImageTable, PathTable, read_index
 from resnet_dist.data.loader import (

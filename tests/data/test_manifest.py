@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from resnet_dist.cli import main
-from resnet_dist.config import DataConfig
+from resnet_dist.cli.main import main
+from resnet_dist.config.schema import DataConfig
 from resnet_dist.data import check
 from resnet_dist.data.check import refuse_one_file_twice, usable
 from resnet_dist.data.exclude import read_paths

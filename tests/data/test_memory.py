@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from export.predict import Preprocessing
-from resnet_dist.config import AugmentConfig, DataConfig
+from resnet_dist.config.schema import AugmentConfig, DataConfig
 from resnet_dist.data.index import ImageTable, PathTable, read_index
 from resnet_dist.data.loader import Share, TrainBatches, TrainImages, TrainLoader
 from tests.conftest import write_image

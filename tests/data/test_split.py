@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_dist.cli import main
-from resnet_dist.config import DataConfig
+from resnet_dist.cli.main import main
+from resnet_dist.config.schema import DataConfig
 from resnet_dist.data.index import ImageIndex, read_index
 from resnet_dist.data.split import assign
 from resnet_dist.errors import DataError

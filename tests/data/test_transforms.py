@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from export.predict import Preprocessing, fit, normalise
-from resnet_dist.config import AugmentConfig
+from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.transforms import (
     Batch,
     ToInput,

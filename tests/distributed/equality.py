@@ -16,10 +16,11 @@ import resnet_dist.train.loop as loop
 from resnet_dist.data.index import ImageTable, PathTable
 from resnet_dist.data.loader import EvalImages, EvalLoader
 from resnet_dist.data.transforms import ToInput
-from resnet_dist.distributed import averaged_statistics, check_in_step, running_statistics, start
 from resnet_dist.errors import MachineError
 from resnet_dist.evaluate.records import evaluate
+from resnet_dist.model.batch_norm import averaged_statistics, running_statistics
 from resnet_dist.model.head import dropout_mask
+from resnet_dist.runtime.accelerate import check_in_step, start
 from resnet_dist.train.job import Job
 from tests.conftest import TINY
 from tests.distributed.launch import finish

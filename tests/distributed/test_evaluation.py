@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from tests.conftest import TINY, make_folder
 
 

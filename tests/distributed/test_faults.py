@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_dist import distributed
-from resnet_dist.distributed import model_from_main, on_main
 from resnet_dist.errors import DataError, MachineError, ResnetDistError
-from resnet_dist.faults import finding_each_other, is_out_of_memory, machine_errors, memory_for
+from resnet_dist.runtime import accelerate as distributed
+from resnet_dist.runtime.accelerate import model_from_main, on_main
+from resnet_dist.runtime.faults import finding_each_other, is_out_of_memory, machine_errors, memory_for
 
 NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),

@@ -122,8 +122,8 @@ def test_a_process_that_is_killed_while_it_starts(seconds: float, folder: Path, 
 PEER = """
 import os, signal, sys, time
 import torch
-from resnet_dist.distributed import wait_until
-from resnet_dist.stop import StopRequests
+from resnet_dist.runtime.accelerate import wait_until
+from resnet_dist.runtime.signals import StopRequests
 rank = int(os.environ["RANK"])
 torch.distributed.init_process_group("gloo")
 stop = StopRequests()
@@ -163,7 +163,8 @@ def test_the_end_of_another_process_is_noticed_while_a_device_works() -> None:
 
 STUCK = """
 import ctypes, os, signal, sys, threading
-from resnet_dist import launcher, stop
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime import signals as stop
 launcher._parent_is_python = lambda: True
 stop.end_with_launcher()
 stop.SECONDS_TO_LEAVE = stop.SECONDS_TO_SAVE = 0.5
@@ -211,7 +212,8 @@ def test_a_process_that_cannot_react_ends_with_its_launcher(state: str) -> None:
 
 ORPHAN = """
 import os, sys, time
-from resnet_dist import launcher, stop
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime import signals as stop
 while os.getppid() == int(sys.argv[2]):
     time.sleep(0.01)
 if launcher._parent_is_python():

@@ -13,11 +13,12 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 
-from resnet_dist import launcher
-from resnet_dist.cli import main
-from resnet_dist.config import SystemConfig
-from resnet_dist.distributed import check_launch, choose_precision, choose_sync_bn, choose_threads, start
+from resnet_dist.cli.main import main
+from resnet_dist.config.schema import SystemConfig
 from resnet_dist.errors import UsageError
+from resnet_dist.model.batch_norm import choose_sync_bn
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.accelerate import check_launch, choose_precision, choose_threads, start
 from tests.conftest import TINY, WITH_REPORT
 
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
@@ -139,8 +140,8 @@ def test_threads(
 
 FAULTS = """
 import resource, sys, torch
-from resnet_dist.config import SystemConfig
-from resnet_dist.distributed import start
+from resnet_dist.config.schema import SystemConfig
+from resnet_dist.runtime.accelerate import start
 
 def pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -222,7 +223,7 @@ def test_doctor_proves_equality(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_doctor_notices_a_difference(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A self-test whose two runs have different rates says so and fails."""
-    from resnet_dist.verbs import doctor
+    from resnet_dist.cli import doctor
 
     def fake(folder: Path, run: Path, processes: int) -> None:
         run.mkdir()

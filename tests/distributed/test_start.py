@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_dist import distributed, launcher
-from resnet_dist.cli import main
-from resnet_dist.config import SystemConfig
-from resnet_dist.distributed import check_gpus, launch_warnings, start
+from resnet_dist.cli.main import main
+from resnet_dist.config.schema import SystemConfig
 from resnet_dist.errors import MachineError, UsageError
+from resnet_dist.runtime import accelerate as distributed
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.accelerate import check_gpus, launch_warnings, start
 from tests.conftest import TINY
 
 WHOLE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from resnet_dist.evaluate.explain import METHODS, class_activation, explain, grad_cam, scaled
 from resnet_dist.report.explanations import overlay
 

@@ -16,8 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
-from resnet_dist.cli import main
-from resnet_dist.config import ModelConfig
+from resnet_dist.cli.main import main
+from resnet_dist.config.schema import ModelConfig
 from resnet_dist.evaluate import label_errors
 from resnet_dist.model.resnet import Architecture, build
 from resnet_dist.report.on_disk import read_run_evaluation
@@ -223,8 +223,8 @@ def test_misplaced_images_come_first(run: Path, weights: Path, capsys: pytest.Ca
 
 def test_a_weak_judge_accuses_nobody(run: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of labels that the pictures say nothing about: in the file, on the terminal and on the page."""
+    from resnet_dist.cli.label_errors import Config, judge
     from resnet_dist.data.index import read_run_part
-    from resnet_dist.verbs.label_errors import Config, judge
 
     table = read_run_part(run, "train", ("cat", "dog"))
     noise = np.random.default_rng(0).normal(size=(60, 16)).astype(np.float32)

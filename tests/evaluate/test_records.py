@@ -11,12 +11,12 @@ from torch import nn
 from torchvision import transforms
 
 from export.predict import Preprocessing
-from resnet_dist.config import DataConfig, SystemConfig
+from resnet_dist.config.schema import DataConfig, SystemConfig
 from resnet_dist.data.index import ImageIndex, read_index
 from resnet_dist.data.loader import EvalImages, EvalLoader
 from resnet_dist.data.transforms import ToInput
-from resnet_dist.distributed import start
 from resnet_dist.evaluate.records import Records, _in_order, evaluate
+from resnet_dist.runtime.accelerate import start
 
 SPEC = Preprocessing(img_size=16, resize=18)
 

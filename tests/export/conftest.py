@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from tests.conftest import TINY, make_folder
 
 INT8 = ["--int8", "--min-agreement", "80"]  # 18 of 18 images show 82.4 %

@@ -19,7 +19,7 @@ from torchvision.models import resnet18
 
 from export.predict import ModelError, Predictor
 from export.predict import main as predict
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from resnet_dist.model.weights import sha256_of
 from resnet_dist.train.checkpoint import load_checkpoint
 from tests.conftest import CLASSES, TINY, make_folder

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from export.predict import Predictor
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from resnet_dist.train.checkpoint import load_checkpoint
 from tests.conftest import CLASSES, make_folder
 from tests.export.conftest import INT8

@@ -19,7 +19,7 @@ import onnxruntime
 import pytest
 
 from export.predict import Predictor
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from tests.conftest import CLASSES, write_image
 
 pytestmark = pytest.mark.matrix

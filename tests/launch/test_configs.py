@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from tests.launch.helpers import (
     LAUNCH,
     Command,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from resnet_dist.config import ARCHITECTURES, ModelConfig, Phase
+from resnet_dist.config.schema import ARCHITECTURES, ModelConfig, Phase
 from resnet_dist.model.parts import cut, first_changing_stage
 from resnet_dist.model.resnet import Architecture, build, empty, stage_of
 from resnet_dist.model.trainable import set_trainable, train_mode

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from resnet_dist.config import ARCHITECTURES, STAGES, ModelConfig
+from resnet_dist.config.schema import ARCHITECTURES, STAGES, ModelConfig
 from resnet_dist.model.resnet import Architecture, build, empty, stage_of
 
 CLASSES = 7

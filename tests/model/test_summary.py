@@ -9,8 +9,8 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_dist.cli import main
-from resnet_dist.config import ARCHITECTURES, ModelConfig
+from resnet_dist.cli.main import main
+from resnet_dist.config.schema import ARCHITECTURES, ModelConfig
 from resnet_dist.model.resnet import Architecture, build, empty
 from resnet_dist.model.summary import Layer, summarise
 

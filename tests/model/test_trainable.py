@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnet_dist.config import STAGES, ModelConfig, Phase, TrainConfig
+from resnet_dist.config.options import build as build_config
+from resnet_dist.config.recipes import layers
+from resnet_dist.config.schema import STAGES, ModelConfig, Phase, TrainConfig
 from resnet_dist.errors import UsageError
 from resnet_dist.model.resnet import Architecture, build, empty
 from resnet_dist.model.trainable import (
@@ -19,8 +21,6 @@ from resnet_dist.model.trainable import (
     train_mode,
     updating_batch_norms,
 )
-from resnet_dist.options import build as build_config
-from resnet_dist.recipes import layers
 
 PREFIXES = {"stem": ("conv1.", "bn1."), "head": ("fc.",)} | {f"layer{i}": (f"layer{i}.",) for i in range(1, 5)}
 Moved = Callable[[str], bool]

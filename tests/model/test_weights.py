@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from export.predict import Preprocessing, fit, normalise
-from resnet_dist.config import ARCHITECTURES, ModelConfig
+from resnet_dist.config.schema import ARCHITECTURES, ModelConfig
 from resnet_dist.errors import ArtifactError, MachineError, UsageError
 from resnet_dist.model import weights
 from resnet_dist.model.resnet import Architecture, build

@@ -9,9 +9,9 @@ from PIL import Image
 from resnet_dist.data.index import ImageTable, PathTable
 from resnet_dist.evaluate.metrics import headline
 from resnet_dist.evaluate.records import Records
+from resnet_dist.files.run import to_json
 from resnet_dist.report.evaluation import predictions_csv
 from resnet_dist.report.on_disk import Evaluation, read_evaluation
-from resnet_dist.run_folder import to_json
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', 'it\'s, "quoted" & @STYLE@ </style>')
 

@@ -17,12 +17,12 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
-from resnet_dist.config import DataConfig
+from resnet_dist.config.schema import DataConfig
 from resnet_dist.data.index import read_index
+from resnet_dist.files.run import to_csv, write_atomically
 from resnet_dist.report.on_disk import Evaluation
 from resnet_dist.report.page import write_page
 from resnet_dist.report.page_content import evaluation_content
-from resnet_dist.run_folder import to_csv, write_atomically
 from tests.conftest import CLASSES
 from tests.report.pages import HOSTILE, made_evaluation
 

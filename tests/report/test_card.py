@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 from export.predict import Preprocessing, decode, fit, normalise
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from resnet_dist.report.card import plain_text
 from resnet_dist.report.hub import crop_share, timm_config
 from resnet_dist.train.checkpoint import load_checkpoint

@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from export.predict import Preprocessing
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from resnet_dist.data.check import look, report_on, summary
 from resnet_dist.errors import ArtifactError
 from resnet_dist.report import page_content

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from resnet_dist.config import TrainConfig
-from resnet_dist.distributed import start
-from resnet_dist.options import parse
-from resnet_dist.recipes import layers
-from resnet_dist.run_folder import RunFolder
-from resnet_dist.stop import StopRequests
+from resnet_dist.config.options import parse
+from resnet_dist.config.recipes import layers
+from resnet_dist.config.schema import TrainConfig
+from resnet_dist.files.run import RunFolder
+from resnet_dist.runtime.accelerate import start
+from resnet_dist.runtime.signals import StopRequests
 from resnet_dist.train.job import Job, build_job, draw
 from resnet_dist.train.progress import Display
 

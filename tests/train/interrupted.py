@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import torch
 
 import resnet_dist.train.loop as loop
-from resnet_dist import launcher
 from resnet_dist.data.loader import Key, TrainImages
+from resnet_dist.runtime import environment as launcher
 from resnet_dist.train.losses import Loss
 
 # Where to interrupt: a function of the loop, and after how many calls of it. Three steps make an epoch, the first epoch
@@ -74,7 +74,7 @@ def poison() -> None:
 FAULTS = {"out of memory": out_of_memory, "nan": poison}
 
 if __name__ == "__main__":
-    from resnet_dist.cli import entry
+    from resnet_dist.cli.main import entry
 
     point, fault, rank = sys.argv[1:4]
     sys.argv[1:4] = []

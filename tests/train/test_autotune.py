@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_dist.cli import main
-from resnet_dist.distributed import start
+from resnet_dist.cli.main import main
+from resnet_dist.runtime.accelerate import start
 from resnet_dist.train import autotune as trial
 from resnet_dist.train.autotune import autotune, workers_for
 from resnet_dist.train.job import Blueprint, draw
@@ -33,7 +33,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
             tried.append(precision)
             now[0] += 4.0 if precision == slow else 1.0
 
-        monkeypatch.setattr("resnet_dist.launcher.cpu_flags", lambda: {"avx512_bf16"})
+        monkeypatch.setattr("resnet_dist.runtime.environment.cpu_flags", lambda: {"avx512_bf16"})
         monkeypatch.setattr(trial, "_step", step)
         monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: now[0]))
         return tried
@@ -73,7 +73,7 @@ def test_a_cpu_without_bf16_tries_nothing(
 ) -> None:
     """One emulated step can take longer than the training."""
     tried = trials("bf16")
-    monkeypatch.setattr("resnet_dist.launcher.cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr("resnet_dist.runtime.environment.cpu_flags", lambda: {"avx2"})
     accelerator, blueprint = drawn(folder, *OPEN, "--autotune")
     assert autotune(accelerator, blueprint) == (blueprint.cfg, []) and not tried
 
@@ -96,8 +96,8 @@ def test_typed_values_stay_and_the_random_state_too(folder: Path, monkeypatch: p
 
 
 def test_workers_follow_the_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resnet_dist.launcher.cores", lambda: 16)
-    monkeypatch.setattr("resnet_dist.launcher.local_world_size", lambda: 2)
+    monkeypatch.setattr("resnet_dist.runtime.environment.cores", lambda: 16)
+    monkeypatch.setattr("resnet_dist.runtime.environment.local_world_size", lambda: 2)
     assert workers_for(1000.0, 400.0)[0] == 3  # 2.5 times as fast, and a fifth more
     assert workers_for(100.0, 400.0)[0] == 1
     few, why = workers_for(9000.0, 400.0)

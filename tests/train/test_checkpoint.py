@@ -86,7 +86,7 @@ def test_file_mode_follows_umask(saved: Path, tmp_path: Path) -> None:
 
 
 def test_a_trained_checkpoint_carries_no_path(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from resnet_dist.stored import portable
+    from resnet_dist.config.stored import portable
     from tests.train.helpers import config_of
 
     weights = tmp_path / "secret-place" / "w.safetensors"

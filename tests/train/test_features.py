@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_dist.cli import main
-from resnet_dist.config import Phase
+from resnet_dist.cli.main import main
+from resnet_dist.config.schema import Phase
 from resnet_dist.evaluate.records import evaluate
 from resnet_dist.train.features import Features, source
 from resnet_dist.train.loop import train
@@ -123,7 +123,7 @@ def test_not_more_than_half_of_the_memory(folder: Path, tmp_path: Path, monkeypa
     job = job_of(tmp_path / "run", folder, *FROZEN, "--aug", "none")
     for room, expected in ((24 + 15, (True, True)), (24, (False, True)), (14, (False, False))):
         # 24 training and 15 validation images, 512 numbers of 4 bytes each
-        monkeypatch.setattr("resnet_dist.launcher.available_memory", lambda room=room: 2 * room * 512 * 4)
+        monkeypatch.setattr("resnet_dist.runtime.environment.available_memory", lambda room=room: 2 * room * 512 * 4)
         chosen = source(job, job.cfg.phase[0])
         assert (isinstance(chosen.train_input, Features), isinstance(chosen.val_input, Features)) == expected
 

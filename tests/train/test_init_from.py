@@ -10,19 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from resnet_dist.cli import main
-from resnet_dist.config import TrainConfig
-from resnet_dist.distributed import start
+from resnet_dist.cli import compare
+from resnet_dist.cli.main import main
+from resnet_dist.config.options import parse
+from resnet_dist.config.recipes import layers
+from resnet_dist.config.schema import TrainConfig
+from resnet_dist.config.stored import kept
 from resnet_dist.errors import UsageError
 from resnet_dist.model.start import StartingPoint
-from resnet_dist.options import parse
-from resnet_dist.recipes import layers
-from resnet_dist.stored import kept
+from resnet_dist.runtime.accelerate import start
 from resnet_dist.train.checkpoint import save_best, start_from
 from resnet_dist.train.job import Job
 from resnet_dist.train.resume import Resumed, changes
 from resnet_dist.train.state import Best, State
-from resnet_dist.verbs import compare
 from tests.conftest import TINY, make_folder
 from tests.train.helpers import config_of, job_of
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 
-from resnet_dist.config import LossConfig
+from resnet_dist.config.schema import LossConfig
 from resnet_dist.data.transforms import Batch
 from resnet_dist.errors import DataError
 from resnet_dist.train.losses import Loss, class_weights

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_dist.cli import main
-from resnet_dist.config import OptimConfig
+from resnet_dist.cli.main import main
+from resnet_dist.config.schema import OptimConfig
 from resnet_dist.train.loop import begin_phase, set_rates, train_step
 from resnet_dist.train.lr_range import RangeTest, longest_decrease, range_test, rising, steepest, typed, valley
 from resnet_dist.train.phases import scaled

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from resnet_dist.config import OptimConfig, Phase
+from resnet_dist.config.schema import OptimConfig, Phase
 from resnet_dist.model.resnet import Architecture, empty, stage_of
 from resnet_dist.model.trainable import set_trainable
 from resnet_dist.train import optim

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from resnet_dist.train.state import newest_state
 from tests.conftest import TINY
 from tests.launch.helpers import LAUNCH, Command
@@ -34,7 +34,7 @@ def launched(processes: int, *arguments: str | Path, module: str = "resnet_dist"
     start = LAUNCHED if processes == 2 else ["python", "-m"]
     process = Command([*start, module, *map(str, arguments)], environment).start()
     said = process.communicate(timeout=150)[0]
-    assert 'resnet_dist/cli.py", line' not in said, said  # a traceback of ours; the launcher has its own
+    assert 'resnet_dist/cli/main.py", line' not in said, said  # a traceback of ours; the launcher has its own
     return process.returncode
 
 

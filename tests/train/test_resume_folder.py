@@ -14,7 +14,7 @@ import pytest
 
 import resnet_dist.train.loop as loop
 import resnet_dist.train.resume as resume
-from resnet_dist.cli import main
+from resnet_dist.cli.main import main
 from resnet_dist.data.loader import epoch_order
 from resnet_dist.train.state import newest_state, read_newest_state, write_state
 from tests.conftest import TINY, small_disk
@@ -27,7 +27,7 @@ STEPWISE = [*TINY, "--epochs", "2", "--global-batch-size", "8", "--log-every", "
 LOCK = """
 import sys
 from pathlib import Path
-from resnet_dist.run_folder import RunFolder
+from resnet_dist.files.run import RunFolder
 RunFolder(Path(sys.argv[1])).lock()
 """
 

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from resnet_dist.cli import main
-from resnet_dist.recipes import layers
+from resnet_dist.cli.main import main
+from resnet_dist.config.recipes import layers
 from tests.conftest import CLASSES, TINY, WITH_REPORT
 
 LENGTH = ["--epochs", "2", "--batch-size", "8", "--lr", "0.02"]

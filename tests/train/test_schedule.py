@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler as torch_schedules
 
-from resnet_dist.config import Duration, ScheduleConfig
+from resnet_dist.config.schema import Duration, ScheduleConfig
 from resnet_dist.train.schedule import Schedule
 
 STEPS_PER_EPOCH, EPOCHS = 7, 6

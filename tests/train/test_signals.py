@@ -17,9 +17,9 @@ import pytest
 
 import resnet_dist.report.training as report
 import resnet_dist.train.job as job
-from resnet_dist import stop
-from resnet_dist.cli import main
-from resnet_dist.stop import StopRequested, stop_requests
+from resnet_dist.cli.main import main
+from resnet_dist.runtime import signals as stop
+from resnet_dist.runtime.signals import StopRequested, stop_requests
 from resnet_dist.train.state import read_newest_state
 from tests.conftest import TINY
 from tests.launch.helpers import Command, end, wait_for_epochs
@@ -231,7 +231,7 @@ def test_a_launched_process_that_trains_twice(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setattr(stop, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(stop.Watcher, "kept", None, raising=False)
-    monkeypatch.setattr("resnet_dist.launcher.has_launcher", lambda: True)
+    monkeypatch.setattr("resnet_dist.runtime.environment.has_launcher", lambda: True)
     monkeypatch.setenv("WORLD_SIZE", "1")
     try:
         with stop_requests() as first:
@@ -272,7 +272,7 @@ def test_told_in_a_dry_run(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 SECOND_SIGNAL = """
 import os, signal, time
-from resnet_dist.stop import stop_requests
+from resnet_dist.runtime.signals import stop_requests
 with stop_requests() as stop:
     stop.check()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -290,7 +290,7 @@ def test_second_signal_exits_at_once() -> None:
     assert (done.returncode, done.stdout) == (128 + SIGINT, f"{int(SIGTERM)}\n")
 
 
-AS_A_LIBRARY = "import gc, sys; gc.disable(); from resnet_dist.cli import main; sys.exit(main(sys.argv[1:]))"
+AS_A_LIBRARY = "import gc, sys; gc.disable(); from resnet_dist.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.mark.matrix

@@ -1,0 +1,165 @@
+"""`resnet-dist explain`: where in an image the evidence for a class is, for files or for a run's worst mistakes."""
+
+import csv
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from resnet_dist.config.fields import option, out_of_range
+from resnet_dist.config.schema import SystemConfig
+from resnet_dist.errors import ArtifactError, DataError, UsageError
+from resnet_dist.runtime.wording import listed, suggestion
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from resnet_dist.report.explanations import Explanation
+    from resnet_dist.train.checkpoint import Description
+
+BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Show where in images the network finds the evidence for a class: a picture for each image, and a sheet."""
+
+    run: str | None = option(None, positional=True)
+    """A run folder, or a checkpoint (.safetensors) that resnet-dist wrote."""
+    images: tuple[str, ...] = option((), positional=True)
+    """Image files, folders or patterns (default: the worst mistakes of the run's last evaluation)."""
+    method: Literal["gradcam", "occlusion", "integrated-gradients", "gradientshap"] = "gradcam"
+    """How evidence is found; all but gradcam need captum (pip install 'resnet-dist[explain]')."""
+    target: str | None = option(None, "--class")
+    """The class to look for the evidence of (default: the predicted one)."""
+    worst: int = 16
+    """So many mistakes, those with the largest loss, where no images are named."""
+    split: Literal["train", "val", "test"] = "val"
+    """Which evaluation the mistakes are of."""
+    threads: int | None = None
+    """CPU threads (default: all cores)."""
+    output_dir: str | None = option(None, "-o", "--output")
+    """Where to write (default: explain/<method> in the run folder)."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong here, one line each."""
+        is_file = Path(self.run or "").suffix == ".safetensors"
+        if self.run is None:
+            yield "RUN is missing: a run folder or a checkpoint"
+        if is_file and not self.images:
+            yield "IMAGES are missing: a checkpoint alone knows of no mistakes"
+        if is_file and self.output_dir is None:
+            yield "--output-dir is missing: a checkpoint alone has no run folder to write to"
+        yield from out_of_range(self, 1, math.inf, "worst", "threads")
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image to explain: its file, and its label or ""."""
+
+    file: str
+    target: str = ""
+
+
+def main(cfg: Config) -> int:
+    """Explain and write. Returns the exit code."""
+    from resnet_dist.runtime.accelerate import on_main, start
+
+    accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
+    done = on_main(accelerator, lambda: explain_all(cfg, accelerator.device))
+    if accelerator.is_main_process:
+        print(done)
+    return 0
+
+
+def explain_all(cfg: Config, device: "torch.device") -> str:
+    """Do it, on this process; says where the pictures are. Raises ResnetDistError."""
+    from resnet_dist.files.outputs import check_folder, inside
+    from resnet_dist.report.explanations import EXPLANATIONS, write_explanations
+    from resnet_dist.train.checkpoint import load_checkpoint
+
+    run = Path(cfg.run or "")
+    checkpoint = run if run.is_file() or run.suffix == ".safetensors" else run / "checkpoints" / "best.safetensors"
+    folder = Path(cfg.output_dir) if cfg.output_dir else inside(run, "explain", cfg.method)
+    check_folder(folder, EXPLANATIONS)
+    model, description = load_checkpoint(checkpoint)
+    if cfg.target is not None and cfg.target not in description.classes:
+        near = suggestion(cfg.target, description.classes) or f": there are {listed(description.classes)}"
+        raise UsageError(f"--target: there is no class '{cfg.target}'{near}")
+    items = named_images(cfg) if cfg.images else worst_mistakes(cfg, run)
+    model.to(device)
+    found = [
+        explanation
+        for start in range(0, len(items), BATCH)
+        for explanation in explain_batch(cfg, items[start : start + BATCH], model, description, device)
+    ]
+    write_explanations(folder, found)
+    images = "1 image" if len(found) == 1 else f"{len(found)} images"
+    return f"{images} explained by {cfg.method}: {folder / 'sheet.png'} shows them"
+
+
+def explain_batch(
+    cfg: Config, items: list[Item], model: "nn.Module", description: "Description", device: "torch.device"
+) -> "Iterator[Explanation]":
+    """The explanations of a few images. Raises DataError for an image that cannot be used."""
+    import numpy as np
+    import torch
+
+    from export.predict import ImageError, decode, fit, normalise
+    from resnet_dist.evaluate.explain import explain
+    from resnet_dist.report.explanations import Explanation
+
+    pixels = []
+    for item in items:
+        try:
+            pixels.append(fit(decode(item.file), description.preprocessing))
+        except ImageError as error:
+            raise DataError(f"{item.file}: {error}") from None
+        except OSError as error:
+            raise DataError(f"{item.file}: cannot be opened ({error.strerror})") from None
+    inputs = torch.from_numpy(normalise(np.stack(pixels), description.preprocessing)).permute(0, 3, 1, 2).to(device)
+    with torch.no_grad():
+        best = model(inputs).softmax(1).max(1)
+    names = [description.classes[index] for index in best.indices.tolist()]
+    explained = [cfg.target or name for name in names]
+    wanted = torch.tensor([description.classes.index(name) for name in explained], device=device)
+    heat = explain(cfg.method, model, inputs, wanted).cpu().numpy()
+    for row, item in enumerate(items):
+        probability = float(best.values[row])
+        yield Explanation(item.file, pixels[row], heat[row], names[row], probability, item.target, explained[row])
+
+
+def named_images(cfg: Config) -> list[Item]:
+    """The images that were named. Raises UsageError."""
+    from export import predict
+
+    try:
+        return [Item(file) for file in predict.find_images(cfg.images, print)]
+    except predict.UsageError as error:
+        raise UsageError(str(error)) from None
+
+
+def worst_mistakes(cfg: Config, run: Path) -> list[Item]:
+    """The images with the largest loss among those that the last evaluation got wrong.
+
+    Raises UsageError where there was none or it found no mistake, ArtifactError where its file is damaged.
+    """
+    from resnet_dist.files.run import read_facts
+
+    root, file = Path(str(read_facts(run).get("data_root", ""))), run / "eval" / cfg.split / "predictions.csv"
+    try:
+        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            rows = [row for row in csv.DictReader(stream) if row["prediction"] != row["target"]]
+            rows.sort(key=lambda row: -float(row["loss"]))
+            items = [Item(str(root / row["path"]), row["target"]) for row in rows[: cfg.worst]]
+    except FileNotFoundError:
+        raise UsageError(f"{file}: not there; run `resnet-dist eval {run} --split {cfg.split}` first") from None
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ArtifactError(f"{file}: damaged ({error}); run `resnet-dist eval` again") from None
+    if not items:
+        raise UsageError(f"{file}: no mistakes in it; name the images to explain")
+    return items

@@ -1,0 +1,123 @@
+"""`resnet-dist VERB ...`: find the verb, read its options, run it; an error is one line and an exit code."""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+from resnet_dist import __version__
+from resnet_dist.config.options import parse
+from resnet_dist.config.recipes import layers
+from resnet_dist.errors import ResnetDistError, UsageError, disk_error
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime import streams
+from resnet_dist.runtime.signals import Stopped, end_with_launcher
+from resnet_dist.runtime.wording import printable, suggestion
+
+VERBS = {  # verb: what it does; its module is resnet_dist.cli.<verb> unless MODULES says otherwise
+    "train": "fine-tune a ResNet on a folder of images",
+    "lr-find": "find a learning rate for a recipe on your data",
+    "reproduce": "do a run again, and say what differs",
+    "compare": "train several techniques on your data: which differences are real",
+    "eval": "evaluate a run or a checkpoint, exactly, with one line per image",
+    "export": "turn the best checkpoint into ONNX files that prove themselves",
+    "hub": "a folder of the best checkpoint that timm and the Hugging Face Hub read",
+    "predict": "label images with an exported model, without torch",
+    "explain": "where in an image the network sees what it says",
+    "report": "make the page of a run anew: report.html, one file to look at",
+    "label-errors": "rank the training labels that are probably wrong",
+    "check": "look at every image: unusable, odd, duplicate, leaking between splits",
+    "split": "split a folder into train, val and test, as a manifest, links or copies",
+    "summary": "layers, shapes, parameters and FLOPs of a model",
+    "recipes": "list the named techniques, or print one",
+    "bench": "where the time of training goes on this machine, and what to change",
+    "bench ladder": "what each lever of speed is worth here, one after the other",
+    "bench scaling": "how training speeds up with processes on this machine",
+    "doctor": "what this machine has, and a proof that two processes equal one",
+    "demo": "train on handwritten digits, offline, in two minutes",
+}
+MODULES = {"export": "export.command", "predict": "export.predict"}
+WITH_RECIPES = ("train", "lr-find", "compare", "summary")
+
+
+def entry(argv: Sequence[str] | None = None) -> NoReturn:
+    """The console command: run it, and leave without waiting for loader processes that ignore signals."""
+    end_with_launcher()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] != ["predict"]:  # which sees to that itself
+        streams.prepare()
+    code = main(arguments)
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code (see `resnet_dist.errors`)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    words = 2 if " ".join(arguments[:2]) in VERBS else 1
+    verb = " ".join(arguments[:words])
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(_overview())
+            code = 0
+        elif arguments[0] in ("-V", "--version"):
+            print(f"resnet-dist {__version__}")
+            code = 0
+        else:
+            code = run(verb, arguments[words:])
+        sys.stdout.flush()
+        return code
+    except (ResnetDistError, OSError) as raised:
+        error = disk_error(raised) if isinstance(raised, OSError) else raised
+        if error is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        _print_error(verb, error)
+        return error.exit_code
+    except Stopped as stopped:
+        print(f"resnet-dist {verb}: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
+    except KeyboardInterrupt:
+        print(f"resnet-dist {verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Run one verb. Raises ResnetDistError."""
+    if verb not in VERBS:
+        raise UsageError(f"there is no verb '{verb}'{suggestion(verb, list(VERBS))}")
+    module = importlib.import_module(module_of(verb))
+    if verb == "predict":  # a program of its own, that is also shipped alone
+        return int(module.main(arguments, "resnet-dist predict"))
+    if verb == "compare":  # each recipe has a config of its own
+        return int(module.main(module.read(arguments)))
+    config = parse(module.Config, arguments, f"resnet-dist {verb}", layers if verb in WITH_RECIPES else None)
+    code: int = module.main(config)
+    return code
+
+
+def module_of(verb: str) -> str:
+    """The name of the module with a verb's `Config` and `main`."""
+    return MODULES.get(verb, f"resnet_dist.cli.{verb.replace('-', '_').replace(' ', '_')}")
+
+
+def _overview() -> str:
+    lines = [f"resnet-dist {__version__}: fine-tune a ResNet on a folder of images and ship it", ""]
+    lines += [f"  resnet-dist {verb:<13} {text}" for verb, text in VERBS.items()]
+    lines += ["", "resnet-dist VERB --help shows the options of a verb."]
+    return "\n".join(lines)
+
+
+def _print_error(verb: str, error: ResnetDistError) -> None:
+    """One line per problem; of an error that every process has, the main one speaks."""
+    if launcher.rank() > 0 and (error.shared or isinstance(error, UsageError)):
+        return
+    for line in error.problems if isinstance(error, UsageError) else [str(error)]:
+        print(printable(f"resnet-dist {verb}: error: {line}").replace("\n", "\\n"), file=sys.stderr)

@@ -1,0 +1,82 @@
+"""BatchNorm: which layers of a network are, and their running statistics in several processes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
+
+from resnet_dist.errors import UsageError
+from resnet_dist.model.resnet import stage_of
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm
+
+
+def backbone_batch_norms(model: nn.Module) -> Iterator[tuple[str, BatchNorm]]:
+    """The BatchNorm layers of the backbone, by name. Those of a head are part of the head: new, they always learn."""
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm) and stage_of(name) != "head":
+            yield name, module
+
+
+def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give every process the running statistics of the first, as wrapping the whole network would."""
+    if accelerator.num_processes > 1:
+        broadcast(running_statistics(model))
+
+
+@contextmanager
+def averaged_statistics(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Within it, BatchNorm's running statistics are the means over all processes; after it, each process's own again.
+
+    So evaluating or saving, however often, changes nothing in training.
+    """
+    buffers = running_statistics(model)
+    if accelerator.num_processes == 1 or not buffers:
+        yield
+        return
+    own = torch.cat([buffer.flatten() for buffer in buffers.values()])
+    means = accelerator.reduce(own.clone(), "mean")
+    _put(buffers, means)
+    try:
+        yield
+    finally:
+        _put(buffers, own)
+
+
+def running_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The running means and variances of all BatchNorm layers, by name."""
+    return {
+        f"{name}.{kind}": getattr(module, kind)
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm)
+        for kind in ("running_mean", "running_var")
+    }
+
+
+def _put(buffers: dict[str, torch.Tensor], values: torch.Tensor) -> None:
+    parts = torch.split(values, [buffer.numel() for buffer in buffers.values()])
+    for buffer, part in zip(buffers.values(), parts, strict=True):
+        buffer.copy_(part.view_as(buffer))
+
+
+@dataclass(frozen=True)
+class Sync:
+    """Whether BatchNorm is computed over all processes, and why."""
+
+    on: bool
+    why: str
+
+
+def choose_sync_bn(asked: str, accelerator: Accelerator, batch_norm_trains: bool, batch_size: int) -> Sync:
+    """Decide about SyncBatchNorm. Raises UsageError where it was asked for and cannot work."""
+    on_gpu = accelerator.device.type == "cuda"
+    if asked == "on" and not on_gpu:
+        raise UsageError(f"--sync-bn on: torch has SyncBatchNorm on GPUs only, not on {accelerator.device.type}")
+    if asked != "auto":
+        return Sync(asked == "on", "--sync-bn")
+    wanted = on_gpu and accelerator.num_processes > 1 and batch_norm_trains and batch_size < 16
+    return Sync(wanted, f"{batch_size} images per process" if wanted else "not needed")

@@ -1,0 +1,1 @@
+"""The processes and their machine: launcher variables, Accelerate, signals, standard streams."""

@@ -1,0 +1,350 @@
+"""Start Accelerate the one right way, and the few things that processes say to each other."""
+
+import ctypes
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+)
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from resnet_dist.config.schema import SystemConfig
+from resnet_dist.errors import MachineError, ResnetDistError, UsageError
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.faults import finding_each_other, first_line, machine_errors
+from resnet_dist.runtime.signals import StopRequests
+
+T = TypeVar("T")
+HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
+
+
+def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tuple[Accelerator, str]:
+    """The Accelerator of this run, and a line that says what it is: processes, device, precision, threads, and why.
+
+    A line that begins with WARNING follows for whatever makes the run slow or odd. Raises UsageError for a launch or a
+    setting that cannot work: above all several processes that do not know of each other, each believing itself to be
+    the main one and writing the same files. Raises MachineError where the launcher's variables are set in part, or the
+    processes do not find each other.
+    """
+    launcher.check()
+    missing = sorted(set(trackers) - {str(tracker) for tracker in get_available_trackers()})
+    if missing:
+        raise UsageError(f"--tracker {missing[0]}: not a tracker that Accelerate knows and whose package is installed")
+    on_cpu = launcher.cpu_is_asked_for() or not torch.accelerator.is_available()
+    check_gpus(on_cpu)
+    precision, why_precision = choose_precision(cfg.mixed_precision, on_cpu)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # from a run before this one, in the same process
+    with finding_each_other():
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=precision,
+            step_scheduler_with_optimizer=False,
+            log_with=list(trackers) or None,
+            project_dir="." if trackers else None,  # demanded here; start_trackers knows the place
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=HOOKS[cfg.ddp_comm_hook]),
+                InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.dist_timeout)),
+            ],
+        )
+    check_launch(accelerator.num_processes)
+    warnings = [*launch_warnings(cfg.mixed_precision, precision, on_cpu), *compare_processes(accelerator, precision)]
+    if cfg.keep_memory and accelerator.device.type == "cpu":
+        keep_freed_memory()
+    threads, why_threads = choose_threads(cfg.threads)
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
+    torch.backends.cudnn.benchmark = not cfg.deterministic  # the shapes of training never change
+    processes = accelerator.num_processes
+    backend = f", {torch.distributed.get_backend()}" if processes > 1 else ""
+    plural = "es" if processes > 1 else ""
+    line = (
+        f"{processes} process{plural} on {accelerator.device.type}{backend}; precision {precision} ({why_precision}); "
+        f"{threads} thread{'s' if threads > 1 else ''} per process ({why_threads})"
+    )
+    return accelerator, "\n".join([line, *(f"WARNING: {warning}" for warning in warnings)])
+
+
+def check_gpus(on_cpu: bool) -> None:
+    """Refuse more processes on this machine than GPUs that this one sees: each needs a GPU of its own."""
+    if on_cpu or not torch.cuda.is_available():
+        return
+    seen, (needed, is_exact) = torch.cuda.device_count(), launcher.processes_here()
+    if needed > seen:
+        at_least = "" if is_exact else "at least "
+        raise UsageError(
+            f"{at_least}{needed} processes on this machine, but this one sees {seen} GPU{'s' if seen > 1 else ''} "
+            f"({launcher.visible_gpus()}); start at most {seen}, and let each see the GPUs of all: with srun "
+            "--gpus-per-node, not --gpus-per-task; of MIG slices a process sees only one"
+        )
+
+
+def launch_warnings(asked: str, chosen: str, on_cpu: bool) -> Iterator[str]:
+    """What the launcher was told in vain, or without knowing what it costs."""
+    if launcher.is_one_of_several():
+        yield (
+            "accelerate launch was told of several processes (it set MASTER_ADDR and MASTER_PORT), but started one; "
+            "on CPUs take --config_file launch/cpu.yaml instead of --cpu, on GPUs --multi_gpu"
+        )
+    slow = asked == "auto" and chosen == "no" and not on_cpu and torch.cuda.is_available()
+    if slow and torch.cuda.is_bf16_supported(including_emulation=False):
+        yield (
+            "the launcher asks for mixed precision no, its default, but this GPU has bf16, about twice as fast: "
+            "accelerate launch --mixed_precision bf16, or --mixed-precision bf16 after the verb"
+        )
+
+
+def compare_processes(accelerator: Accelerator, precision: str) -> list[str]:
+    """Warnings where processes have different GPUs or versions of torch.
+
+    Raises UsageError, on all of them, where they have chosen different precisions, as their gradients are averaged.
+    """
+    if accelerator.num_processes == 1:
+        return []
+    on_gpu = accelerator.device.type == "cuda"
+    device = torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type
+    facts = gather_object([(precision, device, str(torch.__version__))])
+    precisions, devices, versions = (ranks_by_value(values) for values in zip(*facts, strict=True))
+    if len(precisions) > 1:
+        raise UsageError(
+            f"the processes chose different precisions ({in_words(precisions)}); give all the same, such as "
+            f"--mixed-precision {'bf16' if 'fp16' not in precisions else 'fp16'}"
+        )
+    kinds = {"devices": devices, "versions of torch": versions}
+    return [f"the processes have different {kind}: {in_words(v)}" for kind, v in kinds.items() if len(v) > 1]
+
+
+def ranks_by_value(values: Sequence[str]) -> dict[str, list[int]]:
+    """The ranks that have each value."""
+    return {value: [rank for rank, one in enumerate(values) if one == value] for value in sorted(set(values))}
+
+
+def in_words(ranks: Mapping[str, Sequence[int]]) -> str:
+    """Such as "bf16 on rank 0, 1; fp16 on rank 2"."""
+    return "; ".join(f"{value} on rank {', '.join(map(str, numbers))}" for value, numbers in ranks.items())
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep, from now on, the memory that its tensors free, for the next ones; with glibc only.
+
+    It maps blocks above 32 MiB anew each time and gives the top of its heap back, and every page is zeroed and mapped
+    again when it is touched: 100,000 of them in a step of resnet18 (224 pixels, batch 32), a tenth to a fifth of its
+    time on a virtual machine. Keeping costs up to a fifth more memory at the peak, as blocks of all sizes share it.
+    Source: mallopt(3).
+    """
+    trim_threshold, mmap_max = -1, -4  # their names in malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
+    with suppress(AttributeError, OSError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
+
+
+def start_trackers(accelerator: Accelerator, folder: Path, config: Mapping[str, Any]) -> None:
+    """Open the trackers that were asked for, if any, with their files in `folder`."""
+    if accelerator.log_with:
+        accelerator.project_configuration.logging_dir = str(folder)
+        flat = {f"{s}.{n}": v for s, part in config.items() if isinstance(part, dict) for n, v in part.items()}
+        plain = {name: v if isinstance(v, str | int | float) else str(v) for name, v in flat.items()}
+        accelerator.init_trackers("resnet-dist", config=plain)
+
+
+def share_tensors(accelerator: Accelerator, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """The main process's tensors, by name, on every process; the others pass None."""
+    if accelerator.num_processes == 1:
+        return tensors or {}
+    shapes = on_main(accelerator, lambda: {name: (t.shape, t.dtype) for name, t in (tensors or {}).items()})
+    shared = {}
+    for name, (shape, dtype) in shapes.items():
+        own = tensors[name] if tensors else torch.empty(shape, dtype=dtype)
+        shared[name] = own.to(accelerator.device).contiguous()
+    broadcast(shared)
+    return {name: tensor.cpu() for name, tensor in shared.items()}
+
+
+def check_launch(processes: int) -> None:
+    """Refuse a launch in which this process does not see as many processes as were started."""
+    if processes != launcher.world_size():
+        raise UsageError(
+            f"the launcher started {launcher.world_size()} processes, but this one knows of {processes}; start it as: "
+            f"accelerate launch --multi_gpu --num_processes {launcher.world_size()} -m resnet_dist train ... "
+            "(without GPUs with ACCELERATE_USE_CPU=true before it)"
+        )
+
+
+def choose_precision(asked: str, on_cpu: bool) -> tuple[str, str]:
+    """The precision to compute in, and why. Raises UsageError for fp16 on a CPU, which is slower than none."""
+    from_launcher = launcher.mixed_precision()
+    if asked != "auto":
+        chosen, why = asked, "--mixed-precision"
+    elif from_launcher is not None:
+        chosen, why = from_launcher, "as accelerate launch says; --mixed-precision would win"
+    elif on_cpu:
+        chosen, why = ("bf16", "this CPU has it") if launcher.cpu_has_bf16() else ("no", "this CPU has no bf16")
+    elif torch.cuda.is_available():
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        chosen, why = ("bf16", "this GPU has it") if has_bf16 else ("fp16", "this GPU has no bf16")
+    else:
+        chosen, why = "no", "neither a CPU nor CUDA"
+    if chosen == "fp16" and on_cpu:
+        raise UsageError(f"fp16 ({why}) needs a GPU; on a CPU take --mixed-precision bf16 or no")
+    return chosen, why
+
+
+def choose_threads(asked: int | None) -> tuple[int, str]:
+    """CPU threads per process, and why.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 on machines without GPUs, which halves the speed on two cores; its 1
+    cannot be told from a user's, so it is taken as the launcher's.
+    """
+    if asked is not None:
+        return asked, "--threads"
+    from_environment = launcher.omp_threads()
+    if from_environment is not None and (from_environment > 1 or not launcher.is_launched()):
+        return from_environment, "OMP_NUM_THREADS"
+    share = max(1, launcher.cores() // launcher.local_world_size())
+    why = f"{launcher.cores()} cores / {launcher.local_world_size()} processes here"
+    return share, why + (", instead of the launcher's OMP_NUM_THREADS=1" if from_environment and share > 1 else "")
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """The result of `action`, which only the main process performs; its error, if any, is raised on every process.
+
+    What reads or writes shared things (folders, downloads), and what must be decided once, goes through here: no
+    process is left waiting for one that failed. Errors of ours and of the system are the same everywhere; any other is
+    a bug, which the main process raises as it is, and the others as a ResnetDistError that names it.
+    """
+    failure: Exception | None = None
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            if isinstance(error, ResnetDistError):
+                error.shared = True
+            if accelerator.num_processes == 1:
+                raise
+            failure, outcome[1] = error, _for_others(error)
+    if accelerator.num_processes > 1:
+        with machine_errors(accelerator):
+            broadcast_object_list(outcome)
+    if failure is not None or outcome[1] is not None:
+        raise failure or outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def _for_others(error: Exception) -> Exception:
+    """The error as other processes raise it; it must survive being sent."""
+    if isinstance(error, ResnetDistError):
+        return error
+    if isinstance(error, OSError) and type(error).__module__ == "builtins":
+        return OSError(error.errno, error.strerror, error.filename and str(error.filename))
+    bug = ResnetDistError(f"the main process failed: {type(error).__name__}: {first_line(error)}")
+    bug.shared = True
+    return bug
+
+
+def wrap(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The network and the optimizer as Accelerate prepares them; BatchNorm's buffers stay each process's own."""
+    if accelerator.ddp_handler is not None:
+        # What takes part does not change within a phase. Under no_sync a static graph fails in torch's reducer.
+        accelerator.ddp_handler.static_graph = accumulate == 1
+    net, prepared = accelerator.prepare(model, optimizer)
+    if isinstance(net, DistributedDataParallel):
+        net.broadcast_buffers = False  # set here: the argument of that name is deprecated in torch 2.15
+    return net, prepared
+
+
+def share_weights(accelerator: Accelerator, model: nn.Module) -> None:
+    """Move a network to this process's device and give every process the parameters and buffers of the main one."""
+    model.to(accelerator.device)
+    if accelerator.num_processes > 1:
+        with machine_errors(accelerator):
+            broadcast(dict(model.state_dict()))
+
+
+def model_from_main(
+    accelerator: Accelerator, load: Callable[[], tuple[nn.Module, T]], build: Callable[[T], nn.Module]
+) -> tuple[nn.Module, T]:
+    """The network that the main process loads, on every process and its device, in evaluation mode; and what it is of.
+
+    The others build an empty one from that, such as a checkpoint's description, and get the weights.
+    """
+    loaded: list[nn.Module] = []
+
+    def load_one() -> T:
+        model, origin = load()
+        loaded.append(model)
+        return origin
+
+    origin = on_main(accelerator, load_one)
+    model = loaded[0] if loaded else build(origin)
+    share_weights(accelerator, model)
+    return model.eval(), origin
+
+
+def read_values(tensor: torch.Tensor, stop: StopRequests) -> list[float]:
+    """The values of a tensor (N,) once its device has computed them; every process must call this at the same point.
+
+    The wait for a GPU is one in Python, so that signals are heard, and the end of another process, whose part in the
+    work of this GPU never comes: RuntimeError.
+    """
+    on_host = tensor
+    if tensor.device.type == "cuda":
+        on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        on_host.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        wait_until(copied.query, stop.pulse())
+    values: list[float] = on_host.tolist()
+    return values
+
+
+def wait_until(is_done: Callable[[], bool], look: Callable[[], None]) -> None:
+    """Wait, and look around meanwhile."""
+    while not is_done():
+        look()
+        time.sleep(0.0005)
+
+
+def check_in_step(accelerator: Accelerator, model: nn.Module) -> None:
+    """Make sure that all processes hold the same parameters, bit for bit.
+
+    Raises MachineError naming the first parameter that differs: training on would go on with several models.
+    """
+    if accelerator.num_processes == 1:
+        return
+    sums = [
+        parameter.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()
+    ]
+    all_sums = accelerator.gather(torch.stack(sums)[None])
+    differs = (all_sums != all_sums[0]).any(dim=0).cpu()
+    if differs.any():
+        names = [name for name, _ in model.named_parameters()]
+        first = names[int(differs.nonzero()[0])]
+        raise MachineError(
+            f"the processes no longer hold the same parameters ({int(differs.sum())} differ, first {first}); "
+            "resume from the last checkpoint, and check the machines"
+        )

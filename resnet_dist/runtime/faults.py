@@ -1,0 +1,114 @@
+"""What can go wrong outside of the program, in the words of torch and its libraries, as a MachineError in one line."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from resnet_dist.errors import MachineError, disk_error
+from resnet_dist.runtime import environment as launcher
+
+# gloo and NCCL have a dozen words for a lost process, but each names itself or the connection.
+LOST_PROCESS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
+NOT_FOUND = ("store", "timeout", "connect")
+OF_CUDA = ("cuda error", "cuda failure", "hip error")
+NO_MEMORY = (
+    "out of memory",
+    "alloc_failed",
+    "cuda calloc",
+    "cuda malloc",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "memoryallocation",
+)
+
+
+@contextmanager
+def machine_errors(accelerator: Accelerator, batch_size: int = 0, accumulate: int = 1) -> Iterator[None]:
+    """Within it, too little memory or disk, or a process or loader that is gone, are MachineErrors with a way out.
+
+    `batch_size` is what a step of training computes with, 0 for anything else.
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_out_of_memory(error):
+            raise _out_of_memory(accelerator, batch_size, accumulate) from None
+        raise disk_error(error) or error from None
+    except (RuntimeError, MemoryError, torch.distributed.DistError) as error:
+        if isinstance(error, RuntimeError) and (loader := lost_loader(error)):
+            raise loader from None
+        if is_out_of_memory(error):
+            raise _out_of_memory(accelerator, batch_size, accumulate) from None
+        if "device-side assert" in str(error):
+            raise MachineError(
+                f"{accelerator.device}: a GPU program met a value that it cannot use ({first_line(error)}); run again "
+                "with CUDA_LAUNCH_BLOCKING=1 to see where"
+            ) from None
+        if accelerator.num_processes == 1 or not any(word in str(error) for word in LOST_PROCESS):
+            raise
+        raise MachineError(f"another process of the run ended or hangs: {first_line(error)}") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host has no memory left, in the words of torch, cuDNN, cuBLAS, NCCL or the system."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in NO_MEMORY)
+
+
+def _out_of_memory(accelerator: Accelerator, batch_size: int, accumulate: int) -> MachineError:
+    if not batch_size:
+        return MachineError(f"{accelerator.device}: out of memory")
+    smaller = f"--batch-size {max(1, batch_size // 2)} --grad-accum {2 * accumulate}"
+    return MachineError(f"{accelerator.device}: out of memory with {batch_size} images per process; try {smaller}")
+
+
+@contextmanager
+def memory_for(accelerator: Accelerator, what: str, remedy: str) -> Iterator[None]:
+    """Within it, too little memory is a MachineError that names what did not fit, and a way out that helps there."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MachineError(f"{accelerator.device}: out of memory for {what}; {remedy}") from None
+
+
+@contextmanager
+def finding_each_other() -> Iterator[None]:
+    """Within it, processes that do not find each other, and GPUs that do not work, are a MachineError in one line."""
+    try:
+        yield
+    except (RuntimeError, torch.distributed.DistError) as error:
+        if launcher.world_size() == 1:
+            raise
+        said = str(error).lower()
+        if is_out_of_memory(error):
+            raise MachineError(f"out of memory when Accelerate starts: {first_line(error)}") from None
+        if any(word in said for word in OF_CUDA):
+            raise MachineError(f"the GPU does not work when Accelerate starts: {first_line(error)}") from None
+        is_lost = isinstance(error, torch.distributed.DistError)
+        if not is_lost and not any(word.lower() in said for word in (*LOST_PROCESS, *NOT_FOUND)):
+            raise
+        raise MachineError(
+            f"the {launcher.world_size()} processes of the run did not find each other ({first_line(error)}); see that "
+            "all were started, and that they reach MASTER_ADDR and MASTER_PORT"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, at most 200 characters."""
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def lost_loader(error: RuntimeError) -> MachineError | None:
+    """What an error of torch means if it is about a loader process that ended; it can strike between any two lines."""
+    if "DataLoader worker" not in str(error):
+        return None
+    reason = str(error).partition("\n")[0]
+    return MachineError(f"a loader process ended ({reason}); if memory ran out, lower --workers")

@@ -1,0 +1,117 @@
+"""With what a run was made: code, packages and machine. Nothing of the environment, no host name, no path."""
+
+import contextlib
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from resnet_dist.runtime import environment as launcher
+
+PACKAGES = ("resnet-dist", "torch", "torchvision", "accelerate", "safetensors", "numpy", "pillow", "scikit-learn")
+
+
+def made_with() -> dict[str, Any]:
+    """Git state, package versions, Python, platform and hardware of this process, as plain JSON values."""
+    return {
+        "git": git_state(Path.cwd()),
+        "versions": versions(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "hardware": hardware(),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """The commit of the repository that `folder` is in, and whether its tracked files differ from it; None without."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else changes != ""}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says, None where there is no git, no repository or no answer within ten seconds."""
+    try:
+        # A repository can name a program for git to run (core.fsmonitor): it may not.
+        command = ["git", "-c", "core.fsmonitor=false", "-C", os.fspath(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def versions() -> dict[str, str]:
+    """The packages that decide the result, and the CUDA and cuDNN that torch was built with."""
+    import torch
+
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # such as a build of torch under another name
+            found[name] = "unknown"
+    if torch.version.cuda is not None:
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, cores that may be used, and the GPUs that torch sees with their memory in GiB and their driver."""
+    import torch
+
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus = [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices]
+    return {"cpu": cpu_model(), "cores": launcher.cores(), "gpus": gpus, "driver": driver() if gpus else None}
+
+
+def cpu_model() -> str:
+    """The CPU's name as Linux knows it, else as Python does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver, where there is one that says so."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` count from here, where the system can do that: several runs may follow in one process."""
+    import torch
+
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> dict[str, int]:
+    """The most memory that this process held, in MiB: of the host, without its loader processes, and of its GPU."""
+    import torch
+
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"host_mib": _peak_host_bytes() >> 20, "gpu_mib": gpu >> 20}
+
+
+def _peak_host_bytes() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration, ValueError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

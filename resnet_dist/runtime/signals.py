@@ -1,0 +1,244 @@
+"""Stopping in step: a signal to the launcher, to one process or to all makes every process stop after the same step.
+
+Once the loop looks at the requests, a signal only sets a flag, and the loop saves a checkpoint. Before that, while
+nothing is trained yet, a signal ends the process at once. The request travels over a gloo group of its own on the
+hosts, one call behind, so that no process waits for its device or for another process because of it.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any, ClassVar
+
+from resnet_dist.runtime import environment as launcher
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+SECONDS_TO_LEAVE = 5.0  # for a process that trains nothing yet
+SECONDS_TO_SAVE = 10.0  # for one whose launcher is gone: nobody else would end it if it hangs
+POLL_SECONDS = 0.5
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequested(Exception):  # noqa: N818 - not an error: what the loop catches to save and leave
+    """Every process is to stop here."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came while nothing was trained yet: this process leaves at once. `number` is the signal."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name} before the first step")
+
+
+class StopRequests:
+    """The stop requests of all processes, made one decision.
+
+    `check` is called by every process at the same points (after each optimizer step, before each batch of an
+    evaluation); what it says is the same for all of them. `on_exit`, if set, is called with the exit code and the
+    reason when the process is ended without having reacted, from another thread.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.is_read = False  # by a loop, which saves a checkpoint
+        self.on_exit: Callable[[int, str], None] | None = None
+        self._since = 0.0
+        self._group: Any = None
+        self._pending: tuple[Any, Any] | None = None
+
+    def connect(self, minutes: float) -> None:
+        """Share the requests with the other processes from now on; every process calls this.
+
+        One that is waited for longer than so many minutes is taken as lost (RuntimeError).
+        """
+        import torch.distributed as dist
+
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+
+    def note(self, number: int, _: FrameType | None = None) -> None:
+        """The signal handler: remember the first; leave at once on another that comes over a second later.
+
+        Raises Stopped where no loop reads the requests yet.
+        """
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+            if not self.is_read:
+                raise Stopped(number)
+        elif time.monotonic() - self._since > 1:
+            os._exit(128 + number)
+
+    def check(self) -> None:
+        """Raise StopRequested if any process was asked to stop; of another process this is known one call later."""
+        self.is_read = True
+        if self._group is None:
+            if self.signal is not None:
+                raise StopRequested
+            return
+        if self.finish():
+            raise StopRequested
+        import torch
+        import torch.distributed as dist
+
+        flag = torch.tensor([self.signal is not None], dtype=torch.int32)
+        self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
+
+    def pulse(self) -> Callable[[], None]:
+        """Begin to listen for the other processes; every process calls this at the same point.
+
+        What it returns can be called while this process waits for its device: it raises RuntimeError once another one
+        is known to have ended, and waits for none.
+        """
+        if self._group is None:
+            return lambda: None
+        import torch
+        import torch.distributed as dist
+
+        beat = torch.zeros(1, dtype=torch.int32)
+        work: Any = dist.all_reduce(beat, group=self._group, async_op=True)
+
+        def look() -> None:
+            if work.is_completed():
+                work.wait()
+
+        return look
+
+    def finish(self) -> bool:
+        """Whether the last call to `check` found a request."""
+        if self._pending is None:
+            return False
+        work, flag = self._pending
+        self._pending = None
+        work.wait()
+        return bool(flag.item())
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """Within it, signals to stop are requests; after it, the handlers that were there before are back.
+
+    Not in a launched process, which mostly ends then: a launcher that ends the others must not cut off what it has to
+    say. Where it trains again, the watcher goes on with the new requests; a signal that came meanwhile raises Stopped.
+    """
+    requests = StopRequests()
+    is_launched = launcher.is_distributed()
+    before = {number: signal.signal(number, requests.note) for number in SIGNALS}
+    watcher = Watcher.kept if is_launched else None
+    if watcher is None:
+        watcher = Watcher(requests)
+        watcher.start()
+    elif watcher.requests.signal is not None:
+        raise Stopped(watcher.requests.signal)
+    watcher.requests = requests
+    try:
+        yield requests
+    finally:
+        requests.on_exit = None  # what it would record is over
+        if is_launched:
+            Watcher.kept = watcher
+        else:
+            watcher.stop()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Watcher(threading.Thread):
+    """Ends this process if it cannot react to a signal by itself, such as within a library that waits for others.
+
+    A process that trains nothing yet has SECONDS_TO_LEAVE. One that trains has as long as its launcher gives it, or
+    SECONDS_TO_SAVE if the launcher has ended.
+    """
+
+    kept: ClassVar["Watcher | None"] = None  # the one of a launched process, from its first training on
+
+    def __init__(self, requests: StopRequests) -> None:
+        super().__init__(name="stop requests", daemon=True)
+        self.requests = requests
+        self.parent = os.getppid() if launcher.has_launcher() else None
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        # Signals are written there at once, even while the main thread does not run Python.
+        self._before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+
+    def run(self) -> None:
+        """Wait for signals and for the end of the launcher."""
+        number, since = 0, 0.0
+        while True:
+            if select.select([self._reading], [], [], POLL_SECONDS)[0]:
+                received = os.read(self._reading, 64)
+                if b"\0" in received:  # not a signal: from `stop`
+                    return
+                told = [byte for byte in received if byte in SIGNALS]
+                if told and not number:
+                    number, since = told[0], time.monotonic()
+            orphaned = self.parent is not None and os.getppid() != self.parent
+            if orphaned and not number:  # on Linux the kernel has sent it already
+                number, since = int(signal.SIGTERM), time.monotonic()  # once: another one would end it at once
+                os.kill(os.getpid(), number)
+            is_ending = number and (orphaned or not self.requests.is_read)
+            limit = SECONDS_TO_SAVE if self.requests.is_read else SECONDS_TO_LEAVE
+            if is_ending and time.monotonic() - since > limit:
+                self.leave(number, orphaned)
+
+    def leave(self, number: int, orphaned: bool) -> None:
+        """End this process, whatever its main thread waits for, and what it started."""
+        reason = "the launcher ended" if orphaned else f"stopped by {signal.Signals(number).name} before the first step"
+        try:
+            if (on_exit := self.requests.on_exit) is not None:
+                on_exit(128 + number, reason)
+        finally:
+            if orphaned and os.getpgrp() == os.getpid():
+                os.killpg(0, signal.SIGKILL)
+            os._exit(128 + number)
+
+    def stop(self) -> None:
+        """End the thread. On the main thread."""
+        signal.set_wakeup_fd(self._before)
+        os.write(self._writing, b"\0")
+        self.join()
+        os.close(self._reading)
+        os.close(self._writing)
+
+
+def end_with_launcher() -> None:
+    """Let this process end when its launcher does, however that ends. To be called before anything slow is imported.
+
+    Until `stop_requests` handles it, the signal that Linux then sends ends the process wherever it is.
+    """
+    if launcher.is_orphan():
+        os.kill(os.getpid(), signal.SIGTERM)
+    if launcher.has_launcher():
+        die_with_parent(signal.SIGTERM)
+
+
+def die_with_parent(number: int) -> None:
+    """Ask Linux for a signal when the parent ends, however it ends: a killed launcher then leaves nobody behind.
+
+    Elsewhere than on Linux nothing is done.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:  # it ended in between
+        os.kill(os.getpid(), number)
+
+
+def shield_loader(_: int) -> None:
+    """Start of a loader process: outlive the signals that its training process handles, but not that process.
+
+    A launcher signals the whole process group; a loader that died of it would take the checkpoint with it.
+    """
+    os.setpgid(0, 0)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent(signal.SIGKILL)
