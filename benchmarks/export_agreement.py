@@ -31,8 +31,8 @@ from safetensors.torch import load_file
 from export.predict import Preprocessing, decode, fit, normalise
 from export.quantize import to_int8
 from export.to_onnx import graph_of
-from resnet_dist.evaluate.intervals import wilson
-from resnet_dist.train.checkpoint import load_checkpoint
+from resnet_dist.evaluation.intervals import wilson
+from resnet_dist.training.checkpoint import load_checkpoint
 
 CALIBRATION = 64
 RANDOM_IMAGES = 32

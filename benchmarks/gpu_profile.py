@@ -21,7 +21,7 @@ from gpu_steps import learner_of, random_batch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from resnet_dist.train.loop import train_step
+from resnet_dist.training.loop import train_step
 
 CASES = {
     "resnet18 bf16 256": "--model resnet18 --batch-size 256",

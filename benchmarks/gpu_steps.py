@@ -32,8 +32,8 @@ from resnet_dist.config.schema import TrainConfig
 from resnet_dist.data.transforms import Batch
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.accelerate import start
-from resnet_dist.train.job import Job, draw
-from resnet_dist.train.loop import Learner, end_phase, train_step
+from resnet_dist.training.job import Job, draw
+from resnet_dist.training.loop import Learner, end_phase, train_step
 
 PLAN = Plan(windows=3, steps=None, warmup=12)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from resnet_dist.data.index import ImageTable
-    from resnet_dist.train.checkpoint import Description
+    from resnet_dist.training.checkpoint import Description
 
 REPORT = "export_report.json"
 MIN_CALIBRATION = 64
@@ -81,7 +81,7 @@ def main(cfg: Config) -> int:
     from export.bundle import check_target, put_in_place
     from resnet_dist.files.outputs import inside
     from resnet_dist.runtime import environment as launcher
-    from resnet_dist.train.checkpoint import load_checkpoint
+    from resnet_dist.training.checkpoint import load_checkpoint
 
     torch.set_num_threads(cfg.threads or launcher.cores())
     run = Path(cfg.run or "")
@@ -137,7 +137,7 @@ def fill(made: Path, cfg: Config, checkpoint: Path, model: "nn.Module", descript
     from export.quantize import may_saturate
     from export.to_onnx import describe, graph_of, runtime_logits, self_test_logits
     from export.verify import check_equality, compare_smaller
-    from resnet_dist.evaluate.calibrate import read_calibration
+    from resnet_dist.evaluation.calibrate import read_calibration
     from resnet_dist.files.run import to_json
 
     in_graph = cfg.preprocess_in_graph

@@ -15,7 +15,7 @@ from resnet_dist.data.index import ImageTable
 from resnet_dist.data.loader import EvalImages
 from resnet_dist.data.transforms import Batch, ToInput
 from resnet_dist.errors import DataError
-from resnet_dist.evaluate.intervals import Z95, paired_drop, wilson
+from resnet_dist.evaluation.intervals import Z95, paired_drop, wilson
 from resnet_dist.model.parts import cut
 
 LOGITS, PROBABILITIES = 1e-4, 1e-4  # the first as a share of max(1, the largest logit)

@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import resnet_dist.train.loop as loop
+import resnet_dist.training.loop as loop
 from export.predict import Preprocessing
 from resnet_dist.cli.main import main
 from resnet_dist.config.schema import AugmentConfig
@@ -33,11 +33,11 @@ from resnet_dist.data.transforms import Batch, ToInput, mix_of_pair
 from resnet_dist.errors import NonFiniteError
 from resnet_dist.model.head import dropout_mask
 from resnet_dist.model.trainable import train_mode
-from resnet_dist.train.features import Features
-from resnet_dist.train.job import Job
+from resnet_dist.training.features import Features
+from resnet_dist.training.job import Job
 from tests.conftest import TINY, run_program
-from tests.train.helpers import job_of
-from tests.train.interrupted import interrupt
+from tests.training.helpers import job_of
+from tests.training.interrupted import interrupt
 
 GPU = torch.device("cuda")
 pytestmark = [
@@ -370,7 +370,15 @@ def test_interrupted_run_goes_on_as_if_nothing_had_been(
     assert main(["train", str(folder), *options, "-o", str(whole)]) == 0
     words = ["train", str(folder), *options, "-o", str(run)]
     if number == "SIGKILL":
-        command = [sys.executable, "-m", "tests.train.interrupted", "mid-epoch", str(int(signal.SIGKILL)), "0", *words]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.training.interrupted",
+            "mid-epoch",
+            str(int(signal.SIGKILL)),
+            "0",
+            *words,
+        ]
         assert subprocess.run(command, capture_output=True, timeout=300, check=False).returncode == -signal.SIGKILL
     else:
         with monkeypatch.context() as patch:

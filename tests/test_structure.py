@@ -25,14 +25,14 @@ LAYERS = (
     {"errors"},
     {"config", "files", "runtime"},
     {"data", "model"},
-    {"evaluate"},
-    {"train"},
+    {"evaluation"},
+    {"training"},
     {"report"},
     {"bench", "cli", "__main__"},
 )
 LOWEST = LAYERS[2]
 # The tools that make and check the deployed file are beside `resnet_dist` and use only these of it.
-EXPORT_MAY_USE = {"errors", "config", "files", "runtime", "data", "model", "evaluate"}
+EXPORT_MAY_USE = {"errors", "config", "files", "runtime", "data", "model", "evaluation"}
 
 
 def module_of(file: Path) -> str:
@@ -141,7 +141,7 @@ def test_export_uses_little_of_the_program() -> None:
             continue
         for name in ours(imports(module)):
             allowed = name.startswith("export") or name == "resnet_dist" or package_of(name) in EXPORT_MAY_USE
-            if not (allowed or name == "resnet_dist.train.checkpoint"):
+            if not (allowed or name == "resnet_dist.training.checkpoint"):
                 offenders.append(f"{module} imports {name}")
     assert offenders == []
 

@@ -11,7 +11,7 @@ from typing import Any
 import peer
 
 from resnet_dist.cli.main import main
-from resnet_dist.train import loop
+from resnet_dist.training import loop
 
 RECIPES = {
     "full": ["--recipe", "full-finetune", "--opt", "sgd"],

@@ -13,7 +13,7 @@ from resnet_dist.bench.training import begin, job_of, shortened, whole_training
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.accelerate import start
-from resnet_dist.train.loop import end_phase
+from resnet_dist.training.loop import end_phase
 
 
 @dataclass(frozen=True)

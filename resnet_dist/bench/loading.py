@@ -7,7 +7,7 @@ from typing import Any
 from resnet_dist.bench.timing import Plan, measure
 from resnet_dist.data.loader import DeviceImages, Samples, TrainImages, TrainLoader
 from resnet_dist.data.transforms import Batch, sample_key, training_pixels
-from resnet_dist.train.job import Job
+from resnet_dist.training.job import Job
 
 
 def loading(job: Job, plan: Plan) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from resnet_dist.bench.timing import Plan
 from resnet_dist.bench.training import STEPS_PER_WORKER, job_of, measure_regime, shortened
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.data.loader import DeviceImages
-from resnet_dist.train.job import Job
+from resnet_dist.training.job import Job
 
 FORMAT_VERSION = 1
 WAITS = 0.1  # share of the time from which on waiting for data is worth a word

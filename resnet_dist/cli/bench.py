@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from resnet_dist.bench.timing import Plan
-    from resnet_dist.train.job import Job
+    from resnet_dist.training.job import Job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +157,8 @@ def time_prediction(job: "Job", folder: Path, plan: "Plan") -> dict[str, Any]:
     from export.predict import Predictor
     from resnet_dist.bench.timing import summary
     from resnet_dist.cli.main import run
-    from resnet_dist.train.checkpoint import save_best
-    from resnet_dist.train.state import Best
+    from resnet_dist.training.checkpoint import save_best
+    from resnet_dist.training.state import Best
 
     checkpoint = folder / "bench.safetensors"
     save_best(checkpoint, job.model, job.described(Best({}, 0, "raw")))

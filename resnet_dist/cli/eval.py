@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from resnet_dist.data.index import ImageTable
     from resnet_dist.data.loader import EvalLoader
     from resnet_dist.data.transforms import Batch
-    from resnet_dist.evaluate.calibrate import Calibration
-    from resnet_dist.evaluate.records import Records
+    from resnet_dist.evaluation.calibrate import Calibration
+    from resnet_dist.evaluation.records import Records
 
 MAX_LOGITS = 1 << 28  # 1 GiB of float32
 
@@ -108,10 +108,10 @@ class Subject:
 
 def main(cfg: Config) -> int:
     """Evaluate, print and write. Returns the exit code."""
-    from resnet_dist.evaluate.records import Keep, evaluate
-    from resnet_dist.evaluate.tta import Views
+    from resnet_dist.evaluation.records import Keep, evaluate
+    from resnet_dist.evaluation.tta import Views
     from resnet_dist.runtime.accelerate import on_main, start
-    from resnet_dist.train.progress import Display
+    from resnet_dist.training.progress import Display
 
     accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
     run = Path(cfg.run or "")
@@ -145,10 +145,10 @@ def main(cfg: Config) -> int:
 def load_network(accelerator: "Accelerator", checkpoint: Path, anew: bool) -> Subject:
     """The network of a checkpoint and its calibration, unless that is to be made `anew`. Raises ArtifactError."""
     from resnet_dist.data.transforms import ToInput
-    from resnet_dist.evaluate.calibrate import read_calibration
+    from resnet_dist.evaluation.calibrate import read_calibration
     from resnet_dist.model.resnet import build
     from resnet_dist.runtime.accelerate import model_from_main, on_main
-    from resnet_dist.train.checkpoint import load_checkpoint
+    from resnet_dist.training.checkpoint import load_checkpoint
 
     model, description = model_from_main(
         accelerator, lambda: load_checkpoint(checkpoint), lambda described: build(described.architecture)
@@ -164,7 +164,7 @@ def load_exported(file: Path) -> Subject:
     """An exported model, with the calibration that is in it. Raises ArtifactError."""
     import torch
 
-    from resnet_dist.evaluate.exported import Exported, as_pixels
+    from resnet_dist.evaluation.exported import Exported, as_pixels
 
     model = Exported(str(file), torch.get_num_threads())
     known = model.predictor
@@ -213,7 +213,7 @@ def check_outputs(cfg: Config, run: Path, file: Path) -> None:
 
     Raises UsageError, MachineError.
     """
-    from resnet_dist.evaluate.calibrate import FILE_NAME, is_calibration
+    from resnet_dist.evaluation.calibrate import FILE_NAME, is_calibration
     from resnet_dist.files.outputs import check_file, check_folder
     from resnet_dist.report.evaluation import EVALUATION
 
@@ -234,7 +234,7 @@ def output_folder(cfg: Config, run: Path) -> Path:
 
 def write(cfg: Config, file: Path, subject: Subject, table: "ImageTable", records: "Records") -> list[tuple[str, str]]:
     """Calibrate if that was asked for, write the evaluation, and give what the terminal shows. On the main process."""
-    from resnet_dist.evaluate.calibrate import calibrate, write_calibration
+    from resnet_dist.evaluation.calibrate import calibrate, write_calibration
     from resnet_dist.model.weights import sha256_of
     from resnet_dist.report.evaluation import plot_evaluation, write_evaluation
     from resnet_dist.report.on_disk import read_evaluation
@@ -326,8 +326,8 @@ def said_of_fitted(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def said_of_abstaining(records: "Records", thresholds: Sequence[float | None]) -> str:
     """How many images the thresholds leave aside, and how good the rest is."""
-    from resnet_dist.evaluate.intervals import wilson
-    from resnet_dist.evaluate.thresholds import abstained
+    from resnet_dist.evaluation.intervals import wilson
+    from resnet_dist.evaluation.thresholds import abstained
 
     kept = ~abstained(records, thresholds)
     n, right = int(kept.sum()), int((records.prediction == records.target)[kept].sum())
@@ -340,7 +340,7 @@ def said_of_abstaining(records: "Records", thresholds: Sequence[float | None]) -
 
 def confused_lines(records: "Records", classes: Sequence[str], most: int = 5) -> list[str]:
     """The most confused pairs, a line each."""
-    from resnet_dist.evaluate.metrics import confused_pairs, confusion
+    from resnet_dist.evaluation.metrics import confused_pairs, confusion
 
     pairs = confused_pairs(confusion(records, classes), classes)[:most]
     return [

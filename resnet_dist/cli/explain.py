@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from resnet_dist.report.explanations import Explanation
-    from resnet_dist.train.checkpoint import Description
+    from resnet_dist.training.checkpoint import Description
 
 BATCH = 8
 
@@ -78,7 +78,7 @@ def explain_all(cfg: Config, device: "torch.device") -> str:
     """Do it, on this process; says where the pictures are. Raises ResnetDistError."""
     from resnet_dist.files.outputs import check_folder, inside
     from resnet_dist.report.explanations import EXPLANATIONS, write_explanations
-    from resnet_dist.train.checkpoint import load_checkpoint
+    from resnet_dist.training.checkpoint import load_checkpoint
 
     run = Path(cfg.run or "")
     checkpoint = run if run.is_file() or run.suffix == ".safetensors" else run / "checkpoints" / "best.safetensors"
@@ -108,7 +108,7 @@ def explain_batch(
     import torch
 
     from export.predict import ImageError, decode, fit, normalise
-    from resnet_dist.evaluate.explain import explain
+    from resnet_dist.evaluation.explain import explain
     from resnet_dist.report.explanations import Explanation
 
     pixels = []

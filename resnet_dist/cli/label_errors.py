@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from resnet_dist.data.index import ImageTable
-    from resnet_dist.evaluate.label_errors import LabelErrors
+    from resnet_dist.evaluation.label_errors import LabelErrors
     from resnet_dist.model.resnet import Architecture
-    from resnet_dist.train.checkpoint import Description
+    from resnet_dist.training.checkpoint import Description
 
 SHOWN = 10
 FILE = "label_errors.csv"
@@ -63,12 +63,12 @@ def main(cfg: Config) -> int:
     from resnet_dist.data.index import read_run_part
     from resnet_dist.data.loader import EvalImages, EvalLoader, default_workers
     from resnet_dist.data.transforms import ToInput
-    from resnet_dist.evaluate.records import Keep, evaluate
+    from resnet_dist.evaluation.records import Keep, evaluate
     from resnet_dist.files.outputs import check_file, table_with
     from resnet_dist.model.resnet import build
     from resnet_dist.runtime import environment as launcher
     from resnet_dist.runtime.accelerate import model_from_main, on_main, start
-    from resnet_dist.train.checkpoint import load_checkpoint
+    from resnet_dist.training.checkpoint import load_checkpoint
 
     accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
     run, device = Path(cfg.run or ""), accelerator.device
@@ -137,7 +137,7 @@ def pretrained(cfg: Config, run: Path, description: "Description") -> tuple["nn.
 
 def judge(cfg: Config, run: Path, table: "ImageTable", features: "np.ndarray", classes: tuple[str, ...]) -> list[str]:
     """Write label_errors.csv and say what is in it. On the main process. Raises MachineError."""
-    from resnet_dist.evaluate.label_errors import OUT_OF_FOLD, find, out_of_fold
+    from resnet_dist.evaluation.label_errors import OUT_OF_FOLD, find, out_of_fold
     from resnet_dist.files.run import to_csv, write_atomically
 
     probabilities = out_of_fold(features, table.targets, cfg.folds)

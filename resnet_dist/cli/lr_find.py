@@ -14,8 +14,8 @@ from resnet_dist.files.outputs import Kind, make_folder, table_with
 from resnet_dist.runtime.signals import StopRequested, StopRequests, stop_requests
 
 if TYPE_CHECKING:
-    from resnet_dist.train.job import Blueprint
-    from resnet_dist.train.lr_range import RangeTest
+    from resnet_dist.training.job import Blueprint
+    from resnet_dist.training.lr_range import RangeTest
 
 COLUMNS = ("lr", "loss", "smoothed")
 RANGE_TEST = Kind("a range test", "lr_find.csv", table_with(*COLUMNS))
@@ -68,9 +68,9 @@ def _find(cfg: Config, stop: StopRequests) -> None:
     from resnet_dist.files.run import RunFolder
     from resnet_dist.runtime.accelerate import on_main, start
     from resnet_dist.runtime.faults import machine_errors
-    from resnet_dist.train.job import build_job, draw
-    from resnet_dist.train.lr_range import range_test
-    from resnet_dist.train.progress import Display
+    from resnet_dist.training.job import build_job, draw
+    from resnet_dist.training.lr_range import range_test
+    from resnet_dist.training.progress import Display
 
     accelerator, line = start(cfg.system, cfg.run.seed)
     stop.connect(cfg.system.dist_timeout)
@@ -103,7 +103,7 @@ def write(folder: Path, test: "RangeTest", blueprint: "Blueprint", divide_by: fl
     """lr_find.png and lr_find.csv, and what they say, in lines (see `typed` for `divide_by`). On the main process."""
     from resnet_dist.files.run import to_csv, write_atomically
     from resnet_dist.report.plots import lr_range
-    from resnet_dist.train.lr_range import steepest, typed, valley
+    from resnet_dist.training.lr_range import steepest, typed, valley
 
     suggested = {"valley": valley(test), "steepest": steepest(test)}
     rates = {name: rate for name, rate in suggested.items() if rate is not None}

@@ -13,7 +13,7 @@ from resnet_dist.config.schema import TrainConfig
 from resnet_dist.errors import ArtifactError, DataError, UsageError
 
 if TYPE_CHECKING:
-    from resnet_dist.train.job import Blueprint
+    from resnet_dist.training.job import Blueprint
 
 COMPARED = ("top1", "top5", "macro_f1")  # the metrics that --tolerance is about
 
@@ -49,7 +49,7 @@ def main(cfg: Config) -> int:
     from resnet_dist.cli.train import train
     from resnet_dist.files.run import read_facts
     from resnet_dist.runtime.accelerate import on_main, start
-    from resnet_dist.train.job import draw
+    from resnet_dist.training.job import draw
 
     old = Path(cfg.run or "")
     new = Path(cfg.output_dir) if cfg.output_dir is not None else old.with_name(f"{old.name}-again")
@@ -79,7 +79,7 @@ def as_it_was(old: Path, facts: Mapping[str, Any], new: Path) -> TrainConfig:
 
 def check_same_data(old: Path, facts: Mapping[str, Any], blueprint: "Blueprint") -> None:
     """Raises DataError unless paths, classes, splits and sizes are those of the run."""
-    from resnet_dist.train.facts import what_is_trained
+    from resnet_dist.training.facts import what_is_trained
 
     before, now = facts.get("data"), what_is_trained(blueprint)["data"]
     if before == now:

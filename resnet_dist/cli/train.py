@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from resnet_dist.files.run import Replace, RunFolder
-    from resnet_dist.train.job import Blueprint
-    from resnet_dist.train.progress import Display
-    from resnet_dist.train.resume import Resumed
+    from resnet_dist.training.job import Blueprint
+    from resnet_dist.training.progress import Display
+    from resnet_dist.training.resume import Resumed
 
 Config = TrainConfig
 
@@ -35,7 +35,7 @@ def train(cfg: TrainConfig) -> Path | None:
         from resnet_dist.files.run import RunFolder
         from resnet_dist.runtime.accelerate import on_main, start
         from resnet_dist.runtime.faults import machine_errors
-        from resnet_dist.train.progress import Display
+        from resnet_dist.training.progress import Display
 
         accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
         with machine_errors(accelerator):
@@ -73,7 +73,7 @@ def _train_in(
 ) -> Path | None:
     from resnet_dist.runtime.accelerate import on_main
     from resnet_dist.runtime.faults import machine_errors
-    from resnet_dist.train.job import check_weights, draw
+    from resnet_dist.training.job import check_weights, draw
 
     blueprint = draw(accelerator, cfg)
     if not resuming:
@@ -105,7 +105,7 @@ def _train_in(
 def _tuned(accelerator: "Accelerator", blueprint: "Blueprint", display: "Display") -> tuple["Accelerator", "Blueprint"]:
     """What a trial on this machine finds to be fastest, in force."""
     from resnet_dist.runtime.accelerate import start
-    from resnet_dist.train.autotune import autotune
+    from resnet_dist.training.autotune import autotune
 
     cfg, lines = autotune(accelerator, blueprint)
     accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
@@ -212,7 +212,7 @@ def completeness(path: Path) -> str:
 def reopen(accelerator: "Accelerator", run: "RunFolder", blueprint: "Blueprint", display: "Display") -> "Resumed":
     """The state to go on from, once it is clear that it is the same run. Raises UsageError, ArtifactError."""
     from resnet_dist.runtime.accelerate import on_main
-    from resnet_dist.train.resume import changes, read_resumed
+    from resnet_dist.training.resume import changes, read_resumed
 
     resumed, warnings = read_resumed(accelerator, run)
     fingerprint, share = blueprint.index.fingerprint(), blueprint.batches.share
@@ -230,7 +230,7 @@ def write_reopened(run: "RunFolder", blueprint: "Blueprint", steps: int, epochs:
     """Let the run folder say that the run goes on after so many steps and epochs; returns whether it was done."""
     from resnet_dist.config.stored import to_toml
     from resnet_dist.files.run import read_facts
-    from resnet_dist.train.facts import this_launch
+    from resnet_dist.training.facts import this_launch
 
     facts = read_facts(run.path)
     was_done: bool = facts.get("status") == "done"
@@ -249,7 +249,7 @@ def open_run(run: "RunFolder", blueprint: "Blueprint", replace: "Replace") -> No
     from resnet_dist.files.run import to_json
     from resnet_dist.model.resnet import empty
     from resnet_dist.runtime.wording import one_line
-    from resnet_dist.train.facts import this_launch, what_is_trained
+    from resnet_dist.training.facts import this_launch, what_is_trained
 
     cfg, index = blueprint.cfg, blueprint.index
     weights = sum(p.numel() * p.element_size() for p in empty(blueprint.architecture).parameters())
@@ -290,10 +290,10 @@ def _train_and_report(
     from resnet_dist.report.training import finish, plot_samples
     from resnet_dist.runtime.accelerate import on_main, start_trackers
     from resnet_dist.runtime.machine import forget_peak_memory
-    from resnet_dist.train.facts import largest_peak_memory
-    from resnet_dist.train.job import build_job
-    from resnet_dist.train.loop import train as train_phases
-    from resnet_dist.train.resume import restore_model
+    from resnet_dist.training.facts import largest_peak_memory
+    from resnet_dist.training.job import build_job
+    from resnet_dist.training.loop import train as train_phases
+    from resnet_dist.training.resume import restore_model
 
     forget_peak_memory()
     start_trackers(accelerator, run.path / "tracker", kept(blueprint.cfg))

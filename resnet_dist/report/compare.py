@@ -12,8 +12,8 @@ import numpy as np
 
 from resnet_dist.config.stored import read_toml
 from resnet_dist.errors import ArtifactError, UsageError
-from resnet_dist.evaluate.intervals import Interval, wilson
-from resnet_dist.evaluate.significance import LEVEL, SignTest, holm, sign_test, t_interval
+from resnet_dist.evaluation.intervals import Interval, wilson
+from resnet_dist.evaluation.significance import LEVEL, SignTest, holm, sign_test, t_interval
 from resnet_dist.files.outputs import Kind, json_with
 from resnet_dist.files.run import read_facts, to_csv, to_json, write_atomically
 from resnet_dist.report import plots

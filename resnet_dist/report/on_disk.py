@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from resnet_dist.errors import ArtifactError
-from resnet_dist.evaluate.records import Records
+from resnet_dist.evaluation.records import Records
 from resnet_dist.files.run import read_facts
 
 

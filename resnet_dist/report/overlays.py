@@ -10,7 +10,7 @@ from resnet_dist.data.index import ImageTable, PathTable
 from resnet_dist.data.loader import EvalImages
 from resnet_dist.data.transforms import ToInput
 from resnet_dist.errors import DataError
-from resnet_dist.evaluate.explain import grad_cam
+from resnet_dist.evaluation.explain import grad_cam
 from resnet_dist.report.explanations import overlay
 from resnet_dist.report.on_disk import Evaluation
 from resnet_dist.report.page_content import top_losses

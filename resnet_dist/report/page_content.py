@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from resnet_dist.errors import ArtifactError
-from resnet_dist.evaluate import label_errors
-from resnet_dist.evaluate.metrics import confusion, per_class
-from resnet_dist.evaluate.records import Records
+from resnet_dist.evaluation import label_errors
+from resnet_dist.evaluation.metrics import confusion, per_class
+from resnet_dist.evaluation.records import Records
 from resnet_dist.files.run import read_facts
 from resnet_dist.report.on_disk import Evaluation, read_csv, read_json, read_text, understood
 from resnet_dist.report.pictures import thumbnails

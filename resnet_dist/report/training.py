@@ -13,8 +13,8 @@ from resnet_dist.data.check import look_at_all
 from resnet_dist.data.loader import TrainImages, epoch_order
 from resnet_dist.data.transforms import ToInput
 from resnet_dist.errors import DataError, NonFiniteError
-from resnet_dist.evaluate.metrics import Measured
-from resnet_dist.evaluate.records import Records, evaluate
+from resnet_dist.evaluation.metrics import Measured
+from resnet_dist.evaluation.records import Records, evaluate
 from resnet_dist.files.outputs import inside
 from resnet_dist.files.run import RunFolder
 from resnet_dist.model.resnet import build
@@ -23,9 +23,9 @@ from resnet_dist.report.evaluation import plot_evaluation, write_evaluation
 from resnet_dist.report.on_disk import read_csv, read_evaluation, read_text, understood
 from resnet_dist.runtime.accelerate import model_from_main, on_main
 from resnet_dist.runtime.wording import shortened
-from resnet_dist.train.checkpoint import load_checkpoint
-from resnet_dist.train.job import Job
-from resnet_dist.train.state import Best, State
+from resnet_dist.training.checkpoint import load_checkpoint
+from resnet_dist.training.job import Job
+from resnet_dist.training.state import Best, State
 
 GRID = 16
 FEW = 2_000  # images that are decoded once more at the end of a run

@@ -16,7 +16,7 @@ from resnet_dist.bench.training import enough_steps
 from resnet_dist.cli.main import main
 from resnet_dist.data.loader import DeviceImages, TrainLoader
 from tests.conftest import TINY
-from tests.train.helpers import config_of, job_of
+from tests.training.helpers import config_of, job_of
 
 SHORT = ["--batch-size", "8", "--img-size", "64", "--windows", "3", "--window-steps", "1", "--warmup-steps", "0"]
 SHORT += [

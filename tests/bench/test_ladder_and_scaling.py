@@ -16,9 +16,9 @@ from resnet_dist.bench.training import begin, communication
 from resnet_dist.cli import bench, bench_scaling
 from resnet_dist.cli.main import main
 from resnet_dist.config.options import parse
-from resnet_dist.train.loop import train_step
+from resnet_dist.training.loop import train_step
 from tests.conftest import TINY
-from tests.train.helpers import job_of
+from tests.training.helpers import job_of
 
 SHORT = ["--batch-size", "4", "--img-size", "32", "--epoch-steps", "1", "--epochs", "2", "--workers", "0"]
 

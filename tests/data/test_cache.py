@@ -29,7 +29,7 @@ from resnet_dist.errors import DataError, MachineError
 from resnet_dist.runtime import environment as launcher
 from tests.conftest import TINY, make_folder, write_image
 from tests.data.test_loader import assert_equal_batches
-from tests.distributed.test_program import ACCELERATE, program
+from tests.runtime.test_program import ACCELERATE, program
 
 SPEC = Preprocessing(img_size=16, resize=18)
 ROOM = 1 << 20

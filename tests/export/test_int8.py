@@ -15,7 +15,7 @@ from export import quantize
 from export.predict import Predictor
 from export.verify import images_needed, judge_agreement
 from resnet_dist.cli.main import main
-from resnet_dist.evaluate.intervals import wilson
+from resnet_dist.evaluation.intervals import wilson
 from tests.export.conftest import INT8
 
 Refused = Callable[..., str]

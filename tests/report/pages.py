@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from resnet_dist.data.index import ImageTable, PathTable
-from resnet_dist.evaluate.metrics import headline
-from resnet_dist.evaluate.records import Records
+from resnet_dist.evaluation.metrics import headline
+from resnet_dist.evaluation.records import Records
 from resnet_dist.files.run import to_json
 from resnet_dist.report.evaluation import predictions_csv
 from resnet_dist.report.on_disk import Evaluation, read_evaluation

@@ -1,0 +1,118 @@
+"""A short trial on this machine before training: which precision, and how many loader processes."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+from resnet_dist.config.schema import TrainConfig
+from resnet_dist.data.loader import TrainImages
+from resnet_dist.errors import DataError
+from resnet_dist.model.resnet import build
+from resnet_dist.model.trainable import set_trainable, train_mode
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.accelerate import on_main
+from resnet_dist.training.job import Blueprint
+
+SECONDS = 2.0  # for each thing that is tried: ten in all at most, with what it takes to begin
+LARGEST_BATCH_ON_CPU = 8
+HEADROOM = 1.2  # loading is to be that much faster than computing
+
+
+def autotune(accelerator: Accelerator, blueprint: Blueprint) -> tuple[TrainConfig, list[str]]:
+    """The config with --mixed-precision and --workers decided by a trial, and a line for each with what was measured.
+
+    What was typed stays. Every process must call this: all try at once, as they will train, and the main one decides.
+    """
+    cfg = blueprint.cfg
+    lines: list[str] = []
+    precisions = _precisions(accelerator.device)
+    open_precision = cfg.system.mixed_precision == "auto" and len(precisions) > 1
+    open_workers = cfg.data.workers is None and accelerator.device.type != "cpu"
+    if not (open_precision or open_workers):
+        return cfg, lines
+    speeds = _speeds(accelerator, blueprint, precisions)
+    best = on_main(accelerator, lambda: max(speeds, key=lambda name: speeds[name]))
+    if open_precision:
+        cfg = dataclasses.replace(cfg, system=dataclasses.replace(cfg.system, mixed_precision=cast(Any, best)))
+        measured = on_main(accelerator, lambda: ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items()))
+        lines.append(f"autotune: precision {best} (images/s and process: {measured})")
+    if open_workers:
+        loading = _rate(_loading(blueprint), cfg.data.batch_size)
+        workers, why = on_main(accelerator, lambda: workers_for(speeds[best], loading))
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=workers))
+        lines.append(f"autotune: {workers} loader processes ({why})")
+    return cfg, lines
+
+
+def workers_for(computing: float, loading: float) -> tuple[int, str]:
+    """How many loader processes of `loading` images/s keep up with `computing` images/s, within the cores there are."""
+    share = max(1, launcher.cores() // launcher.local_world_size())
+    needed = max(1, math.ceil(HEADROOM * computing / loading))
+    why = f"computing takes {computing:.0f} images/s, one core loads {loading:.0f}"
+    return min(needed, share), why + (f"; {needed} would be needed, {share} cores are there" if needed > share else "")
+
+
+def _precisions(device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        return ["bf16", "fp16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp16", "no"]
+    return ["no", "bf16"] if device.type == "cpu" and launcher.cpu_has_bf16() else ["no"]
+
+
+def _speeds(accelerator: Accelerator, blueprint: Blueprint, precisions: list[str]) -> dict[str, float]:
+    """Images per second and process of a step of the last phase, by precision, on random pixels."""
+    device, size = accelerator.device, blueprint.spec.img_size
+    batch = blueprint.cfg.data.batch_size
+    batch = min(batch, LARGEST_BATCH_ON_CPU) if device.type == "cpu" else batch
+    with torch.random.fork_rng(devices=[]):  # nothing is drawn on a GPU
+        model = build(blueprint.architecture).to(device)
+        images = torch.rand(batch, size, size, 3).to(device).permute(0, 3, 1, 2)
+    set_trainable(model, blueprint.cfg.phase[-1])
+    train_mode(model, blueprint.cfg.phase[-1])
+    return {name: _rate(lambda name=name: _step(model, images, name), batch) for name in precisions}  # type: ignore[misc]
+
+
+def _step(model: nn.Module, images: torch.Tensor, precision: str) -> None:
+    """A whole step that moves nothing; fp16's has to look whether the gradients are finite, and to unscale them."""
+    device = images.device.type
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.0)
+    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with torch.autocast(device, dtype, enabled=precision != "no"):
+        loss = F.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.int64, device=images.device))
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _loading(blueprint: Blueprint) -> Callable[[], None]:
+    cfg, table = blueprint.cfg, blueprint.index.train
+    images = TrainImages(table, blueprint.spec, cfg.augment, cfg.run.seed)
+    keys = [(0, number % len(table)) for number in range(cfg.data.batch_size)]
+
+    def load() -> None:
+        batch = images.__getitems__(keys)
+        if isinstance(batch, DataError):
+            raise batch
+
+    return load
+
+
+def _rate(action: Callable[[], None], images: int) -> float:
+    """Images per second of an action on so many, its first call apart; at least one call counts."""
+    action()
+    started, calls = time.monotonic(), 0
+    while calls == 0 or (time.monotonic() - started < SECONDS and calls < 20):
+        action()
+        calls += 1
+    return images * calls / (time.monotonic() - started)

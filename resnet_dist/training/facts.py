@@ -1,0 +1,56 @@
+"""What run.json says of a run beside its status: what is trained, on what data, by which launches."""
+
+import shlex
+import sys
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from resnet_dist.model.resnet import empty
+from resnet_dist.model.trainable import select
+from resnet_dist.runtime.machine import made_with, peak_memory
+from resnet_dist.training.job import Blueprint
+
+
+def what_is_trained(blueprint: Blueprint) -> dict[str, Any]:
+    """Seed, batch, data fingerprint, and the parameters that learn in at least one phase, as plain JSON values.
+
+    The fingerprint: a hash of every path, class and split, and the size of all files together.
+    """
+    cfg, index, model = blueprint.cfg, blueprint.index, empty(blueprint.architecture)
+    learning = {name for phase in cfg.phase for name in select(model, phase.trainable)}
+    data = index.fingerprint()
+    parts = (index.train, index.val, index.test)
+    size = sum((index.root / path).stat().st_size for part in parts for path in part.paths)
+    return {
+        "recipe": cfg.recipe,
+        "model": cfg.model.model,
+        "seed": cfg.run.seed,
+        "global_batch": blueprint.batches.share.global_batch,
+        "data": {"images": data["images"], "bytes": size, "sha256": data["sha256"]},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable_parameters": sum(p.numel() for name, p in model.named_parameters() if name in learning),
+    }
+
+
+def this_launch() -> dict[str, Any]:
+    """How this process was started and what it runs on, as plain JSON values; a run has one for every start."""
+    state = AcceleratorState()
+    return {
+        "command": shlex.join(["resnet-dist", *sys.argv[1:]]),
+        "processes": state.num_processes,
+        "device": state.device.type,
+        "precision": state.mixed_precision,
+        "threads": torch.get_num_threads(),
+        **made_with(),
+    }
+
+
+def largest_peak_memory(accelerator: Accelerator) -> dict[str, int]:
+    """The peak memory of the process that held most, in MiB, on the host and on its GPU."""
+    own = peak_memory()
+    peaks = torch.tensor([list(own.values())], device=accelerator.device)
+    largest = accelerator.gather(peaks).amax(dim=0).tolist()
+    return dict(zip(own, largest, strict=True))

@@ -1,0 +1,195 @@
+"""The frozen first part of a network costs one pass: its outputs are kept, and the rest trains from them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from resnet_dist.config.schema import Phase
+from resnet_dist.data.index import ImageTable
+from resnet_dist.data.loader import EvalImages, EvalLoader, Key, TrainImages, TrainLoader
+from resnet_dist.data.transforms import Batch, sample_key
+from resnet_dist.errors import DataError
+from resnet_dist.model.parts import cut, first_changing_stage
+from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.accelerate import on_main
+from resnet_dist.runtime.faults import memory_for
+from resnet_dist.training.job import Job, eval_loader
+
+Input = Callable[[Batch], torch.Tensor]  # what a network, or its rest, takes of a batch
+SHARE_OF_MEMORY = 0.5  # of what is free when the phase begins: the rest is for training itself
+
+
+class KnownSamples(Dataset[Batch]):
+    """The samples of a table without their pixels, for feeds that have features instead."""
+
+    def __init__(self, table: ImageTable, seed: int = 0, views: int = 1) -> None:
+        self.table, self.seed, self.views = table, seed, views
+        self._none = torch.empty(0, dtype=torch.uint8)
+
+    def __getitems__(self, keys: Sequence[Key | int]) -> Batch:
+        """By (epoch, position) in training, by position in evaluation; `index` counts view after view."""
+        pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        positions = torch.tensor([position for _, position in pairs])
+        views = torch.tensor([epoch % self.views for epoch, _ in pairs])
+        sample_keys = torch.tensor([sample_key(self.seed, epoch, position) for epoch, position in pairs])
+        targets = torch.from_numpy(self.table.targets)[positions]
+        return Batch(self._none, targets, views * len(self.table) + positions, sample_keys)
+
+
+class View(Dataset[Batch]):
+    """The training images by position, each with the random changes of one epoch."""
+
+    def __init__(self, images: TrainImages, epoch: int) -> None:
+        self.images, self.table, self.epoch = images, images.table, epoch
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
+        """The batch, or the error instead of it."""
+        return self.images.__getitems__([(self.epoch, position) for position in positions])
+
+
+@dataclass
+class Features:
+    """What the frozen part makes of every sample, view after view.
+
+    `example` is what it makes of one, (1, F), or (1, H, W, C) before a stage of convolutions, in the dtype in which
+    the network computes; `values`, once filled, has views * samples such rows.
+    """
+
+    prefix: nn.Module
+    views: Sequence[EvalImages | View]
+    example: torch.Tensor
+    values: torch.Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the values take."""
+        rows = sum(len(view.table) for view in self.views)
+        return rows * self.example.numel() * self.example.element_size()
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """The features of a batch: (B, F), or (B, C, H, W) in channels_last order."""
+        assert self.values is not None, "filled when the phase begins"
+        found = self.values[batch.index]
+        return found.permute(0, 3, 1, 2) if found.ndim == 4 else found
+
+    def fill(self, job: Job) -> None:
+        """Compute them, each process a part, into memory that is taken once. Raises StopRequested, DataError."""
+        if self.values is not None:
+            return
+        samples, world = len(self.views[0].table), job.accelerator.num_processes
+        rows = -(-samples // world) * world  # that all processes write for a view; the next one overwrites the rest
+        with memory_for(job.accelerator, "the kept features", "take --cache-features off"):
+            values = self.example.new_empty((len(self.views) - 1) * samples + rows, *self.example.shape[1:])
+            for number, view in enumerate(self.views):
+                self._compute(job, view, values[number * samples :][:rows])
+        self.values = values[: len(self.views) * samples]
+
+    @torch.no_grad()
+    def _compute(self, job: Job, view: EvalImages | View, whole: torch.Tensor) -> None:
+        """Write the features of a view into `whole`, as many rows for each process."""
+        loader, done = eval_loader(job.accelerator, job.cfg, view, job.workers), 0
+        own = whole if job.accelerator.num_processes == 1 else torch.zeros_like(whole[: loader.per_process])
+        self.prefix.eval()
+        with job.accelerator.autocast(), job.display.epoch("features", loader.rounds):
+            batches = iter(loader)
+            for number in range(loader.rounds):
+                job.stop.check()
+                batch = next(batches, None)
+                if batch is not None:
+                    count = len(batch.targets)
+                    own[done : done + count] = _stored(self.prefix(job.to_input(batch.to(job.accelerator.device))))
+                    done += count
+                    job.display.advance(number + 1, {}, count)
+        if own is not whole:  # as bytes: not every backend gathers every dtype
+            torch.distributed.all_gather_into_tensor(whole.view(torch.uint8), own.view(torch.uint8))
+
+
+def _stored(values: torch.Tensor) -> torch.Tensor:
+    return values.permute(0, 2, 3, 1).contiguous() if values.ndim == 4 else values
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a phase works on, in training and in validation: images and the whole network, or features and the rest.
+
+    The modules share the parameters of the job's model.
+    """
+
+    train_module: nn.Module
+    train_loader: TrainLoader
+    train_input: Input
+    val_module: nn.Module
+    val_loader: EvalLoader
+    val_input: Input
+
+    def fill(self, job: Job) -> None:
+        """Compute the features that there are to be. Raises StopRequested, DataError."""
+        for known in (self.train_input, self.val_input):
+            if isinstance(known, Features):
+                known.fill(job)
+
+
+def source(job: Job, phase: Phase) -> Source:
+    """Decide what of a phase works on kept features, and say so; every process must call this.
+
+    Training does where the frozen part of the network sees the same image in every epoch, because the augmentation is
+    off or because so many views were asked for; validation always does. Not where it would save nothing (one epoch, no
+    frozen part) or takes more than half of the free memory.
+    """
+    images = Source(job.model, job.train_loader, job.to_input, job.model, job.val_loader, job.to_input)
+    stage, asked = first_changing_stage(job.model, phase), job.cfg.system.cache_features
+    if asked == "off" or stage == "stem" or phase.epochs == 1:
+        return images
+    prefix, rest = cut(job.model, stage)
+    example = _example(job, prefix)
+    val = Features(prefix, [EvalImages(job.index.val, job.spec)], example)
+    train = _of_training(job, prefix, example)
+    room = on_main(job.accelerator, lambda: _room(job.accelerator.device))
+    fits = [features for features in (val, train) if features is not None]
+    while fits and sum(features.bytes for features in fits) > room:
+        fits.pop()
+    names = [name for name, features in (("validation", val), ("training", train)) if features in fits]
+    if names:
+        size = sum(features.bytes for features in fits) / (1 << 20)
+        why = "" if train else " (training images change at random: --aug none, or --cache-features N for N views)"
+        job.display.say(f"features before {stage} are computed once, for {' and '.join(names)}, {size:.1f} MiB{why}")
+    if train is not None and train in fits:
+        known = KnownSamples(job.index.train, job.train_images.seed, len(train.views))
+        loader = TrainLoader(known, job.train_loader.batches, 0, pin_memory=False)
+        images = dataclasses.replace(images, train_module=rest, train_loader=loader, train_input=train)
+    if val in fits:
+        images = dataclasses.replace(
+            images,
+            val_module=rest,
+            val_loader=eval_loader(job.accelerator, job.cfg, KnownSamples(job.index.val), 0),
+            val_input=val,
+        )
+    return images
+
+
+def _of_training(job: Job, prefix: nn.Module, example: torch.Tensor) -> Features | None:
+    asked, cfg, images = job.cfg.system.cache_features, job.cfg.augment, job.train_images
+    if cfg.mixup or cfg.cutmix or (asked == "auto" and cfg.aug != "none"):
+        return None
+    views = 1 if cfg.aug == "none" else int(asked)
+    return Features(prefix, [View(images, epoch) for epoch in range(views)], example)
+
+
+@torch.no_grad()
+def _example(job: Job, prefix: nn.Module) -> torch.Tensor:
+    size = job.spec.img_size
+    prefix.eval()
+    with job.accelerator.autocast():
+        values: torch.Tensor = prefix(torch.zeros(1, 3, size, size, device=job.accelerator.device))
+    return _stored(values)
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that features may take per process."""
+    if device.type == "cuda":
+        return int(SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0])
+    return int(SHARE_OF_MEMORY * launcher.available_memory() / launcher.local_world_size())

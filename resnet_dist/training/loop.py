@@ -1,0 +1,335 @@
+"""The only training loop. Every technique is a value of its phases."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_dist.config.schema import BEST_METRICS, Phase
+from resnet_dist.data.loader import EvalLoader
+from resnet_dist.data.transforms import Batch
+from resnet_dist.errors import NonFiniteError, Preempted
+from resnet_dist.evaluation.metrics import headline
+from resnet_dist.evaluation.records import evaluate
+from resnet_dist.model.batch_norm import averaged_statistics, share_statistics
+from resnet_dist.model.head import set_sample_keys
+from resnet_dist.model.trainable import set_trainable, train_mode
+from resnet_dist.runtime.accelerate import check_in_step, on_main, read_values, wrap
+from resnet_dist.runtime.signals import StopRequested
+from resnet_dist.training.checkpoint import save_best
+from resnet_dist.training.compile import compiled, pays
+from resnet_dist.training.features import Input, Source, source
+from resnet_dist.training.job import Job
+from resnet_dist.training.optim import build_optimizer, param_groups, scaled_step, step_if_finite
+from resnet_dist.training.resume import Resumed, restore_learner, save_state
+from resnet_dist.training.schedule import Schedule
+from resnet_dist.training.state import Best, State, newest_state
+
+
+@dataclass
+class Learner:
+    """What a phase has of its own: where its samples come from, the wrapped network, the optimizer and the schedule.
+
+    `forward` is the wrapped network, or the compiled form of it, which only training uses. `window`, float32 (5,) on
+    the device, is what this process adds up between two polls: the sums of losses, of weights, of correct predictions
+    and of samples; and whether a gradient was not finite. `skipped`, float32 () on the device, counts the steps of the
+    phase that fp16 skipped because a gradient overflowed; it is the same on every process.
+    """
+
+    phase: Phase
+    source: Source
+    net: nn.Module
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    window: torch.Tensor
+    skipped: torch.Tensor
+
+
+def train(job: Job, resumed: Resumed | None = None) -> State:
+    """Run every phase in order, from the start or from where a run was interrupted, and keep the best checkpoint.
+
+    Raises Preempted where a signal asked to stop: the state is then saved, and this function goes on from it.
+    """
+    state = resumed.state if resumed else State()
+    while True:
+        learner = begin_phase(job, job.cfg.phase[state.phase])
+        if resumed:
+            restore_learner(resumed, job, learner.optimizer, learner.schedule, learner.window)
+            learner.skipped.fill_(state.skipped)
+            resumed = None
+        try:
+            learner.source.fill(job)
+            while state.epoch_in_phase < (learner.phase.epochs or 0) and state.stopped_by is None:
+                train_one_epoch(job, learner, state)
+                finish_epoch(job, learner, state)
+        except StopRequested:
+            save(job, learner, state)
+            raise Preempted(
+                f"stopped by a signal after {state.steps_done} optimizer steps; a checkpoint is written"
+            ) from None
+        check_that_a_step_was_taken(job, state)
+        end_phase(job, learner)
+        is_last = state.phase + 1 == len(job.cfg.phase)
+        if is_last or state.stopped_by == "time limit":
+            break
+        state.begin_phase(state.phase + 1)
+    return state
+
+
+def begin_phase(job: Job, phase: Phase) -> Learner:
+    """Let the right parameters learn, with a fresh optimizer and schedule, in a fresh DDP wrapper."""
+    set_trainable(job.model, phase)
+    schedule = Schedule(job.cfg.schedule, job.train_loader.steps_per_epoch, phase.epochs or 0)
+    groups = param_groups(job.model, job.cfg.optim, phase)
+    # The schedule is not prepared: Accelerate would step it once per process.
+    built = build_optimizer(groups, job.cfg.optim)
+    share_statistics(job.accelerator, job.model)
+    chosen = source(job, phase)
+    net, optimizer = wrap(job.accelerator, chosen.train_module, built, job.cfg.optim.grad_accum)
+    forward = compiled(net) if job.cfg.system.compile == "on" else net
+    window, skipped = (torch.zeros(shape, device=job.accelerator.device) for shape in (5, ()))
+    return Learner(phase, chosen, net, forward, optimizer, schedule, window, skipped)
+
+
+def end_phase(job: Job, learner: Learner) -> None:
+    """Unwrap the network: a wrapper that stayed would be wrapped again by the next phase."""
+    check_in_step(job.accelerator, job.model)
+    job.accelerator.unwrap_model(learner.net, keep_fp32_wrapper=False)
+    job.accelerator.free_memory(learner.net, learner.optimizer)
+
+
+def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
+    """The optimizer steps of one epoch, from the step where the state stands."""
+    steps = job.train_loader.steps_per_epoch
+    started = time.monotonic() - state.epoch_seconds
+    train_mode(job.model, learner.phase)
+    with job.display.epoch(f"epoch {state.epochs_done + 1}/{job.cfg.run.epochs}", steps):
+        for batches in learner.source.train_loader.epoch(state.epochs_done, state.step_in_epoch):
+            factor = learner.schedule.factor(state.epoch_in_phase * steps + state.step_in_epoch)
+            set_rates(learner.optimizer, factor)
+            train_step(job, learner, batches)
+            state.step_in_epoch += 1
+            state.steps_done += 1
+            state.epoch_seconds = time.monotonic() - started
+            if state.step_in_epoch % job.cfg.run.log_every == 0 or state.step_in_epoch == steps:
+                poll(job, learner, state)
+                compile_if_it_pays(job, learner, state, started)
+            if job.cfg.run.save_every.unit == "steps" and state.steps_done % job.cfg.run.save_every.value == 0:
+                save(job, learner, state)
+            job.stop.check()
+            if state.stopped_by is not None:
+                break
+
+
+def save(job: Job, learner: Learner, state: State) -> None:
+    """Write a checkpoint to resume from; every process must call this. Raises NonFiniteError if it would be spoilt."""
+    check_finite(job, learner, state)
+    save_state(job, learner.optimizer, learner.schedule, learner.window, state)
+
+
+def train_step(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
+    """One optimizer step over the micro-batches of this process.
+
+    The loss is the mean over the global batch, all micro-batches and processes together, whatever the weights of its
+    samples. Adds what there is to know of the step to the learner's window.
+    """
+    accelerator = job.accelerator
+    batches = [batch.to(accelerator.device) for batch in batches]
+    mine, total = denominator(job, batches)
+    window = learner.window
+    for number, batch in enumerate(batches):
+        set_sample_keys(learner.source.train_module, batch.keys)
+        is_last = number == len(batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(learner.net):
+            logits = learner.forward(learner.source.train_input(batch))
+            numerator = job.loss.numerators(logits, batch).sum()
+            # DDP averages gradients over the processes, so each brings its part times their number.
+            accelerator.backward(numerator * (accelerator.num_processes / total))
+        window[0] += numerator.detach()
+        window[2] += (logits.detach().argmax(1) == batch.targets).sum()
+        window[3] += len(batch.targets)
+    window[1] += mine
+    update(job, learner)
+
+
+def update(job: Job, learner: Learner) -> None:
+    """Take the step, unless the gradient is not finite: then the parameters stay as they are until the next poll.
+
+    DDP has averaged the gradients, so all processes decide alike, and nobody waits for the device. Under fp16, where
+    an overflow is part of the method, GradScaler decides; only where no scale helps it counts as not finite.
+    """
+    accelerator, optimizer, clip = job.accelerator, learner.optimizer, job.cfg.optim.clip_grad
+    if accelerator.scaler is not None:
+        if clip is not None:
+            accelerator.clip_grad_norm_(learner.net.parameters(), clip)
+        scaled_step(optimizer, accelerator.scaler, learner.skipped, learner.window[4])
+    else:
+        gradients = [p.grad for p in learner.net.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if clip is not None:
+            nn.utils.clip_grads_with_norm_(learner.net.parameters(), clip, norm)
+        learner.window[4] = torch.maximum(learner.window[4], (~torch.isfinite(norm)).float())
+        step_if_finite(optimizer, learner.window[4])
+    optimizer.zero_grad()
+    if job.ema is not None:
+        job.ema.update(job.model)
+
+
+def denominator(job: Job, batches: Sequence[Batch]) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """The summed weights of the samples of a step: of this process, and of all of them."""
+    weights = [job.loss.denominators(batch) for batch in batches]
+    known = [weight.sum() for weight in weights if weight is not None]
+    if not known:
+        count = float(sum(len(batch.targets) for batch in batches))
+        return count, count * job.accelerator.num_processes
+    mine = torch.stack(known).sum()
+    return mine, job.accelerator.reduce(mine, "sum")
+
+
+def compile_if_it_pays(job: Job, learner: Learner, state: State, started: float) -> None:
+    """With --compile auto, compile the network once enough of the phase is left to win the time back."""
+    if job.cfg.system.compile != "auto" or learner.forward is not learner.net:
+        return
+    steps_per_epoch = job.train_loader.steps_per_epoch
+    left = ((learner.phase.epochs or 0) - state.epoch_in_phase) * steps_per_epoch - state.step_in_epoch
+    seconds = (time.monotonic() - started) / state.step_in_epoch
+    if on_main(job.accelerator, lambda: pays(job.accelerator.device, left, seconds)):
+        job.display.say(f"compiling the network: {left} steps of {1000 * seconds:.0f} ms are left in this phase")
+        learner.forward = compiled(learner.net)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group's learning rate: its base rate times the factor of the schedule."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def poll(job: Job, learner: Learner, state: State) -> None:
+    """Read the sums of the steps since the last poll, over all processes; show them and write them down.
+
+    This is the only wait for the device within an epoch. Raises NonFiniteError.
+    """
+    values = check_finite(job, learner, state)
+    learner.window.zero_()
+    state.sums = [a + b for a, b in zip(state.sums, values, strict=True)]
+    loss, weight, correct, count = values
+    rates = {group["name"].partition("/")[0]: group["lr"] for group in learner.optimizer.param_groups}
+    shown = {"loss": f"{loss / weight:.4f}", "top1": f"{correct / count:.4f}"}
+    row: dict[str, Any] = {"step": state.steps_done, "epoch": state.epochs_done + 1, "phase": state.phase + 1}
+    row |= {"loss": loss / weight, "top1": correct / count, "lr": rates}
+    if job.accelerator.scaler is not None:
+        row["skipped"] = state.skipped
+        shown |= {"skipped": str(state.skipped)} if state.skipped else {}
+    job.display.advance(state.step_in_epoch, shown, int(count))
+    job.run.append_step(row)
+    tracked = {f"lr/{name}": rate for name, rate in rates.items()}
+    job.accelerator.log({"train/loss": loss / weight, "train/top1": correct / count, **tracked}, step=state.steps_done)
+    limit = job.cfg.run.time_limit
+    if limit is not None and on_main(job.accelerator, lambda: time.monotonic() - state.started > 60 * limit):
+        state.stopped_by = "time limit"
+
+
+def check_finite(job: Job, learner: Learner, state: State) -> list[float]:
+    """The sums of the window over all processes. Raises NonFiniteError on all of them if something is not finite.
+
+    Also lets the state know how many steps of the phase fp16 has skipped.
+    """
+    sums = job.accelerator.reduce(learner.window.clone(), "sum")
+    *values, bad, skipped = read_values(torch.cat([sums, learner.skipped[None]]), job.stop)  # one wait for the device
+    state.skipped = int(skipped)
+    if bad or not math.isfinite(values[0]):
+        what = "a gradient" if math.isfinite(values[0]) else "the loss"
+        newest = newest_state(job.run.path / "checkpoints")
+        saved = f"the last checkpoint ({newest}) is finite" if newest else "no checkpoint was written yet"
+        raise NonFiniteError(
+            f"{what} became infinite or NaN in the steps before step {state.steps_done}; it did not reach the "
+            f"parameters, and {saved}; {way_out(job)}"
+        )
+    return values
+
+
+def check_that_a_step_was_taken(job: Job, state: State) -> None:
+    """Raises NonFiniteError where fp16 skipped every step of the phase that ends: nothing was learnt in it."""
+    steps = state.epoch_in_phase * job.train_loader.steps_per_epoch + state.step_in_epoch
+    if 0 < steps == state.skipped:
+        raise NonFiniteError(
+            f"a gradient was infinite or NaN in each of the {steps} steps of phase {state.phase + 1}: all of them "
+            f"were skipped, and nothing was learnt; {way_out(job)}"
+        )
+
+
+def way_out(job: Job) -> str:
+    """What to try where something is not finite."""
+    other = "" if job.accelerator.scaler is None else ", or take --mixed-precision bf16 or no"
+    return f"lower --lr or set --clip-grad{other}"
+
+
+def finish_epoch(job: Job, learner: Learner, state: State) -> None:
+    """Validate, keep the best, write the epoch down, and save what is needed to go on from here."""
+    own = learner.source
+    scores = {"raw": validate(job, own.val_module, own.val_loader, own.val_input)}
+    if job.ema is not None:
+        scores["ema"] = validate(job, job.ema.module, job.val_loader, job.to_input)
+    learner.schedule.end_epoch(scores["raw"]["loss"])
+    row = state.end_epoch()
+    kind = max(scores, key=lambda kind: goodness(job, scores[kind]))
+    is_best = goodness(job, scores[kind]) > (goodness(job, state.best.score) if state.best else -math.inf)
+    if is_best:
+        state.best = Best(scores[kind], state.epochs_done, kind)
+        keep_best(job, state.best)
+    state.epochs_since_best = 0 if is_best else state.epochs_since_best + 1
+    if 0 < job.cfg.run.patience <= state.epochs_since_best:
+        state.stopped_by = state.stopped_by or "patience"
+    report_epoch(job, state, row, scores, is_best)
+    every = job.cfg.run.save_every
+    is_end = state.epochs_done == job.cfg.run.epochs or state.stopped_by is not None
+    if is_end or (every.unit == "epochs" and state.epochs_done % every.value == 0):
+        save(job, learner, state)
+
+
+def validate(job: Job, model: nn.Module, loader: EvalLoader, to_input: Input) -> dict[str, float]:
+    """The headline metrics on the validation images, under the run's precision; computed once, the same everywhere."""
+    classes = job.architecture.num_classes
+    with averaged_statistics(job.accelerator, model):
+        records = evaluate(job.accelerator, model, loader, to_input, classes, False, job.stop.check)
+    return on_main(job.accelerator, lambda: headline(records))
+
+
+def keep_best(job: Job, best: Best) -> None:
+    """Write the weights that scored best, raw or averaged, with BatchNorm's statistics as they were scored."""
+    source = job.ema.module if job.ema is not None and best.weights_kind == "ema" else job.model
+    with averaged_statistics(job.accelerator, source):
+        on_main(job.accelerator, lambda: save_best(job.run.best, source, job.described(best)))
+
+
+def goodness(job: Job, score: Mapping[str, float]) -> float:
+    """Higher is better, whatever the metric's direction; a NaN is never better than anything."""
+    name = job.cfg.run.best_metric
+    value = score[name] if BEST_METRICS[name] == "max" else -score[name]
+    return value if math.isfinite(value) else -math.inf
+
+
+def report_epoch(
+    job: Job, state: State, learned: Mapping[str, float], scores: Mapping[str, Mapping[str, float]], is_best: bool
+) -> None:
+    """A line for the user, a row for metrics.csv."""
+    names = {"raw": "val", "ema": "ema"}
+    parts = [f"epoch {state.epochs_done}/{job.cfg.run.epochs}"]
+    parts.append(f"train loss {learned['loss']:.4f} top1 {learned['top1']:.4f}")
+    parts += [f"{names[kind]} loss {s['loss']:.4f} top1 {s['top1']:.4f}" for kind, s in scores.items()]
+    parts.append(f"{learned['images_per_second']:.1f} images/s" + ("  *best*" if is_best else ""))
+    parts += [f"fp16 skipped {state.skipped} steps of this phase"] if state.skipped else []
+    job.display.say("  ".join(parts))
+    row: dict[str, Any] = {"epoch": state.epochs_done, "phase": state.phase + 1, "step": state.steps_done}
+    row |= {f"train_{name}": value for name, value in learned.items()}
+    for kind, score in scores.items():
+        row |= {f"{names[kind]}_{name}": value for name, value in score.items()}
+    job.run.append_epoch(row)
+    tracked = {f"{names[kind]}/{name}": value for kind, score in scores.items() for name, value in score.items()}
+    job.accelerator.log(tracked, step=state.steps_done)

@@ -1,0 +1,144 @@
+"""The learning-rate range test (Smith 2015, arXiv:1506.01186): the rate rises from step to step until the loss does.
+
+It takes its steps with the loop's own `train_step`, on a network that is then thrown away.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from resnet_dist.config.schema import OptimConfig, Phase
+from resnet_dist.data.transforms import Batch
+from resnet_dist.errors import NonFiniteError
+from resnet_dist.model.trainable import train_mode
+from resnet_dist.training.job import Job
+from resnet_dist.training.loop import Learner, begin_phase, end_phase, set_rates, train_step
+from resnet_dist.training.phases import scaled
+
+SMOOTHING = 0.9
+DIVERGED = 4.0  # times the lowest smoothed loss: fastai's limit
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """What the test saw, one entry per step.
+
+    Attributes:
+        rates: the base learning rate (`--lr`) that the step was taken with.
+        losses: mean loss over the global batch, before the step.
+        smoothed: their exponential moving average, without the bias of its start.
+    """
+
+    rates: Sequence[float]
+    losses: Sequence[float]
+    smoothed: Sequence[float]
+
+
+def rising(start: float, end: float, steps: int) -> list[float]:
+    """`steps` > 1 rates from start to end, each the same multiple of the one before."""
+    return [start * (end / start) ** (step / (steps - 1)) for step in range(steps)]
+
+
+def range_test(job: Job, phase: Phase, start: float, end: float, steps: int) -> RangeTest:
+    """Train with rising rates until the last one, or until the loss diverges; all groups keep their ratios.
+
+    Every process must call this; the loss is that of the global batch, so all stop after the same step. Raises
+    NonFiniteError if the loss was never finite, StopRequested where a signal asked to stop.
+    """
+    learner = begin_phase(job, phase)
+    learner.source.fill(job)
+    train_mode(job.model, phase)
+    rates, average = rising(start, end, steps), 0.0
+    losses: list[float] = []
+    smoothed: list[float] = []
+    with job.display.epoch("lr-find", steps):
+        for number, (rate, batches) in enumerate(zip(rates, _endless(job, learner), strict=False), 1):
+            set_rates(learner.optimizer, rate / (job.cfg.optim.lr or 1.0))
+            train_step(job, learner, batches)
+            loss, images = _global_loss(job, learner)
+            average = SMOOTHING * average + (1 - SMOOTHING) * loss
+            value = average / (1 - SMOOTHING**number)
+            if not math.isfinite(value) or value > DIVERGED * min(smoothed, default=value):
+                break
+            losses.append(loss)
+            smoothed.append(value)
+            job.display.advance(number, {"lr": f"{rate:.2e}", "loss": f"{value:.4f}"}, images)
+            job.stop.check()
+    end_phase(job, learner)
+    if not losses:
+        raise NonFiniteError(f"the loss is not finite at the first step, with a rate of {start:g}; lower --lr-start")
+    return RangeTest(rates[: len(losses)], losses, smoothed)
+
+
+def _endless(job: Job, learner: Learner) -> Iterator[list[Batch]]:
+    """The batches of one epoch after the other."""
+    epoch = 0
+    while True:
+        yield from learner.source.train_loader.epoch(epoch)
+        epoch += 1
+
+
+def _global_loss(job: Job, learner: Learner) -> tuple[float, int]:
+    """The mean loss of the step over all processes, and its images; NaN if a gradient was not finite."""
+    loss, weight, _, images, bad = job.accelerator.reduce(learner.window.clone(), "sum").tolist()
+    learner.window.zero_()
+    return math.nan if bad else loss / weight, int(images)
+
+
+def steepest(test: RangeTest) -> float | None:
+    """The rate at which the smoothed loss falls fastest per factor in the rate (fastai's `steep`); None if it never
+    falls."""
+    first, last = _trimmed(len(test.rates))
+    slopes = [
+        (test.smoothed[i + 1] - test.smoothed[i]) / math.log(test.rates[i + 1] / test.rates[i])
+        for i in range(first, last - 1)
+    ]
+    if not slopes or min(slopes) >= 0:
+        return None
+    return test.rates[first + slopes.index(min(slopes))]
+
+
+def valley(test: RangeTest) -> float | None:
+    """The middle of the longest valley of the smoothed loss (fastai's `valley`); None if it never falls.
+
+    A valley is a longest decreasing subsequence: losses that need not be neighbours, each below the one before.
+    """
+    first, last = _trimmed(len(test.rates))
+    places = longest_decrease(test.smoothed[first:last])
+    return test.rates[first + places[len(places) // 2]] if len(places) > 1 else None
+
+
+def longest_decrease(values: Sequence[float]) -> list[int]:
+    """The places of a longest strictly decreasing subsequence, in order; of several, the one that ends first."""
+    lengths, before = [1] * len(values), [-1] * len(values)
+    for i, value in enumerate(values):
+        for j in range(i):
+            if value < values[j] and lengths[j] >= lengths[i]:
+                lengths[i], before[i] = lengths[j] + 1, j
+    place = lengths.index(max(lengths)) if values else -1
+    chain = []
+    while place >= 0:
+        chain.append(place)
+        place = before[place]
+    return chain[::-1]
+
+
+def _trimmed(steps: int) -> tuple[int, int]:
+    """The steps that the suggestions look at: not the first tenth, where the average has no history yet."""
+    return steps // 10, steps
+
+
+def typed(optim: OptimConfig, rate: float, divide_by: float) -> str:
+    """The options that set the base rate to `rate` and every other rate in proportion.
+
+    `optim` is resolved, with a base rate above 0; `divide_by` is what --lr-base-size will multiply them by again.
+    """
+    factor = rate / (optim.lr or 1.0) / divide_by
+    new = scaled(dataclasses.replace(optim, lr_base_size=None), factor)
+    words = [f"--lr {new.lr:.1e}"]
+    if new.lr_backbone is not None:
+        words.append(f"--lr-backbone {new.lr_backbone:.1e}")
+    if new.lr_groups is not None:
+        words.append('--lr-groups "' + " ".join(f"{stage}={lr:.1e}" for stage, lr in new.lr_groups.items()) + '"')
+    return " ".join(words)

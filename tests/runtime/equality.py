@@ -1,0 +1,183 @@
+"""What one process of N finds; run by test_equality.py through the real launcher, N being 1, 2 or 3.
+
+Every scenario has the same global batch whatever N is, so that everything that the processes find together must not
+depend on N.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import resnet_dist.training.loop as loop
+from resnet_dist.data.index import ImageTable, PathTable
+from resnet_dist.data.loader import EvalImages, EvalLoader
+from resnet_dist.data.transforms import ToInput
+from resnet_dist.errors import MachineError
+from resnet_dist.evaluation.records import evaluate
+from resnet_dist.model.batch_norm import averaged_statistics, running_statistics
+from resnet_dist.model.head import dropout_mask
+from resnet_dist.runtime.accelerate import check_in_step, start
+from resnet_dist.training.job import Job
+from tests.conftest import TINY
+from tests.runtime.launch import finish
+from tests.training.helpers import config_of, job_of
+
+GLOBAL_BATCH = 24
+COMMON = [*TINY, "--global-batch-size", str(GLOBAL_BATCH), "--log-every", "1", "--batch-norm-stats", "frozen"]
+COMMON += ["--save-every", "1000epochs"]  # what is compared is not on the disk
+HARD = (
+    "--grad-accum 2 --class-weights balanced --mixup 0.4 --head mlp --dropout 0.3 --aug trivial --label-smoothing 0.1"
+)
+SCENARIOS = {
+    "sgd": f"--opt sgd --lr 0.02 --epochs 2 --sched cosine {HARD}",
+    "focal": "--opt sgd --lr 0.02 --epochs 1 --loss focal --class-weights balanced --cutmix 1.0 --clip-grad 0.5",
+    "adam": f"--opt adam --lr 1e-3 --epochs 1 --ema {HARD}",
+    "adamw": "--opt adamw --lr 1e-3 --epochs 1",
+    "rmsprop": "--opt rmsprop --lr 1e-3 --epochs 1",
+    "adagrad": "--opt adagrad --lr 1e-2 --epochs 1",
+}
+SCHEDULES = ["step", "multistep", "cosine", "onecycle", "plateau", "constant"]
+
+
+def recorded(job: Job) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """Train, and note the gradient of the first optimizer step: after all-reduce, before it is used."""
+    first: list[torch.Tensor] = []
+    build = loop.build_optimizer
+
+    def watched(*arguments: Any) -> torch.optim.Optimizer:
+        optimizer = build(*arguments)
+
+        def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if not first:
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                first.append(torch.cat([p.grad.flatten() for p in parameters]).clone())
+
+        optimizer.register_step_pre_hook(note)
+        return optimizer
+
+    loop.build_optimizer = watched
+    try:
+        state = loop.train(job)
+    finally:
+        loop.build_optimizer = build
+    return state.to_dict(), first
+
+
+def train_scenario(out: Path, data: Path, name: str, options: str) -> dict[str, Any]:
+    job = job_of(out / f"run-{name}", data, *COMMON, *options.split())
+    state, gradient = recorded(job)
+    check_in_step(job.accelerator, job.model)
+    parameters = torch.cat([p.detach().flatten() for p in job.model.parameters()])
+    return {"gradient": gradient[0], "parameters": parameters, "best": state["best"]}
+
+
+def batches(out: Path, data: Path) -> list[list[dict[str, Any]]]:
+    """By optimizer step, what this process would feed the network: samples, pixels, mixing and dropout masks."""
+    job = job_of(out / "run-batches", data, *COMMON, *SCENARIOS["sgd"].split(), "--aug", "randaug", "--erasing", "0.5")
+    steps = []
+    for epoch in (0, 3):
+        for step in job.train_loader.epoch(epoch):
+            found = []
+            for batch in step:
+                masks = dropout_mask(batch.keys, 64, 0.5, layer=0)
+                for row, pixels in enumerate(job.to_input(batch)):
+                    digest = hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
+                    mask = "".join("1" if bit else "0" for bit in masks[row].tolist())
+                    share = batch.mix[row].tolist() if batch.mix is not None else []
+                    found.append({"index": int(batch.index[row]), "pixels": digest, "mask": mask, "mix": share})
+            steps.append(found)
+    return steps
+
+
+def rates(out: Path, data: Path) -> None:
+    """A run of every schedule, of the head alone; the rates are read from metrics.jsonl."""
+    for name in SCHEDULES:
+        options = ["--sched", name, "--epochs", "4", "--trainable", "head", "--lr-step-size", "3steps"]
+        options += ["--lr-milestones", "1,5steps", "--plateau-patience", "0", "--lr", "1e-9", "--opt", "sgd"]
+        loop.train(job_of(out / f"rates-{name}", data, *COMMON, *options, "--aug", "none"))
+
+
+class Fixed(nn.Module):
+    """A network that needs no training: logits are sums of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        nn.init.eye_(self.fc.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+def evaluations(data: Path) -> dict[str, Any]:
+    """The same weights on n images, for every n up to more than two rounds of three processes with batches of 2."""
+    cfg = config_of(data, *COMMON)
+    accelerator, _ = start(cfg.system)
+    from export.predict import Preprocessing
+    from resnet_dist.data.index import read_index
+
+    table, spec = read_index(cfg.data).train, Preprocessing(img_size=16, resize=18)
+    found = {}
+    for n in range(1, 2 * 3 * 2 + 2):
+        part = ImageTable(table.root, PathTable([table.paths[i] for i in range(n)]), table.targets[:n])
+        world, rank = accelerator.num_processes, accelerator.process_index
+        loader = EvalLoader(EvalImages(part, spec), 2, 0, False, world=world, rank=rank)
+        records = evaluate(accelerator, Fixed(), loader, ToInput(spec, accelerator.device), 3, full_precision=True)
+        values = {"target": records.target, "loss": records.loss, "classes": records.classes}
+        found[str(n)] = {name: torch.from_numpy(value.copy()) for name, value in values.items()}
+    return found
+
+
+def statistics(out: Path, data: Path) -> dict[str, Any]:
+    """BatchNorm's statistics: own while training, means within `averaged_statistics`, own again after it."""
+    options = ["--epochs", "2", "--lr", "0.01", "--batch-norm-stats", "update"]
+    job = job_of(out / "run-statistics", data, *COMMON, *options)
+    loop.train(job)
+    flat = [torch.cat([b.flatten() for b in running_statistics(job.model).values()])]
+    with averaged_statistics(job.accelerator, job.model):
+        flat.append(torch.cat([b.flatten() for b in running_statistics(job.model).values()]))
+    flat.append(torch.cat([b.flatten() for b in running_statistics(job.model).values()]))
+    return dict(zip(("own", "mean", "after"), flat, strict=True))
+
+
+def phases(out: Path, data: Path) -> dict[str, Any]:
+    """Recipes that freeze and unfreeze: every process's parameters at the end, and that a difference is noticed."""
+    found: dict[str, Any] = {}
+    for recipe in ("head-then-all", "gradual-unfreeze"):
+        options = ["--recipe", recipe, "--epochs", "4", "--phase", "1.epochs=1", "--global-batch-size", "24"]
+        job = job_of(out / f"run-{recipe}", data, *TINY, *options)
+        loop.train(job)
+        found[recipe] = torch.cat([p.detach().flatten() for p in job.model.parameters()])
+    if job.accelerator.process_index == 1:
+        with torch.no_grad():
+            job.model.layer2[0].conv1.weight[0, 0, 0, 0] += 1e-6  # type: ignore[index, union-attr]
+    try:
+        check_in_step(job.accelerator, job.model)
+        found["noticed"] = "nothing"
+    except MachineError as error:
+        found["noticed"] = str(error)
+    return found
+
+
+def main() -> None:
+    out, data = Path(sys.argv[1]), Path(sys.argv[2])
+    accelerator, line = start(config_of(data, *COMMON).system)
+    rank = accelerator.process_index
+    result: dict[str, Any] = {"line": line}
+    for name, options in SCENARIOS.items():
+        result[name] = train_scenario(out / f"rank{rank}", data, name, options)
+    rates(out / f"rank{rank}", data)
+    result["batches"] = batches(out / f"rank{rank}", data)
+    result["evaluations"] = evaluations(data)
+    result["statistics"] = statistics(out / f"rank{rank}", data)
+    result["phases"] = phases(out / f"rank{rank}", data)
+    finish(out, rank, result)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

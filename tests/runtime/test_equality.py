@@ -1,0 +1,122 @@
+"""The number of processes changes the time, not the data, the schedule, the loss or the metrics."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import make_folder
+from tests.runtime.equality import GLOBAL_BATCH, SCENARIOS, SCHEDULES
+from tests.runtime.launch import launched
+
+Found = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """42 training images of three classes, so that the last global batch is filled up."""
+    return make_folder(tmp_path_factory.mktemp("equal"), train=14, val=5)
+
+
+@pytest.fixture(scope="module")
+def one(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found]:
+    out = tmp_path_factory.mktemp("one")
+    return out, launched(1, out, "tests.runtime.equality", images)
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.matrix)])
+def many(request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found]:
+    out = tmp_path_factory.mktemp("many")
+    return out, launched(request.param, out, "tests.runtime.equality", images)
+
+
+Result = tuple[Path, Found]
+
+
+def steps(out: Path, run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "rank0" / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_first_line_says_how_many(many: Result) -> None:
+    _, found = many
+    assert all(result["line"].startswith(f"{len(found)} processes on cpu, gloo") for result in found)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rates_are_identical(one: Result, many: Result, schedule: str) -> None:
+    expected = [row["lr"] for row in steps(one[0], f"rates-{schedule}")]
+    assert len(expected) == 8 and (schedule == "constant") is (len({str(rate) for rate in expected}) == 1)
+    assert [row["lr"] for row in steps(many[0], f"rates-{schedule}")] == expected
+
+
+def test_samples_pixels_partners_and_masks_are_identical(one: Result, many: Result) -> None:
+    """Of every optimizer step, the processes together have what one process has alone."""
+    for step, alone in enumerate(one[1][0]["batches"]):
+        together = [sample for result in many[1] for sample in result["batches"][step]]
+        assert len(together) == len(alone) == GLOBAL_BATCH
+        assert sorted(together, key=str) == sorted(alone, key=str)
+    everything = [sample["pixels"] for step in one[1][0]["batches"] for sample in step]
+    assert len(set(everything)) > 80, "the epochs were to be augmented differently"
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_gradient_of_the_first_step(one: Result, many: Result, name: str) -> None:
+    expected = one[1][0][name]["gradient"]
+    for result in many[1]:
+        difference = (result[name]["gradient"] - expected).norm() / expected.norm()
+        assert difference < 1e-5
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_losses_are_the_same(one: Result, many: Result, name: str) -> None:
+    expected = [row["loss"] for row in steps(one[0], f"run-{name}")]
+    assert len(expected) >= 2
+    assert [row["loss"] for row in steps(many[0], f"run-{name}")] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sgd", "focal"])
+def test_parameters_after_training(one: Result, many: Result, name: str) -> None:
+    """Of SGD only: adaptive optimizers divide by the gradient's size, and so make much of its rounding."""
+    expected = one[1][0][name]["parameters"]
+    for result in many[1]:
+        assert (result[name]["parameters"] - expected).norm() / expected.norm() < 1e-5
+
+
+def test_evaluations_are_exact(one: Result, many: Result) -> None:
+    """For every n, also where a process has no image at all."""
+    for n, alone in one[1][0]["evaluations"].items():
+        assert len(alone["target"]) == int(n)
+        for result in many[1]:
+            found = result["evaluations"][n]
+            assert torch.equal(found["target"], alone["target"])
+            assert torch.equal(found["classes"], alone["classes"])
+            torch.testing.assert_close(found["loss"], alone["loss"], rtol=1e-5, atol=1e-7)
+
+
+def test_scores_of_the_best_are_the_same_everywhere(one: Result, many: Result) -> None:
+    expected = one[1][0]["sgd"]["best"]
+    for result in many[1]:
+        best = result["sgd"]["best"]
+        assert best == many[1][0]["sgd"]["best"]
+        assert best["epoch"] == expected["epoch"] and best["score"]["top1"] == expected["score"]["top1"]
+
+
+def test_statistics_are_own_then_means_then_own(many: Result) -> None:
+    own = [result["statistics"]["own"] for result in many[1]]
+    assert not torch.equal(own[0], own[1]), "each process was to see other images"
+    for result in many[1]:
+        torch.testing.assert_close(result["statistics"]["mean"], torch.stack(own).mean(0), rtol=1e-5, atol=1e-6)
+        assert torch.equal(result["statistics"]["after"], result["statistics"]["own"])
+
+
+@pytest.mark.parametrize("recipe", ["head-then-all", "gradual-unfreeze"])
+def test_phases_keep_processes_in_step(many: Result, recipe: str) -> None:
+    for result in many[1]:
+        assert torch.equal(result["phases"][recipe], many[1][0]["phases"][recipe])
+
+
+def test_processes_out_of_step_are_noticed_by_all(many: Result) -> None:
+    for result in many[1]:
+        assert "layer2.0.conv1.weight" in result["phases"]["noticed"]

@@ -1,0 +1,26 @@
+"""Jobs for tests of the loop: built as `resnet-dist train` builds them, without a run folder on disk."""
+
+from pathlib import Path
+
+from resnet_dist.config.options import parse
+from resnet_dist.config.recipes import layers
+from resnet_dist.config.schema import TrainConfig
+from resnet_dist.files.run import RunFolder
+from resnet_dist.runtime.accelerate import start
+from resnet_dist.runtime.signals import StopRequests
+from resnet_dist.training.job import Job, build_job, draw
+from resnet_dist.training.progress import Display
+
+
+def config_of(*arguments: str | Path) -> TrainConfig:
+    """The config of a `train` command line."""
+    config: TrainConfig = parse(TrainConfig, [str(a) for a in arguments], "train", layers)
+    return config
+
+
+def job_of(run: Path, *arguments: str | Path) -> Job:
+    """A job in `run`, a folder with room for checkpoints and metrics."""
+    cfg = config_of(*arguments)
+    accelerator, _ = start(cfg.system, cfg.run.seed)
+    (run / "checkpoints").mkdir(parents=True)
+    return build_job(accelerator, draw(accelerator, cfg), RunFolder(run), Display(enabled=False), StopRequests())
