@@ -32,7 +32,7 @@ from export.predict import Preprocessing, decode, fit, normalise
 from export.quantize import to_int8
 from export.to_onnx import graph_of
 from resnet_dist.evaluation.intervals import wilson
-from resnet_dist.training.checkpoint import load_checkpoint
+from resnet_dist.model.checkpoint import load_checkpoint
 
 CALIBRATION = 64
 RANDOM_IMAGES = 32

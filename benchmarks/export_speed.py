@@ -165,7 +165,7 @@ def torch_batch(checkpoint: Path, batch: int, threads: int) -> Step:
     """torch eager on a batch."""
     import torch
 
-    from resnet_dist.training.checkpoint import load_checkpoint
+    from resnet_dist.model.checkpoint import load_checkpoint
 
     torch.set_num_threads(threads)
     model, description = load_checkpoint(checkpoint)
@@ -206,7 +206,7 @@ def torch_folder(checkpoint: Path, files: Sequence[str], threads: int) -> Step:
     import torch
     from torchvision.transforms import v2
 
-    from resnet_dist.training.checkpoint import load_checkpoint
+    from resnet_dist.model.checkpoint import load_checkpoint
 
     torch.set_num_threads(threads)
     model, description = load_checkpoint(checkpoint)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from resnet_dist.data.index import ImageTable
-    from resnet_dist.training.checkpoint import Description
+    from resnet_dist.model.checkpoint import Description
 
 REPORT = "export_report.json"
 MIN_CALIBRATION = 64
@@ -80,8 +80,8 @@ def main(cfg: Config) -> int:
 
     from export.bundle import check_target, put_in_place
     from resnet_dist.files.outputs import inside
+    from resnet_dist.model.checkpoint import load_checkpoint
     from resnet_dist.runtime import environment as launcher
-    from resnet_dist.training.checkpoint import load_checkpoint
 
     torch.set_num_threads(cfg.threads or launcher.cores())
     run = Path(cfg.run or "")

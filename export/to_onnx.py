@@ -13,9 +13,9 @@ from torch import nn
 
 from export.predict import DIGEST, METADATA, Preprocessing, canonical_json, digest_of, self_test_pixels
 from resnet_dist.evaluation.calibrate import Calibration
+from resnet_dist.model.checkpoint import Description
 from resnet_dist.model.parts import cut
 from resnet_dist.model.weights import sha256_of
-from resnet_dist.training.checkpoint import Description
 
 OPSET, IR_VERSION = 18, 8  # what onnxruntime 1.15 and later load
 FORMAT_VERSION = 1

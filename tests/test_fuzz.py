@@ -27,9 +27,9 @@ from resnet_dist.errors import ArtifactError, DataError, UsageError
 from resnet_dist.files.header import description_in, network_of
 from resnet_dist.files.reading import parse_json
 from resnet_dist.files.run import MANIFEST, read_facts
+from resnet_dist.model.checkpoint import Description, load_checkpoint, save_best
 from resnet_dist.model.resnet import Architecture, build
 from resnet_dist.model.weights import preprocessing_in, read_tensors
-from resnet_dist.training.checkpoint import Description, load_checkpoint, save_best
 from resnet_dist.training.state import FACTS, TENSORS, State, read_newest_state, write_state
 
 # The same examples every time, so that the suite is no lottery; more of them: --hypothesis-seed and a larger number.

@@ -27,7 +27,7 @@ from resnet_dist.errors import ArtifactError, ResnetDistError, UsageError
 from resnet_dist.files.header import description_in
 from resnet_dist.files.reading import parse_json, read_bounded
 from resnet_dist.files.run import MANIFEST, read_facts
-from resnet_dist.training.checkpoint import load_checkpoint
+from resnet_dist.model.checkpoint import load_checkpoint
 from resnet_dist.training.state import FACTS, TENSORS, read_newest_state
 from tests.conftest import TINY, WITH_REPORT, make_folder, write_image
 

@@ -23,12 +23,12 @@ from resnet_dist.model.parts import cut, first_changing_stage
 from resnet_dist.model.resnet import empty
 from resnet_dist.model.trainable import set_trainable, train_mode
 from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.display import Display
 from resnet_dist.runtime.machine import forget_peak_memory, peak_memory
 from resnet_dist.runtime.signals import StopRequests
 from resnet_dist.training.compile import compiled
 from resnet_dist.training.job import Blueprint, Job, build_job, draw
 from resnet_dist.training.loop import Learner, begin_phase, end_phase, train_one_epoch, train_step
-from resnet_dist.training.progress import Display
 from resnet_dist.training.state import State
 
 LEAST_STEPS, STEPS_PER_WORKER = 6, 4  # in an epoch; a loader process makes a whole batch

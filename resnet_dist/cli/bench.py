@@ -157,7 +157,7 @@ def time_prediction(job: "Job", folder: Path, plan: "Plan") -> dict[str, Any]:
     from export.predict import Predictor
     from resnet_dist.bench.timing import summary
     from resnet_dist.cli.main import run
-    from resnet_dist.training.checkpoint import save_best
+    from resnet_dist.model.checkpoint import save_best
     from resnet_dist.training.state import Best
 
     checkpoint = folder / "bench.safetensors"

@@ -111,7 +111,7 @@ def main(cfg: Config) -> int:
     from resnet_dist.evaluation.records import Keep, evaluate
     from resnet_dist.evaluation.tta import Views
     from resnet_dist.runtime.accelerate import on_main, start
-    from resnet_dist.training.progress import Display
+    from resnet_dist.runtime.display import Display
 
     accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
     run = Path(cfg.run or "")
@@ -146,9 +146,9 @@ def load_network(accelerator: "Accelerator", checkpoint: Path, anew: bool) -> Su
     """The network of a checkpoint and its calibration, unless that is to be made `anew`. Raises ArtifactError."""
     from resnet_dist.data.transforms import ToInput
     from resnet_dist.evaluation.calibrate import read_calibration
+    from resnet_dist.model.checkpoint import load_checkpoint
     from resnet_dist.model.resnet import build
     from resnet_dist.runtime.accelerate import model_from_main, on_main
-    from resnet_dist.training.checkpoint import load_checkpoint
 
     model, description = model_from_main(
         accelerator, lambda: load_checkpoint(checkpoint), lambda described: build(described.architecture)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from resnet_dist.model.checkpoint import Description
     from resnet_dist.report.explanations import Explanation
-    from resnet_dist.training.checkpoint import Description
 
 BATCH = 8
 
@@ -77,8 +77,8 @@ def main(cfg: Config) -> int:
 def explain_all(cfg: Config, device: "torch.device") -> str:
     """Do it, on this process; says where the pictures are. Raises ResnetDistError."""
     from resnet_dist.files.outputs import check_folder, inside
+    from resnet_dist.model.checkpoint import load_checkpoint
     from resnet_dist.report.explanations import EXPLANATIONS, write_explanations
-    from resnet_dist.training.checkpoint import load_checkpoint
 
     run = Path(cfg.run or "")
     checkpoint = run if run.is_file() or run.suffix == ".safetensors" else run / "checkpoints" / "best.safetensors"

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from resnet_dist.data.index import ImageTable
     from resnet_dist.evaluation.label_errors import LabelErrors
+    from resnet_dist.model.checkpoint import Description
     from resnet_dist.model.resnet import Architecture
-    from resnet_dist.training.checkpoint import Description
 
 SHOWN = 10
 FILE = "label_errors.csv"
@@ -65,10 +65,10 @@ def main(cfg: Config) -> int:
     from resnet_dist.data.transforms import ToInput
     from resnet_dist.evaluation.records import Keep, evaluate
     from resnet_dist.files.outputs import check_file, table_with
+    from resnet_dist.model.checkpoint import load_checkpoint
     from resnet_dist.model.resnet import build
     from resnet_dist.runtime import environment as launcher
     from resnet_dist.runtime.accelerate import model_from_main, on_main, start
-    from resnet_dist.training.checkpoint import load_checkpoint
 
     accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
     run, device = Path(cfg.run or ""), accelerator.device

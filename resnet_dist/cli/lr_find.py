@@ -67,10 +67,10 @@ def main(cfg: Config) -> int:
 def _find(cfg: Config, stop: StopRequests) -> None:
     from resnet_dist.files.run import RunFolder
     from resnet_dist.runtime.accelerate import on_main, start
+    from resnet_dist.runtime.display import Display
     from resnet_dist.runtime.faults import machine_errors
     from resnet_dist.training.job import build_job, draw
     from resnet_dist.training.lr_range import range_test
-    from resnet_dist.training.progress import Display
 
     accelerator, line = start(cfg.system, cfg.run.seed)
     stop.connect(cfg.system.dist_timeout)

@@ -35,11 +35,11 @@ def main(cfg: Config) -> int:
     from resnet_dist.data.index import read_run_part
     from resnet_dist.files.outputs import inside
     from resnet_dist.files.run import is_run, read_facts
+    from resnet_dist.model.checkpoint import load_checkpoint
     from resnet_dist.report.evaluation import plot_evaluation
     from resnet_dist.report.on_disk import read_run_evaluation
     from resnet_dist.report.page import write_run_page
     from resnet_dist.report.training import plot_run
-    from resnet_dist.training.checkpoint import load_checkpoint
 
     run = Path(cfg.run or "")
     if read_facts(run) and not is_run(run):  # a report.html in it may be somebody else's

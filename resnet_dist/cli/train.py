@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from resnet_dist.files.run import Replace, RunFolder
+    from resnet_dist.runtime.display import Display
     from resnet_dist.training.job import Blueprint
-    from resnet_dist.training.progress import Display
     from resnet_dist.training.resume import Resumed
 
 Config = TrainConfig
@@ -34,8 +34,8 @@ def train(cfg: TrainConfig) -> Path | None:
         from resnet_dist.data.loader import close_loaders
         from resnet_dist.files.run import RunFolder
         from resnet_dist.runtime.accelerate import on_main, start
+        from resnet_dist.runtime.display import Display
         from resnet_dist.runtime.faults import machine_errors
-        from resnet_dist.training.progress import Display
 
         accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
         with machine_errors(accelerator):

@@ -11,10 +11,10 @@ from export.predict import Preprocessing
 from resnet_dist.errors import ArtifactError
 from resnet_dist.files.header import best_of, description_in
 from resnet_dist.files.run import read_facts
+from resnet_dist.model.checkpoint import Description
 from resnet_dist.model.resnet import Architecture
 from resnet_dist.model.start import StartingPoint
 from resnet_dist.runtime.wording import printable
-from resnet_dist.training.checkpoint import Description
 
 SHOWN_CLASSES = 50
 
@@ -191,7 +191,7 @@ from pathlib import Path
 
 import torch
 from export.predict import decode, fit, normalise
-from resnet_dist.training.checkpoint import load_checkpoint
+from resnet_dist.model.checkpoint import load_checkpoint
 
 model, description = load_checkpoint(Path("{weights}"))
 pixels = normalise(fit(decode("photo.jpg"), description.preprocessing), description.preprocessing)

@@ -10,8 +10,8 @@ from resnet_dist.errors import ArtifactError, MachineError
 from resnet_dist.files.header import best_of, description_in
 from resnet_dist.files.outputs import Kind, make_folder
 from resnet_dist.files.run import to_json, write_atomically
+from resnet_dist.model.checkpoint import Description
 from resnet_dist.report.card import CardFacts, card, is_plain, loading_with_ours, loading_with_torchvision
-from resnet_dist.training.checkpoint import Description
 
 FILES = ("README.md", "config.json", "model.safetensors")
 CROP_MODES = {"crop": "center", "squash": "squash", "pad": "border"}  # ours: timm's

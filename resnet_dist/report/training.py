@@ -17,13 +17,13 @@ from resnet_dist.evaluation.metrics import Measured
 from resnet_dist.evaluation.records import Records, evaluate
 from resnet_dist.files.outputs import inside
 from resnet_dist.files.run import RunFolder
+from resnet_dist.model.checkpoint import load_checkpoint
 from resnet_dist.model.resnet import build
 from resnet_dist.report.card import run_card
 from resnet_dist.report.evaluation import plot_evaluation, write_evaluation
 from resnet_dist.report.on_disk import read_csv, read_evaluation, read_text, understood
 from resnet_dist.runtime.accelerate import model_from_main, on_main
 from resnet_dist.runtime.wording import shortened
-from resnet_dist.training.checkpoint import load_checkpoint
 from resnet_dist.training.job import Job
 from resnet_dist.training.state import Best, State
 

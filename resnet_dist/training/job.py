@@ -31,18 +31,18 @@ from resnet_dist.files.header import random_stream_of
 from resnet_dist.files.run import RunFolder
 from resnet_dist.model import weights
 from resnet_dist.model.batch_norm import choose_sync_bn
+from resnet_dist.model.checkpoint import Description, start_from
 from resnet_dist.model.resnet import Architecture, build, empty
 from resnet_dist.model.start import StartingPoint
 from resnet_dist.model.trainable import batch_norm_of_one_value, updating_batch_norms
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.accelerate import on_main, share_weights
+from resnet_dist.runtime.display import Display
 from resnet_dist.runtime.signals import StopRequests
 from resnet_dist.training.caching import cache_images, on_device
-from resnet_dist.training.checkpoint import Description, start_from
 from resnet_dist.training.ema import Ema
 from resnet_dist.training.losses import Loss, class_weights
 from resnet_dist.training.phases import plan, plan_lines, resolve
-from resnet_dist.training.progress import Display
 from resnet_dist.training.state import Best
 
 

@@ -17,11 +17,11 @@ from resnet_dist.errors import NonFiniteError, Preempted
 from resnet_dist.evaluation.metrics import headline
 from resnet_dist.evaluation.records import evaluate
 from resnet_dist.model.batch_norm import averaged_statistics, share_statistics
+from resnet_dist.model.checkpoint import save_best
 from resnet_dist.model.head import set_sample_keys
 from resnet_dist.model.trainable import set_trainable, train_mode
 from resnet_dist.runtime.accelerate import check_in_step, on_main, read_values, wrap
 from resnet_dist.runtime.signals import StopRequested
-from resnet_dist.training.checkpoint import save_best
 from resnet_dist.training.compile import compiled, pays
 from resnet_dist.training.features import Input, Source, source
 from resnet_dist.training.job import Job

@@ -20,8 +20,8 @@ from torchvision.models import resnet18
 from export.predict import ModelError, Predictor
 from export.predict import main as predict
 from resnet_dist.cli.main import main
+from resnet_dist.model.checkpoint import load_checkpoint
 from resnet_dist.model.weights import sha256_of
-from resnet_dist.training.checkpoint import load_checkpoint
 from tests.conftest import CLASSES, TINY, make_folder
 
 Refused = Callable[..., str]

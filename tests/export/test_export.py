@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from export.predict import Predictor
 from resnet_dist.cli.main import main
-from resnet_dist.training.checkpoint import load_checkpoint
+from resnet_dist.model.checkpoint import load_checkpoint
 from tests.conftest import CLASSES, make_folder
 from tests.export.conftest import INT8
 

@@ -21,9 +21,9 @@ from PIL import Image
 
 from export.predict import Preprocessing, decode, fit, normalise
 from resnet_dist.cli.main import main
+from resnet_dist.model.checkpoint import load_checkpoint
 from resnet_dist.report.card import plain_text
 from resnet_dist.report.hub import crop_share, timm_config
-from resnet_dist.training.checkpoint import load_checkpoint
 from tests.conftest import CLASSES, TINY, make_folder
 
 Refused = Callable[..., str]

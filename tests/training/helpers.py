@@ -7,9 +7,9 @@ from resnet_dist.config.recipes import layers
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.files.run import RunFolder
 from resnet_dist.runtime.accelerate import start
+from resnet_dist.runtime.display import Display
 from resnet_dist.runtime.signals import StopRequests
 from resnet_dist.training.job import Job, build_job, draw
-from resnet_dist.training.progress import Display
 
 
 def config_of(*arguments: str | Path) -> TrainConfig:

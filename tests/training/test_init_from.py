@@ -17,9 +17,9 @@ from resnet_dist.config.recipes import layers
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.config.stored import kept
 from resnet_dist.errors import UsageError
+from resnet_dist.model.checkpoint import save_best, start_from
 from resnet_dist.model.start import StartingPoint
 from resnet_dist.runtime.accelerate import start
-from resnet_dist.training.checkpoint import save_best, start_from
 from resnet_dist.training.job import Job
 from resnet_dist.training.resume import Resumed, changes
 from resnet_dist.training.state import Best, State

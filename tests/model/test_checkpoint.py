@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from export.predict import Preprocessing
 from resnet_dist.errors import ArtifactError
+from resnet_dist.model.checkpoint import Description, load_checkpoint, save_best
 from resnet_dist.model.resnet import Architecture, build
-from resnet_dist.training.checkpoint import Description, load_checkpoint, save_best
 from tests.conftest import write_image
 
 CLASSES = ("a b", "ü", "z")
