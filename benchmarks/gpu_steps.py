@@ -26,8 +26,7 @@ from resnet_dist.bench.machine import describe, roofs
 from resnet_dist.bench.synthetic import photographs
 from resnet_dist.bench.timing import Plan, measure
 from resnet_dist.bench.training import begin, job_of, limits, work
-from resnet_dist.config.options import parse
-from resnet_dist.config.recipes import layers
+from resnet_dist.cli.parser import parse
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.data.transforms import Batch
 from resnet_dist.runtime import environment as launcher
@@ -94,7 +93,7 @@ def learner_of(words: list[str]) -> Iterator[tuple[Job, Learner]]:
     with tempfile.TemporaryDirectory(prefix="resnet-dist-steps-") as folder:
         photographs(Path(folder), 4)
         fixed = ["--weights", "none", "--workers", "0", "--cache", "none"]
-        cfg: TrainConfig = parse(TrainConfig, [folder, *fixed, *words], "train", layers)
+        cfg: TrainConfig = parse(TrainConfig, [folder, *fixed, *words], "train")
         accelerator, _ = start(cfg.system)
         job, learner = begin(job_of(accelerator, draw(accelerator, cfg)), "full", 2)
         yield job, learner

@@ -10,9 +10,28 @@ ResnetDistError            1   (itself only for a bug of the main process, on th
 """
 
 import errno
+import re
 from collections.abc import Sequence
+from typing import Self
 
+OPTION = re.compile(r"(?<![\w/.-])--(no-)?([a-z][a-z0-9-]*)(?:[ =]([^\s:;,()]+)(?=[:;,)]|\.?$))?", re.MULTILINE)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def as_keywords(text: str) -> str:
+    """A text that names options, with Python keywords in their place: `--img-size 0: ...` -> `img_size=0: ...`."""
+
+    def keyword(match: re.Match[str]) -> str:
+        negated, name, value = match.groups()
+        keyword = name.replace("-", "_")
+        if negated:
+            return f"{keyword}=False" + (f" {value}" if value else "")
+        if value is None:
+            return keyword
+        literal = re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?|True|False|None", value) or not re.fullmatch(r"[\w.+/-]+", value)
+        return f"{keyword}={value}" if literal else f"{keyword}='{value}'"
+
+    return OPTION.sub(keyword, text)
 
 
 class ResnetDistError(Exception):
@@ -20,6 +39,11 @@ class ResnetDistError(Exception):
 
     exit_code = 1
     shared = False
+
+    def in_python(self) -> Self:
+        """Let the text name settings by their Python keywords, not by their options. Returns the error itself."""
+        self.args = tuple(as_keywords(part) if isinstance(part, str) else part for part in self.args)
+        return self
 
 
 class UsageError(ResnetDistError):
@@ -30,6 +54,11 @@ class UsageError(ResnetDistError):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+    def in_python(self) -> Self:
+        """Let every problem name settings by their Python keywords. Returns the error itself."""
+        self.problems = [as_keywords(problem) for problem in self.problems]
+        return super().in_python()
 
 
 class DataError(ResnetDistError):

@@ -17,8 +17,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from export.predict import ImageError, Preprocessing, decode
-from resnet_dist.config.options import parse
-from resnet_dist.config.recipes import layers
+from resnet_dist.cli.parser import parse
 from resnet_dist.config.schema import DataConfig, TrainConfig
 from resnet_dist.data.decode import load_fitted, load_whole
 from resnet_dist.data.exclude import read_paths
@@ -259,7 +258,7 @@ TOML = (
 def test_toml(place: Path, data: bytes) -> None:
     (place / "c.toml").write_bytes(data)
     try:
-        made = parse(TrainConfig, ["photos", "-c", str(place / "c.toml")], "resnet-dist train", layers)
+        made = parse(TrainConfig, ["photos", "-c", str(place / "c.toml")], "resnet-dist train")
     except UsageError as error:
         assert error.problems and all(isinstance(line, str) and line for line in error.problems)
     except ArtifactError as error:  # an init_from that came about
@@ -282,7 +281,7 @@ def test_command_lines(words: list[str]) -> None:
     if {"-h", "--help"} & set(words) or any(word.startswith(("-h", "--h")) for word in words):
         return
     try:
-        parse(TrainConfig, words, "resnet-dist train", layers)
+        parse(TrainConfig, words, "resnet-dist train")
     except UsageError as error:
         assert error.problems
 

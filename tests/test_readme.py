@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 
 from resnet_dist.cli import main as cli
 from resnet_dist.cli.main import main
-from resnet_dist.config.options import parse
-from resnet_dist.config.recipes import layers
+from resnet_dist.cli.parser import parse
 from tests.conftest import make_folder
 
 README = Path(__file__).parents[1] / "README.md"
@@ -40,7 +39,7 @@ def test_every_command_is_understood(line: list[str]) -> None:
     if line[0] == "predict" or "--resume" in line:
         pytest.skip("needs what other commands make: the test below runs it")
     module = importlib.import_module(cli.module_of(line[0]))
-    parse(module.Config, line[1:], "resnet-dist", layers if line[0] in cli.WITH_RECIPES else None)
+    parse(module.Config, line[1:], "resnet-dist")
 
 
 @pytest.mark.matrix

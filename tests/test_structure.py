@@ -198,7 +198,7 @@ def settings() -> list[tuple[str, str]]:
 def attributes_read() -> frozenset[str]:
     found = set()
     for module in MODULES:
-        if module not in ("resnet_dist.config.schema", "resnet_dist.config.options", "resnet_dist.config.stored"):
+        if module not in ("resnet_dist.config.schema", "resnet_dist.config.layers", "resnet_dist.config.stored"):
             for node in ast.walk(tree_of(module)):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                     owner = node.value

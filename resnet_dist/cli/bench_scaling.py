@@ -13,7 +13,7 @@ from typing import Any
 
 from resnet_dist.cli.bench import cache_problems, train_config
 from resnet_dist.config.fields import out_of_range
-from resnet_dist.config.options import options_of
+from resnet_dist.config.layers import options_of
 from resnet_dist.config.schema import (
     AugmentConfig,
     DataConfig,

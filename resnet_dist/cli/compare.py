@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resnet_dist.cli.parser import Parser, parse
 from resnet_dist.config.fields import out_of_range
-from resnet_dist.config.options import Parser, convert, parse
-from resnet_dist.config.recipes import layers
+from resnet_dist.config.layers import convert
 from resnet_dist.config.schema import DataConfig, TrainConfig
 from resnet_dist.config.stored import Layer, kept, read_toml, stored_config
 from resnet_dist.errors import MachineError, NonFiniteError, UsageError
@@ -75,12 +75,12 @@ def read(arguments: Sequence[str]) -> list[Config]:
     problems: dict[str, None] = {}
     for name in dict.fromkeys(convert(tuple[str, ...], named.recipes)):
         try:
-            configs.append(parse(Config, [*arguments, "--recipe", name], "resnet-dist compare", layers))
+            configs.append(parse(Config, [*arguments, "--recipe", name], "resnet-dist compare"))
         except UsageError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
         raise UsageError(list(problems))
-    return configs or [parse(Config, arguments, "resnet-dist compare", layers)]
+    return configs or [parse(Config, arguments, "resnet-dist compare")]
 
 
 def main(configs: Sequence[Config]) -> int:

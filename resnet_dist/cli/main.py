@@ -9,8 +9,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from resnet_dist import __version__
-from resnet_dist.config.options import parse
-from resnet_dist.config.recipes import layers
+from resnet_dist.cli.parser import parse
 from resnet_dist.errors import ResnetDistError, UsageError, disk_error
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime import streams
@@ -40,7 +39,6 @@ VERBS = {  # verb: what it does; its module is resnet_dist.cli.<verb> unless MOD
     "demo": "train on handwritten digits, offline, in two minutes",
 }
 MODULES = {"export": "export.command", "predict": "export.predict"}
-WITH_RECIPES = ("train", "lr-find", "compare", "summary")
 
 
 def entry(argv: Sequence[str] | None = None) -> NoReturn:
@@ -98,7 +96,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         return int(module.main(arguments, "resnet-dist predict"))
     if verb == "compare":  # each recipe has a config of its own
         return int(module.main(module.read(arguments)))
-    config = parse(module.Config, arguments, f"resnet-dist {verb}", layers if verb in WITH_RECIPES else None)
+    config = parse(module.Config, arguments, f"resnet-dist {verb}")
     code: int = module.main(config)
     return code
 

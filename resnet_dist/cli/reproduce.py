@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnet_dist.config.fields import option, out_of_range
+from resnet_dist.config.layers import resolve
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.errors import ArtifactError, DataError, UsageError
 
@@ -69,10 +70,7 @@ def main(cfg: Config) -> int:
 
 def as_it_was(old: Path, facts: Mapping[str, Any], new: Path) -> TrainConfig:
     """The config of a run, to be done again in `new`. Raises UsageError."""
-    from resnet_dist.config.options import parse
-    from resnet_dist.config.recipes import layers
-
-    cfg: TrainConfig = parse(TrainConfig, ["--resume", str(old)], "resnet-dist train", layers)
+    cfg: TrainConfig = resolve(TrainConfig, {"resume": str(old)})
     run = dataclasses.replace(cfg.run, output_dir=str(new), resume="auto")
     return dataclasses.replace(cfg, run=run)
 

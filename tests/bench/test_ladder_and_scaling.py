@@ -15,7 +15,7 @@ from resnet_dist.bench.timing import Plan
 from resnet_dist.bench.training import begin, communication
 from resnet_dist.cli import bench, bench_scaling
 from resnet_dist.cli.main import main
-from resnet_dist.config.options import parse
+from resnet_dist.cli.parser import parse
 from resnet_dist.training.loop import train_step
 from tests.conftest import TINY
 from tests.training.helpers import job_of

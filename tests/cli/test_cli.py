@@ -22,7 +22,8 @@ import resnet_dist
 from resnet_dist import errors
 from resnet_dist.cli import main as cli
 from resnet_dist.cli.main import VERBS, main, module_of
-from resnet_dist.config.options import Option, make_parser, options_of
+from resnet_dist.cli.parser import make_parser
+from resnet_dist.config.layers import Option, options_of
 from resnet_dist.config.recipes import texts
 from resnet_dist.errors import ResnetDistError
 from resnet_dist.runtime.wording import listed, one_line, printable, shortened, suggestion
@@ -84,7 +85,11 @@ def test_unknown_verb_is_a_usage_error(refused: Refused, typed: str, said: str) 
 def test_there_is_a_module_for_every_verb() -> None:
     """And no module that no verb leads to."""
     folder = Path(resnet_dist.__file__).parent / "cli"
-    modules = {f"resnet_dist.cli.{file.stem}" for file in folder.glob("*.py") if file.stem not in ("__init__", "main")}
+    modules = {
+        f"resnet_dist.cli.{file.stem}"
+        for file in folder.glob("*.py")
+        if file.stem not in ("__init__", "main", "parser")
+    }
     assert modules | {"export.command", "export.predict"} == {module_of(verb) for verb in VERBS}
 
 
@@ -311,7 +316,7 @@ def test_unknown_recipe_is_a_usage_error(refused: Refused) -> None:
 def words_of_all_verbs() -> set[str]:
     found = {flag for _, option in VERB_OPTIONS for flag in spellings(option)}
     for verb in WITH_CONFIG:  # the options that no field has: --recipe, --config, --phase
-        parser = make_parser(config_of(verb), "x", (lambda: []) if verb in cli.WITH_RECIPES else None)
+        parser = make_parser(config_of(verb), "x")
         found |= {flag for action in parser._actions for flag in action.option_strings}
     return found | {flag.replace("-", "_").replace("__", "--", 1) for flag in found if flag.startswith("--")}
 

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resnet_dist.cli import summary
-from resnet_dist.config.options import Option, build, make_parser, options_of, parse
+from resnet_dist.cli.parser import make_parser, parse
+from resnet_dist.config.layers import Option, build, options_of
 from resnet_dist.config.recipes import layers, texts
 from resnet_dist.config.schema import ARCHITECTURES, Duration, Phase, TrainConfig
 from resnet_dist.config.stored import found_again, portable, read_toml, to_toml
@@ -31,7 +32,7 @@ SECTIONS = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in ("r
 
 def config(*arguments: str | Path) -> TrainConfig:
     """What `resnet-dist train photos ...` would take."""
-    made: TrainConfig = parse(TrainConfig, ["photos", *map(str, arguments)], "resnet-dist train", layers)
+    made: TrainConfig = parse(TrainConfig, ["photos", *map(str, arguments)], "resnet-dist train")
     return made
 
 
@@ -186,7 +187,7 @@ def changed(option: Option) -> list[str]:
 
 @pytest.mark.parametrize("option", OPTIONS.values(), ids=lambda option: option.name)
 def test_every_alias_means_its_option(option: Option) -> None:
-    parser = make_parser(TrainConfig, "train", lambda: [])
+    parser = make_parser(TrainConfig, "train")
     taken = [vars(parser.parse_args(spelled(option, flag))) for flag in (option.flag, *option.aliases)]
     assert taken[0][option.name] == (True if option.kind is bool else another(option))
     assert all(each == taken[0] for each in taken)
@@ -285,7 +286,7 @@ def test_one_mistake_is_one_line(typed: list[str]) -> None:
 
 def test_missing_data_is_a_mistake_too() -> None:
     with pytest.raises(UsageError, match="DATA is missing"):
-        parse(TrainConfig, [], "train", layers)
+        parse(TrainConfig, [], "train")
 
 
 @pytest.mark.parametrize("name", ["lr", "lr_backbone", "weight_decay", "hflip", "mixup", "mean", "dropout", "lr_scale"])
@@ -388,7 +389,7 @@ def test_length_of_the_last_phase_is_not_overridden_in_silence() -> None:
 
 def returned(made: TrainConfig, toml: Write) -> TrainConfig:
     """After a round trip through the stored form."""
-    back: TrainConfig = parse(TrainConfig, ["-c", str(toml(to_toml(made)))], "resnet-dist train", layers)
+    back: TrainConfig = parse(TrainConfig, ["-c", str(toml(to_toml(made)))], "resnet-dist train")
     return back
 
 
@@ -429,10 +430,10 @@ def test_stored_value_is_exactly_the_value(toml: Write, arguments: list[str]) ->
 
 def test_stored_path_may_be_any_path(tmp_path: Path) -> None:
     """Linux knows names that are no text."""
-    made = parse(TrainConfig, [b"photos-\xff".decode(errors="surrogateescape")], "train", layers)
+    made = parse(TrainConfig, [b"photos-\xff".decode(errors="surrogateescape")], "train")
     file = tmp_path / "config.toml"
     file.write_bytes(to_toml(made).encode(errors="surrogateescape"))
-    assert parse(TrainConfig, ["-c", str(file)], "train", layers) == made
+    assert parse(TrainConfig, ["-c", str(file)], "train") == made
 
 
 def test_where_a_run_went_is_not_stored(tmp_path: Path) -> None:
@@ -444,7 +445,7 @@ def test_where_a_run_went_is_not_stored(tmp_path: Path) -> None:
 def test_what_a_checkpoint_carries_has_no_paths(tmp_path: Path) -> None:
     (tmp_path / "w.toml").write_text("a = 1")
     paths = ["--val-dir", tmp_path, "--weights", tmp_path / "my.pth", "--class-weights", tmp_path / "w.toml"]
-    made = parse(TrainConfig, [str(tmp_path), "-o", str(tmp_path), *map(str, paths)], "train", layers)
+    made = parse(TrainConfig, [str(tmp_path), "-o", str(tmp_path), *map(str, paths)], "train")
     carried = json.dumps(portable(made))
     assert str(tmp_path) not in carried and "my.pth" in carried
 
@@ -453,7 +454,7 @@ def test_what_a_checkpoint_carries_has_no_paths(tmp_path: Path) -> None:
 def test_stored_config_serves_other_verbs(toml: Write, recipe: str) -> None:
     """`summary -c` of a run's config takes its model and phases."""
     made = config("--recipe", recipe)
-    taken = parse(summary.Config, ["-c", str(toml(to_toml(made)))], "resnet-dist summary", layers)
+    taken = parse(summary.Config, ["-c", str(toml(to_toml(made)))], "resnet-dist summary")
     assert (taken.model, taken.phase) == (made.model, made.phase)
 
 

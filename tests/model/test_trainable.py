@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnet_dist.config.options import build as build_config
+from resnet_dist.config.layers import build as build_config
 from resnet_dist.config.recipes import layers
 from resnet_dist.config.schema import STAGES, ModelConfig, Phase, TrainConfig
 from resnet_dist.errors import UsageError

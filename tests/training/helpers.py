@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from resnet_dist.config.options import parse
-from resnet_dist.config.recipes import layers
+from resnet_dist.cli.parser import parse
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.files.run import RunFolder
 from resnet_dist.runtime.accelerate import start
@@ -14,7 +13,7 @@ from resnet_dist.training.job import Job, build_job, draw
 
 def config_of(*arguments: str | Path) -> TrainConfig:
     """The config of a `train` command line."""
-    config: TrainConfig = parse(TrainConfig, [str(a) for a in arguments], "train", layers)
+    config: TrainConfig = parse(TrainConfig, [str(a) for a in arguments], "train")
     return config
 
 

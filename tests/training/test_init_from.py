@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from resnet_dist.cli import compare
 from resnet_dist.cli.main import main
-from resnet_dist.config.options import parse
-from resnet_dist.config.recipes import layers
+from resnet_dist.cli.parser import parse
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.config.stored import kept
 from resnet_dist.errors import UsageError
@@ -107,9 +106,9 @@ def test_run_from_it_is_stored_and_can_be_repeated(
     assert str(old).encode() not in (tmp_path / "one" / BEST).read_bytes()
     # Resumed, it goes on with its own random stream; runs of versions before there were several had the first.
     stored = tmp_path / "one/config.toml"
-    assert parse(TrainConfig, ["--resume", str(tmp_path / "one")], "train", layers).run.random_stream == 1
+    assert parse(TrainConfig, ["--resume", str(tmp_path / "one")], "train").run.random_stream == 1
     stored.write_text(stored.read_text().replace("random_stream = 1\n", ""))
-    assert parse(TrainConfig, ["--resume", str(tmp_path / "one")], "train", layers).run.random_stream == 0
+    assert parse(TrainConfig, ["--resume", str(tmp_path / "one")], "train").run.random_stream == 0
 
 
 def test_run_of_an_older_version_goes_on_with_the_first_stream(old: Path, folder: Path) -> None:
@@ -198,7 +197,7 @@ def test_what_contradicts_it_is_refused(old: Path, folder: Path, tmp_path: Path)
     file.write_text('[model]\nweights = "IMAGENET1K_V1"\n')
     for typed in (["--weights", "none"], ["--weights", "w.pth"], ["-c", str(file), "--stem", "standard"]):
         with pytest.raises(UsageError, match=r"both say where to start: give one of them"):
-            parse(TrainConfig, [str(folder), "--init-from", str(old), *typed], "train", layers)
+            parse(TrainConfig, [str(folder), "--init-from", str(old), *typed], "train")
 
 
 def test_what_is_no_checkpoint_is_refused(old: Path, folder: Path, tmp_path: Path, refused: Refused) -> None:

@@ -1,21 +1,22 @@
-"""From text to the config classes: recipe, TOML file and command line. All problems are collected, then raised.
+"""A config from its layers: recipe < TOML file < command line or Python keywords. All problems are raised together.
 
-Options are flat (`--lr`, not `--optim.lr`): the name of a field is the name of its option, with hyphens or underscores,
-and its key in the section of the TOML file that bears its dataclass's name.
+Options are flat (`--lr` or `lr=`, not `optim.lr`): an option has the name of its field, and so has its key in the TOML
+file, in the section named after the field's dataclass.
 """
 
-import argparse
 import ast
 import dataclasses
 import functools
 import inspect
 import math
+import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
+from resnet_dist.config import recipes as shipped
 from resnet_dist.config.duration import Duration
 from resnet_dist.config.schema import Phase, TrainConfig
 from resnet_dist.config.stored import Layer, read_toml, stored_config
@@ -26,7 +27,7 @@ from resnet_dist.runtime.wording import suggestion
 
 @functools.cache
 def field_help(cls: type) -> dict[str, str]:
-    """The strings that stand under the fields of a dataclass: its attribute docstrings."""
+    """The attribute docstrings of a dataclass: the string below each field."""
     body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
     texts = {}
     for node, below in pairwise(body):
@@ -37,9 +38,9 @@ def field_help(cls: type) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One setting that can be typed: where it belongs, what it takes, how it is called."""
+    """One setting: its place in the config, its type, default, help text and spellings."""
 
-    section: str  # "" for a field of the verb's own dataclass, "phase" for a field of Phase
+    section: str  # "" for a field of the config class itself, "phase" for a field of Phase
     name: str
     kind: Any
     default: Any
@@ -58,19 +59,23 @@ def _is_section(kind: Any) -> bool:
 
 @functools.cache
 def options_of(cls: type) -> tuple[Option, ...]:
-    """All options of a verb's config class, its sections flattened; Phase's fields too where it has phases."""
-    found = list(_own_options(cls, ""))
-    for field in dataclasses.fields(cls):
-        if field.name == "phase":
-            found += [option for option in _own_options(Phase, "phase") if option.name != "epochs"]
-    return tuple(found)
+    """All options of a config class, its sections flattened; the fields of Phase too, if it has phases."""
+    options = list(_options_in(cls, ""))
+    if has_recipes(cls):
+        options += [option for option in _options_in(Phase, "phase") if option.name != "epochs"]
+    return tuple(options)
 
 
-def _own_options(cls: type, section: str, made: Any = None) -> Iterator[Option]:
+def has_recipes(cls: type) -> bool:
+    """Whether a config class has phases: then it takes a recipe, a TOML file and `phase` settings."""
+    return any(field.name == "phase" for field in dataclasses.fields(cls))
+
+
+def _options_in(cls: type, section: str, made: Any = None) -> Iterator[Option]:
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if _is_section(kinds[field.name]):
-            yield from _own_options(kinds[field.name], field.name, field.default)
+            yield from _options_in(kinds[field.name], field.name, field.default)
         elif field.name not in ("phase", "recipe"):
             yield Option(
                 section,
@@ -88,9 +93,9 @@ def _own_options(cls: type, section: str, made: Any = None) -> Iterator[Option]:
 
 
 def convert(kind: Any, value: Any) -> Any:
-    """A value from the command line (text) or from TOML as the type of its field.
+    """A value from the command line (text), a TOML file or Python as the type of its field.
 
-    Raises ValueError with what was expected.
+    Raises ValueError that says what was expected.
     """
     arguments = typing.get_args(kind)
     origin = typing.get_origin(kind)
@@ -102,7 +107,7 @@ def convert(kind: Any, value: Any) -> Any:
         return value
     if origin is tuple:
         items = value.replace(",", " ").split() if isinstance(value, str) else value
-        return tuple(convert(arguments[0], item) for item in (items if isinstance(items, list) else [items]))
+        return tuple(convert(arguments[0], item) for item in (items if isinstance(items, list | tuple) else [items]))
     if origin is dict:
         return {str(name): convert(arguments[1], item) for name, item in _pairs(value).items()}
     return _convert_scalar(kind, value)
@@ -124,7 +129,7 @@ def _convert_scalar(kind: Any, value: Any) -> Any:
             f"must be {wanted[kind]}, not {str(value).lower() if isinstance(value, bool) else repr(value)}"
         )
     if kind is Duration:
-        return Duration.parse(value)
+        return value if isinstance(value, Duration) else Duration.parse(value)
     try:
         if kind is int and isinstance(value, float) and value != int(value):
             raise ValueError
@@ -139,11 +144,11 @@ def _convert_scalar(kind: Any, value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers: recipe < file < command line, as nested dicts {section: {field: value}}
+# Layers as nested dicts {section: {field: value}}
 
 
 def merge(below: Layer, above: Layer) -> Layer:
-    """Two layers, the second winning field by field; a list of phases replaces the list below it."""
+    """Two layers in one; the second wins field by field, and its list of phases replaces the first one's."""
     merged = dict(below)
     for name, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
@@ -153,7 +158,7 @@ def merge(below: Layer, above: Layer) -> Layer:
 
 
 def build(cls: type, layer: Layer) -> tuple[Any, list[str]]:
-    """The config that a layer describes and every problem of type or name; what is wrong keeps its default."""
+    """The config that a layer describes, and every wrong name or type; a wrong value is left at its default."""
     problems: list[str] = []
     return _build(cls, layer, "", problems), problems
 
@@ -193,140 +198,115 @@ def _unknown_key(cls: type, name: str, section: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# From flat settings to a config
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that raises UsageError instead of printing a usage and leaving."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def make_parser(cls: type, program: str, recipes: Callable[[], Sequence[str]] | None) -> Parser:
-    """The parser of a verb. Every value arrives as text: `convert` is the one judge of types."""
-    parser = Parser(
-        prog=program,
-        description=inspect.getdoc(cls),
-        allow_abbrev=False,
-        usage=f"{program} [OPTIONS]"
-        + "".join(
-            f" [{o.name.upper()}{' ...' if typing.get_origin(o.kind) is tuple else ''}]"
-            for o in options_of(cls)
-            if o.positional
-        ),
-        epilog="--debug, anywhere, shows the traceback of an error.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32, width=110),
-    )
-    if recipes is not None:
-        layers = parser.add_argument_group("settings (recipe < file < command line)")
-        layers.add_argument("--recipe", metavar="NAME", help="A named technique: " + ", ".join(recipes()) + ".")
-        layers.add_argument("-c", "--config", metavar="FILE", help="A TOML file, such as the config.toml of a run.")
-        layers.add_argument(
-            "--phase",
-            action="append",
-            metavar="N.FIELD=VALUE",
-            help="Set one field of one phase, such as 2.backbone_lr_scale=0.1 or 1.epochs=3.",
-        )
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for option in options_of(cls):
-        group = groups.get(option.section) or parser.add_argument_group(option.section or "options")
-        groups[option.section] = group
-        _add(group, option)
-    return parser
-
-
-def _add(group: argparse._ArgumentGroup, option: Option) -> None:
-    """An option under its own name, and under its aliases, which the help names in brackets."""
-    shown = _shown_default(option.default)
-    text = option.help + ("" if shown is None or "(default" in option.help else f" (default: {shown})")
-    short = [alias for alias in option.aliases if not alias.startswith("--")]
-    long = [alias for alias in option.aliases if alias.startswith("--")]
-    text += f" [also {', '.join(long)}]" if long else ""
-    how: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS}
-    how |= {"action": argparse.BooleanOptionalAction} if option.kind is bool else {"metavar": _metavar(option.kind)}
-    if option.positional:
-        group.add_argument(
-            option.name,
-            nargs="*" if typing.get_origin(option.kind) is tuple else "?",
-            metavar=option.name.upper(),
-            help=text.replace("%", "%%"),
-            default=argparse.SUPPRESS,
-        )
-    else:
-        group.add_argument(*short, option.flag, help=text.replace("%", "%%"), **how)
-    if long:
-        group.add_argument(*long, help=argparse.SUPPRESS, **how)
-
-
-def _shown_default(default: Any) -> str | None:
-    if default is None or default is dataclasses.MISSING or isinstance(default, bool):
-        return None
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-
-
-def _metavar(kind: Any) -> str:
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        return "{" + ",".join(arguments) + "}"
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return _metavar(next(a for a in arguments if a is not type(None)))
-    if typing.get_origin(kind) is tuple:
-        return _metavar(arguments[0]) + ",..."
-    names = {int: "N", float: "X", str: "TEXT", Duration: "DURATION"}
-    return names.get(kind, "NAME=X,...")
-
-
-def parse(
-    cls: type, argv: Sequence[str], program: str, recipes: Callable[[], Mapping[str, Layer]] | None = None
+def from_keywords(
+    kind: type,
+    settings: Mapping[str, Any],
+    recipe: str | None = None,
+    config_file: str | os.PathLike[str] | None = None,
 ) -> Any:
-    """The config of a verb from its command line (and the recipe and file that it names).
+    """The config of flat Python keywords: the options of the command line, with underscores; values typed or as text.
 
-    Raises UsageError that carries every problem at once. `--help` prints and raises SystemExit(0).
+    `recipe` names a recipe and `config_file` (or the keyword `config`) a TOML file: the file wins over the recipe, and
+    a keyword over both. `phase` takes a list of dicts (the phases) or of texts such as "2.lr_scale=0.1" (one field of
+    one phase). A None where the field may be None means "not given". Raises UsageError that carries every problem and
+    names each setting by its keyword.
     """
-    parser = make_parser(cls, program, (lambda: list(recipes())) if recipes else None)
-    known, unknown = parser.parse_known_args([_hyphens(argument) for argument in argv])
-    typed = vars(known)
-    problems = [_unknown_argument(parser, text) for text in unknown]
+    options = {option.name: option for option in options_of(kind)}
+    special = {"recipe", "config", "phase"} if has_recipes(kind) else set()
+    given, problems = {}, []
+    for name, value in {"recipe": recipe, "config": config_file, **settings}.items():
+        if value is None and (name not in options or options[name].default is None):
+            continue
+        if name in options or name in special:
+            given[name] = _plain(value)
+        else:
+            problems.append(_unknown_keyword(name, [*options, *special], options.values()))
+    try:
+        return resolve(kind, given, problems)
+    except UsageError as error:
+        raise error.in_python() from None
+
+
+def _plain(value: Any) -> Any:
+    """A keyword's value as a TOML file could hold it: paths as text, dicts without None."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items() if item is not None}
+    return value
+
+
+def _unknown_keyword(name: str, known: Sequence[str], options: Iterable[Option]) -> str:
+    alias = "--" + name.replace("_", "-")
+    for option in options:
+        if alias in option.aliases:
+            return f"there is no keyword '{name}'; it is called '{option.name}'"
+    return f"there is no keyword '{name}'{suggestion(name, known)}"
+
+
+def keyword_signature(kind: type) -> inspect.Signature:
+    """The signature of a function whose keywords are the options of `kind`, for `help()` and notebooks."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [option for option in options_of(kind) if not option.positional]
+    first = [
+        inspect.Parameter(option.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=option.default)
+        for option in options_of(kind)
+        if option.positional
+    ]
+    special = ("recipe", "config", "phase") if has_recipes(kind) else ()
+    rest = [inspect.Parameter(name, keyword, default=None) for name in special]
+    rest += [inspect.Parameter(o.name, keyword, default=o.default, annotation=o.kind) for o in options]
+    return inspect.Signature([*first, *rest])
+
+
+def resolve(cls: type, given: Mapping[str, Any], problems: Sequence[str] = ()) -> Any:
+    """The config of what was given by option name, on top of the recipe, TOML file or old run that it names.
+
+    Raises UsageError that carries `problems` and every further one.
+    """
+    typed, problems = dict(given), list(problems)
+    if isinstance(typed.get("resume"), bool) and typed.pop("resume"):  # resume=True in Python
+        typed["resume"] = "auto"
     layer: Layer = {}
-    if recipes is not None:
-        layer, wrong = _layers_below(cls, typed, recipes())
+    if has_recipes(cls):
+        layer, wrong = _layers_below(cls, typed)
         problems += wrong
-    phase_settings = typed.pop("phase", None) or []
+    settings = _phase_settings(layer, typed.pop("phase", None) or [])
     if "batch_size" in typed and isinstance(layer.get("data"), dict):
         layer["data"] = {**layer["data"]}
-        layer["data"].pop("global_batch_size", None)  # from a file; what is typed wins
+        layer["data"].pop("global_batch_size", None)  # it is from a file; what is typed wins
     layer = merge(layer, _typed_layer(cls, typed))
-    problems += _set_phases(cls, layer, typed, phase_settings)
+    problems += _set_phases(cls, layer, typed, settings)
     config, wrong = build(cls, layer)
     problems += wrong
-    problems += [
-        problem for problem in config.problems() if problem.split(":")[0] not in {p.split(":")[0] for p in wrong}
-    ]
+    named = {problem.split(":")[0] for problem in wrong}
+    problems += [problem for problem in config.problems() if problem.split(":")[0] not in named]
     if problems:
         raise UsageError(problems)
     return config
 
 
-def _hyphens(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+def _phase_settings(layer: Layer, phase: Any) -> list[str]:
+    """The texts `N.field=value` of a `phase` setting; phases given as dicts replace those of the layer."""
+    items = phase if isinstance(phase, list) else [phase]
+    tables = [item for item in items if not isinstance(item, str)]
+    if tables:
+        layer["phase"] = tables
+    return [item for item in items if isinstance(item, str)]
 
 
-def _unknown_argument(parser: argparse.ArgumentParser, text: str) -> str:
-    if not text.startswith("-"):
-        return f"unexpected argument '{text}'"
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    name = text.partition("=")[0]
-    return f"unknown option '{name}'{suggestion(name, flags)}"
+def _layers_below(cls: type, typed: dict[str, Any]) -> tuple[Layer, list[str]]:
+    """The recipe with the file on top (or the config of the run that is resumed), and what is wrong with them.
 
-
-def _layers_below(cls: type, typed: dict[str, Any], recipes: Mapping[str, Layer]) -> tuple[Layer, list[str]]:
-    """The recipe with the file upon it (or the config of the run that is resumed), and what is wrong with them.
-
-    Sections that only `train` has are left out for other verbs.
+    Sections that only `train` has are left out for other config classes.
     """
-    recipe, file, problems = typed.pop("recipe"), typed.pop("config"), []
+    recipe, file, problems = typed.pop("recipe", None), typed.pop("config", None), []
+    recipes = shipped.layers()
     stored = stored_config(typed)
     layer = merge(stored, read_toml(file) if file else {})
     old = None if stored else typed.get("init_from") or _value(layer, "run", "init_from")
@@ -340,7 +320,7 @@ def _layers_below(cls: type, typed: dict[str, Any], recipes: Mapping[str, Layer]
     elif name is not None:
         near = suggestion(str(name), list(recipes)) or "; `resnet-dist recipes` lists them"
         problems.append(f"--recipe: there is no recipe '{name}'{near}")
-    if isinstance(old, str):  # what the old run knows of itself need not be said again
+    if isinstance(old, str):  # the old run knows its network
         layer = merge({"model": network_of(old)}, layer)
     others = {field.name for field in dataclasses.fields(TrainConfig)} - {
         field.name for field in dataclasses.fields(cls)
@@ -362,7 +342,7 @@ def _typed_layer(cls: type, typed: Mapping[str, Any]) -> Layer:
 
 
 def _set_phases(cls: type, layer: Layer, typed: Mapping[str, Any], settings: Sequence[str]) -> list[str]:
-    """Apply `--phase N.field=value`, and `--trainable` and its like where there is one phase only."""
+    """Apply `--phase N.field=value`, and options such as `--trainable` if there is only one phase."""
     problems = []
     names = [field.name for field in dataclasses.fields(Phase)]
     given = layer.get("phase", [{}])
