@@ -108,7 +108,8 @@ class Subject:
 
 def main(cfg: Config) -> int:
     """Evaluate, print and write. Returns the exit code."""
-    from resnet_dist.evaluation.records import Keep, evaluate
+    from resnet_dist.evaluation.collect import collect_records
+    from resnet_dist.evaluation.records import Keep
     from resnet_dist.evaluation.tta import Views
     from resnet_dist.runtime.accelerate import on_main, start
     from resnet_dist.runtime.display import Display
@@ -126,7 +127,7 @@ def main(cfg: Config) -> int:
     model, temperature = subject.model.to(accelerator.device), subject.temperature
     if cfg.tta != "none":  # it tempers every view; the mean is not tempered again
         model, temperature = Views(model, cfg.tta, subject.spec.img_size, temperature), 1.0
-    records = evaluate(
+    records = collect_records(
         accelerator,
         model,
         loader,

@@ -63,7 +63,8 @@ def main(cfg: Config) -> int:
     from resnet_dist.data.index import read_run_part
     from resnet_dist.data.loader import EvalImages, EvalLoader, default_workers
     from resnet_dist.data.transforms import ToInput
-    from resnet_dist.evaluation.records import Keep, evaluate
+    from resnet_dist.evaluation.collect import collect_records
+    from resnet_dist.evaluation.records import Keep
     from resnet_dist.files.outputs import check_file, table_with
     from resnet_dist.model.checkpoint import load_checkpoint
     from resnet_dist.model.resnet import build
@@ -82,7 +83,9 @@ def main(cfg: Config) -> int:
     world, rank = accelerator.num_processes, accelerator.process_index
     loader = EvalLoader(EvalImages(table, spec), cfg.batch_size, workers, device.type == "cuda", world, rank)
     to_input, keep = ToInput(spec, device), Keep(features=True)
-    features = evaluate(accelerator, model, loader, to_input, len(classes), full_precision=True, keep=keep).features
+    features = collect_records(
+        accelerator, model, loader, to_input, len(classes), full_precision=True, keep=keep
+    ).features
     assert features is not None
     for line in on_main(accelerator, lambda: judge(cfg, run, table, features, classes)):
         if accelerator.is_main_process:

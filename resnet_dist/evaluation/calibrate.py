@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say: how far they are off, a temperature that mends it, and when to abstain."""
+"""Calibration: the temperature that corrects a model's probabilities, and when to abstain."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,49 +11,16 @@ import torch
 from resnet_dist.errors import ArtifactError, DataError
 from resnet_dist.evaluation.intervals import wilson
 from resnet_dist.evaluation.records import Records
+from resnet_dist.evaluation.reliability import reliability
 from resnet_dist.evaluation.thresholds import CONFIDENCE, Threshold, abstained, fewest, thresholds
 from resnet_dist.files.outputs import json_with
 from resnet_dist.files.reading import parse_json, read_bounded
 from resnet_dist.files.run import to_json, write_atomically
 from resnet_dist.model.weights import sha256_of
 
-BINS = 15
 FOLDS = 5  # of cross-fitting
 TEMPERATURES = (0.05, 20.0)
 FILE_NAME, FORMAT_VERSION, MAX_BYTES = "calibration.json", 1, 1 << 26
-
-
-# How far probabilities are off
-
-
-def bins_of(confidence: np.ndarray) -> np.ndarray:
-    """int64 (n,): which of the 15 equal bins (low, high] of 0..1 each confidence falls into."""
-    return np.digitize(confidence.astype(np.float64), np.linspace(0, 1, BINS + 1)[1:-1], right=True)
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Images, mean confidence and accuracy of each of the 15 bins of confidence, (15,); NaN where a bin is empty."""
-
-    images: np.ndarray
-    confidence: np.ndarray
-    accuracy: np.ndarray
-
-    @property
-    def error(self) -> float:
-        """The expected calibration error, in 0..1: mean |accuracy - confidence| over the images (Guo et al. 2017)."""
-        gaps = np.abs(self.accuracy - self.confidence)
-        return float(np.nansum(self.images * gaps) / self.images.sum())
-
-
-def reliability(records: Records) -> Reliability:
-    """What the confidence of the best class is worth, bin by bin."""
-    confidence = records.probabilities[:, 0].astype(np.float64)
-    bins = bins_of(confidence)
-    images = np.bincount(bins, minlength=BINS)
-    sums = [np.bincount(bins, v, BINS) for v in (confidence, records.prediction == records.target)]
-    means = [np.divide(part, images, out=np.full(BINS, np.nan), where=images > 0) for part in sums]
-    return Reliability(images, *means)
 
 
 # Temperature

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from resnet_dist.evaluation.calibrate import BINS, bins_of, reliability
 from resnet_dist.evaluation.intervals import RESAMPLES, bootstrap, wilson
 from resnet_dist.evaluation.records import Records
+from resnet_dist.evaluation.reliability import BINS, bins_of, reliability
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from export.predict import Preprocessing
 from resnet_dist.data.decode import load_fitted
 from resnet_dist.data.index import ImageTable
 from resnet_dist.errors import MachineError
-from resnet_dist.evaluation.calibrate import reliability
 from resnet_dist.evaluation.metrics import Measured, confused_pairs, confusion, measured, per_class
 from resnet_dist.evaluation.records import Records
+from resnet_dist.evaluation.reliability import reliability
 from resnet_dist.files.outputs import Kind, json_with
 from resnet_dist.files.run import to_csv, to_json, write_atomically
 from resnet_dist.runtime.wording import shortened

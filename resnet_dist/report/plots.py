@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from resnet_dist.evaluation.calibrate import BINS, Reliability
+from resnet_dist.evaluation.reliability import BINS, Reliability
 from resnet_dist.files.run import write_atomically
 from resnet_dist.runtime.wording import shortened
 

@@ -13,8 +13,9 @@ from resnet_dist.data.check import look_at_all
 from resnet_dist.data.loader import TrainImages, epoch_order
 from resnet_dist.data.transforms import ToInput
 from resnet_dist.errors import DataError, NonFiniteError
+from resnet_dist.evaluation.collect import collect_records
 from resnet_dist.evaluation.metrics import Measured
-from resnet_dist.evaluation.records import Records, evaluate
+from resnet_dist.evaluation.records import Records
 from resnet_dist.files.outputs import inside
 from resnet_dist.files.run import RunFolder
 from resnet_dist.model.checkpoint import load_checkpoint
@@ -42,7 +43,7 @@ def finish(job: Job, state: State) -> dict[str, Measured]:
     load = functools.partial(load_checkpoint, job.run.best)
     model, _ = model_from_main(job.accelerator, load, lambda description: build(description.architecture))
     classes = job.index.classes
-    records = evaluate(job.accelerator, model, job.val_loader, job.to_input, len(classes), True, job.stop.check)
+    records = collect_records(job.accelerator, model, job.val_loader, job.to_input, len(classes), True, job.stop.check)
     metrics = on_main(job.accelerator, lambda: write_results(job.run, job, best, records))
     if job.cfg.run.report:
         on_main(job.accelerator, lambda: write_report(job, model, records))

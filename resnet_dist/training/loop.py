@@ -14,8 +14,8 @@ from resnet_dist.config.schema import BEST_METRICS, Phase
 from resnet_dist.data.loader import EvalLoader
 from resnet_dist.data.transforms import Batch
 from resnet_dist.errors import NonFiniteError, Preempted
+from resnet_dist.evaluation.collect import collect_records
 from resnet_dist.evaluation.metrics import headline
-from resnet_dist.evaluation.records import evaluate
 from resnet_dist.model.batch_norm import averaged_statistics, share_statistics
 from resnet_dist.model.checkpoint import save_best
 from resnet_dist.model.head import set_sample_keys
@@ -297,7 +297,7 @@ def validate(job: Job, model: nn.Module, loader: EvalLoader, to_input: Input) ->
     """The headline metrics on the validation images, under the run's precision; computed once, the same everywhere."""
     classes = job.architecture.num_classes
     with averaged_statistics(job.accelerator, model):
-        records = evaluate(job.accelerator, model, loader, to_input, classes, False, job.stop.check)
+        records = collect_records(job.accelerator, model, loader, to_input, classes, False, job.stop.check)
     return on_main(job.accelerator, lambda: headline(records))
 
 

@@ -15,17 +15,16 @@ from resnet_dist.errors import ArtifactError, DataError
 from resnet_dist.evaluation.calibrate import (
     FOLDS,
     Calibration,
-    bins_of,
     calibrate,
     cross_fitted,
     fit_temperature,
     read_calibration,
-    reliability,
     taken,
     tempered,
     write_calibration,
 )
 from resnet_dist.evaluation.records import Records
+from resnet_dist.evaluation.reliability import bins_of, reliability
 from resnet_dist.evaluation.thresholds import abstained, fewest, thresholds
 from resnet_dist.model.weights import sha256_of
 

@@ -11,9 +11,9 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from resnet_dist.evaluation.calibrate import reliability
 from resnet_dist.evaluation.metrics import _resampled, confused_pairs, confusion, headline, measured, per_class
 from resnet_dist.evaluation.records import Records
+from resnet_dist.evaluation.reliability import reliability
 
 CLASSES = [f"class {i}" for i in range(7)]
 

@@ -15,7 +15,8 @@ from resnet_dist.config.schema import DataConfig, SystemConfig
 from resnet_dist.data.index import ImageIndex, read_index
 from resnet_dist.data.loader import EvalImages, EvalLoader
 from resnet_dist.data.transforms import ToInput
-from resnet_dist.evaluation.records import Records, _in_order, evaluate
+from resnet_dist.evaluation.collect import _in_order, collect_records
+from resnet_dist.evaluation.records import Records
 from resnet_dist.runtime.accelerate import start
 
 SPEC = Preprocessing(img_size=16, resize=18)
@@ -39,7 +40,7 @@ def test_equals_one_image_after_the_other(index: ImageIndex, classes: int, batch
     model = network(classes)
     with torch.no_grad():
         model(torch.zeros(2, 3, 16, 16))
-    found = evaluate(accelerator, model, loader, ToInput(SPEC, accelerator.device), classes, full_precision=True)
+    found = collect_records(accelerator, model, loader, ToInput(SPEC, accelerator.device), classes, full_precision=True)
     to_input = transforms.Compose(
         [
             transforms.Resize(18),

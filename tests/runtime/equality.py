@@ -17,7 +17,7 @@ from resnet_dist.data.index import ImageTable, PathTable
 from resnet_dist.data.loader import EvalImages, EvalLoader
 from resnet_dist.data.transforms import ToInput
 from resnet_dist.errors import MachineError
-from resnet_dist.evaluation.records import evaluate
+from resnet_dist.evaluation.collect import collect_records
 from resnet_dist.model.batch_norm import averaged_statistics, running_statistics
 from resnet_dist.model.head import dropout_mask
 from resnet_dist.runtime.accelerate import check_in_step, start
@@ -126,7 +126,9 @@ def evaluations(data: Path) -> dict[str, Any]:
         part = ImageTable(table.root, PathTable([table.paths[i] for i in range(n)]), table.targets[:n])
         world, rank = accelerator.num_processes, accelerator.process_index
         loader = EvalLoader(EvalImages(part, spec), 2, 0, False, world=world, rank=rank)
-        records = evaluate(accelerator, Fixed(), loader, ToInput(spec, accelerator.device), 3, full_precision=True)
+        records = collect_records(
+            accelerator, Fixed(), loader, ToInput(spec, accelerator.device), 3, full_precision=True
+        )
         values = {"target": records.target, "loss": records.loss, "classes": records.classes}
         found[str(n)] = {name: torch.from_numpy(value.copy()) for name, value in values.items()}
     return found

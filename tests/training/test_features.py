@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_dist.cli.main import main
 from resnet_dist.config.schema import Phase
-from resnet_dist.evaluation.records import evaluate
+from resnet_dist.evaluation.collect import collect_records
 from resnet_dist.training.features import Features, source
 from resnet_dist.training.loop import train
 from tests.conftest import TINY
@@ -98,8 +98,8 @@ def test_validation_alone_where_training_images_change(
     assert "for validation, " in said and "--cache-features N" in said
     chosen.fill(job)
     arguments = (job.accelerator, chosen.val_module, chosen.val_loader, chosen.val_input, 3, True)
-    kept = evaluate(*arguments)
-    whole = evaluate(job.accelerator, job.model, job.val_loader, job.to_input, 3, True)
+    kept = collect_records(*arguments)
+    whole = collect_records(job.accelerator, job.model, job.val_loader, job.to_input, 3, True)
     torch.testing.assert_close(torch.from_numpy(kept.loss), torch.from_numpy(whole.loss))
     assert (kept.target == whole.target).all()
 
