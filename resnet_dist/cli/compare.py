@@ -88,8 +88,8 @@ def main(configs: Sequence[Config]) -> int:
 
     Raises NonFiniteError, after the comparison of the others, if a run diverged.
     """
-    from resnet_dist.cli.train import train
     from resnet_dist.runtime.accelerate import on_main, start
+    from resnet_dist.training.run import run_training
 
     cfg = configs[0]
     accelerator, _ = start(cfg.system)
@@ -97,7 +97,7 @@ def main(configs: Sequence[Config]) -> int:
     folder = Path(cfg.run.output_dir or f"runs/compare-{Path(cfg.data.data or '').stem}")
     if cfg.run.dry_run:
         for config in configs:
-            train(training(config, 0, folder))
+            run_training(training(config, 0, folder))
         return 0
     others = [Path(run) for run in cfg.runs]
     planned = [Path(training(config, seed, folder).run.output_dir or "") for config, seed in trainings]
@@ -110,7 +110,7 @@ def main(configs: Sequence[Config]) -> int:
         if accelerator.is_main_process:
             print(f"\ncompare {number}/{len(trainings)}: {config.recipe}, seed {single.run.seed}", flush=True)
         try:
-            train(single)
+            run_training(single)
             done.setdefault(str(config.recipe), []).append(Path(single.run.output_dir or ""))
         except NonFiniteError as error:
             diverged.append(f"{single.run.output_dir} is left out: {error}")

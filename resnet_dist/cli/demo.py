@@ -44,14 +44,14 @@ class Config:
 
 def main(cfg: Config) -> int:
     """Write the images, train on them, and say what was made. Returns the exit code."""
-    from resnet_dist.cli.train import train
+    from resnet_dist.training.run import run_training
 
     folder = Path(cfg.output_dir)
     images, run = folder / "digits", folder / "run"
     RunFolder(run).check("any" if is_of_demo(run, images) else "nothing")
     print(f"writing 1,797 scans of handwritten digits to {images}")
     write_digits(images)
-    train(settings(images, run, cfg.epochs))
+    run_training(settings(images, run, cfg.epochs))
     code = export_and_predict(images, run)
     print(
         f"\nMade: {run}/report.html, everything on one page;"

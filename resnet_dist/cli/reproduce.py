@@ -47,10 +47,10 @@ def main(cfg: Config) -> int:
     Raises UsageError where the run is not done, DataError where its data is another, ArtifactError where the metrics
     differ by more than the tolerance.
     """
-    from resnet_dist.cli.train import train
     from resnet_dist.files.run import read_facts
     from resnet_dist.runtime.accelerate import on_main, start
     from resnet_dist.training.job import draw
+    from resnet_dist.training.run import run_training
 
     old = Path(cfg.run or "")
     new = Path(cfg.output_dir) if cfg.output_dir is not None else old.with_name(f"{old.name}-again")
@@ -63,7 +63,7 @@ def main(cfg: Config) -> int:
     accelerator, _ = start(again.system, again.run.seed)
     blueprint = draw(accelerator, again)
     on_main(accelerator, lambda: check_same_data(old, facts, blueprint))
-    train(again)
+    run_training(again)
     on_main(accelerator, lambda: report(old, new, cfg.tolerance))
     return 0
 

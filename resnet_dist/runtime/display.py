@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,11 +18,14 @@ from resnet_dist.runtime.wording import printable
 
 
 class Display:
-    """The terminal of the main process; on the others every method does nothing."""
+    """The terminal of the main process; on the others every method does nothing.
 
-    def __init__(self, enabled: bool) -> None:
+    Without `verbose` nothing is shown, and the lines go to the log alone.
+    """
+
+    def __init__(self, enabled: bool, verbose: bool = True) -> None:
         self.enabled = enabled
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not verbose)
         self._log: Path | None = None
         self._early: list[str] = []
         self._warned = False
@@ -67,7 +71,7 @@ class Display:
         """Begin an epoch of `steps` optimizer steps."""
         self._title, self._steps, self._images = title, steps, 0
         self._started = self._last_line = time.monotonic()
-        if self.enabled and self.console.is_terminal:
+        if self.enabled and _shows_bars(self.console):
             columns = [TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[facts]}")]
             self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=self.console, transient=True)
             self._task = self._bar.add_task(title, total=steps, facts="")
@@ -96,3 +100,9 @@ class Display:
         elif self.enabled and now - self._last_line > 30:
             self._last_line = now
             self.say(f"{self._title}  step {step}/{self._steps}  {text}")
+
+
+def _shows_bars(console: Console) -> bool:
+    """Whether a progress bar can be drawn: on a terminal, and in a notebook that has the widgets that rich uses."""
+    in_notebook = console.is_jupyter and find_spec("ipywidgets") is not None
+    return not console.quiet and (console.is_terminal or in_notebook)

@@ -128,10 +128,15 @@ def stop_requests() -> Iterator[StopRequests]:
 
     Not in a launched process, which mostly ends then: a launcher that ends the others must not cut off what it has to
     say. Where it trains again, the watcher goes on with the new requests; a signal that came meanwhile raises Stopped.
+    Outside of the main thread nothing is installed: only that one can handle signals.
     """
     requests = StopRequests()
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
     is_launched = launcher.is_distributed()
-    before = {number: signal.signal(number, requests.note) for number in SIGNALS}
+    ours = [number for number in SIGNALS if signal.getsignal(number) is not None]  # else it could not be put back
+    before = {number: signal.signal(number, requests.note) for number in ours}
     watcher = Watcher.kept if is_launched else None
     if watcher is None:
         watcher = Watcher(requests)

@@ -1,7 +1,5 @@
 """What run.json says of a run beside its status: what is trained, on what data, by which launches."""
 
-import shlex
-import sys
 from typing import Any
 
 import torch
@@ -35,11 +33,11 @@ def what_is_trained(blueprint: Blueprint) -> dict[str, Any]:
     }
 
 
-def this_launch() -> dict[str, Any]:
+def this_launch(command: str) -> dict[str, Any]:
     """How this process was started and what it runs on, as plain JSON values; a run has one for every start."""
     state = AcceleratorState()
     return {
-        "command": shlex.join(["resnet-dist", *sys.argv[1:]]),
+        "command": command,
         "processes": state.num_processes,
         "device": state.device.type,
         "precision": state.mixed_precision,

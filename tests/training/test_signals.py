@@ -310,3 +310,18 @@ def test_handlers_are_put_back(folder: Path, tmp_path: Path) -> None:
         assert signal.getsignal(SIGUSR1) is mine
     finally:
         signal.signal(SIGUSR1, before)
+
+
+def test_outside_of_the_main_thread_no_handler_is_installed() -> None:
+    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    seen = []
+
+    def work() -> None:
+        with stop_requests() as requests:
+            requests.check()
+            seen.append({number: signal.getsignal(number) for number in stop.SIGNALS})
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before] and watchers() == []

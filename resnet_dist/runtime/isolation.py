@@ -1,0 +1,77 @@
+"""What a run changes in its process, and how that is put back: two runs in one process are as two processes."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from resnet_dist.runtime import environment as launcher
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+STATES = (PartialState, AcceleratorState, GradientState)
+
+
+@contextmanager
+def process_settings_restored() -> Iterator[None]:
+    """After it, torch, Accelerate and the environment are set as before: threads, determinism, TF32, random state.
+
+    In a process that a launcher started, Accelerate's state stays: the processes of a job remain one job.
+    """
+    restore_torch = _torch_settings()
+    cublas = os.environ.get(CUBLAS)
+    states = [dict(state._shared_state) for state in STATES]
+    try:
+        yield
+    finally:
+        restore_torch()
+        if cublas is None:
+            os.environ.pop(CUBLAS, None)
+        if not launcher.is_distributed():
+            for state, before in zip(STATES, states, strict=True):
+                state._shared_state.clear()
+                state._shared_state.update(before)
+
+
+def _torch_settings() -> Callable[[], None]:
+    """What puts the settings of torch back as they are now."""
+    threads, random_state = torch.get_num_threads(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    restore_tf32 = _tf32_settings()
+
+    def restore() -> None:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(random_state)
+        if on_gpus is not None:
+            torch.cuda.set_rng_state_all(on_gpus)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        restore_tf32()
+
+    return restore
+
+
+def _tf32_settings() -> Callable[[], None]:
+    """What puts TF32 back as it is now, in both of torch's spellings: `allow_tf32` cannot be read after the newer one
+    said something else."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    parts: tuple[Any, ...] = (matmul, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
+    precisions = [part.fp32_precision for part in parts]
+    flags: list[tuple[Any, bool]] = []
+    for backend in (matmul, cudnn):
+        with suppress(RuntimeError):
+            flags.append((backend, backend.allow_tf32))
+
+    def restore() -> None:
+        for backend, flag in flags:
+            backend.allow_tf32 = flag
+        for part, precision in zip(parts, precisions, strict=True):
+            if part.fp32_precision != precision:
+                part.fp32_precision = precision
+
+    return restore

@@ -1,0 +1,167 @@
+"""Train: from a config to a finished run folder. `resnet-dist train` and `resnet_dist.train` are thin layers above."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from resnet_dist.config.schema import TrainConfig
+from resnet_dist.errors import Preempted
+from resnet_dist.runtime.signals import Stopped, StopRequested, StopRequests, stop_requests
+from resnet_dist.training.result import Run, load_run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from resnet_dist.evaluation.metrics import Measured
+    from resnet_dist.files.run import RunFolder
+    from resnet_dist.runtime.display import Display
+    from resnet_dist.training.job import Blueprint, Job
+    from resnet_dist.training.resume import Resumed
+    from resnet_dist.training.state import State
+
+
+def run_training(cfg: TrainConfig, *, verbose: bool = True, command: str | None = None) -> Run | None:
+    """Train, evaluate the best checkpoint and write the run folder. Returns the run; None on a dry run.
+
+    Every process of a launch must call this. `command` is recorded with the run as what started it (default: the
+    command line of this process). Raises ResnetDistError, and records the reason in run.json.
+    """
+    with stop_requests() as stop:  # from the first moment, before torch is imported
+        from resnet_dist.data.loader import close_loaders
+        from resnet_dist.files.run import RunFolder
+        from resnet_dist.runtime.accelerate import on_main, start
+        from resnet_dist.runtime.display import Display
+        from resnet_dist.runtime.faults import machine_errors
+        from resnet_dist.runtime.isolation import process_settings_restored
+        from resnet_dist.training import folder
+
+        with process_settings_restored():
+            accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
+            with machine_errors(accelerator):
+                stop.connect(cfg.system.dist_timeout)
+            display = Display(accelerator.is_main_process, verbose)
+            path = on_main(accelerator, lambda: folder.folder_of(cfg))
+            run = RunFolder(path, active=accelerator.is_main_process)
+            if on_main(accelerator, lambda: folder.is_complete(path, cfg)):
+                display.say(on_main(accelerator, lambda: folder.completeness(path)))
+                return on_main(accelerator, lambda: load_run(path))
+            try:
+                resuming = on_main(accelerator, lambda: folder.claim(run, cfg))
+                if not cfg.run.dry_run:  # that holds no lock: what it would record may be another process's run
+                    stop.on_exit = lambda code, reason: folder.record_stop(run, code, reason, resuming)
+                display.say(line)
+                session = Session(accelerator, run, display, stop, command or folder.typed_command())
+                return _train(session, cfg, resuming)
+            except Stopped as stopped:
+                if stop.on_exit is not None:
+                    stop.on_exit(128 + stopped.number, str(stopped))
+                    if resuming:
+                        raise Preempted(f"{stopped}; the last checkpoint is untouched") from None
+                raise
+            finally:
+                close_loaders()
+                run.unlock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What a training works with, whatever it trains."""
+
+    accelerator: "Accelerator"
+    run: "RunFolder"
+    display: "Display"
+    stop: StopRequests
+    command: str
+
+
+def _train(session: Session, cfg: TrainConfig, resuming: bool) -> Run | None:
+    from resnet_dist.runtime.accelerate import on_main
+    from resnet_dist.runtime.faults import machine_errors
+    from resnet_dist.training import folder
+    from resnet_dist.training.job import check_weights, draw
+
+    accelerator, run, display = session.accelerator, session.run, session.display
+    blueprint = draw(accelerator, cfg)
+    if not resuming:
+        on_main(accelerator, lambda: check_weights(blueprint))
+    for text in blueprint.lines():
+        display.say(text)
+    if cfg.run.dry_run:
+        return None
+    if cfg.system.autotune:
+        accelerator, blueprint = _tuned(accelerator, blueprint, display)
+        session = dataclasses.replace(session, accelerator=accelerator)
+    resumed = None
+    try:
+        if resuming:
+            resumed = folder.reopen(accelerator, run, blueprint, display, session.command)
+        else:
+            on_main(accelerator, lambda: folder.open_run(run, blueprint, folder.may_replace(cfg), session.command))
+        run.is_open = True  # on every process
+        display.log_to(run.path / "train.log")
+        with machine_errors(accelerator, blueprint.cfg.data.batch_size, blueprint.cfg.optim.grad_accum):
+            metrics = _train_and_report(session, blueprint, resumed)
+            session.stop.finish()
+    except BaseException as error:
+        folder.record_end(accelerator, run, error)
+        raise
+    accelerator.end_training()
+    return Run(run.path, metrics)
+
+
+def _tuned(accelerator: "Accelerator", blueprint: "Blueprint", display: "Display") -> tuple["Accelerator", "Blueprint"]:
+    """The blueprint with the settings that a trial on this machine measured as fastest, and an accelerator for them."""
+    from resnet_dist.runtime.accelerate import start
+    from resnet_dist.training.autotune import autotune
+
+    cfg, lines = autotune(accelerator, blueprint)
+    accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
+    for text in (*lines, line):
+        display.say(text)
+    return accelerator, dataclasses.replace(blueprint, cfg=cfg)
+
+
+def _train_and_report(session: Session, blueprint: "Blueprint", resumed: "Resumed | None") -> "Mapping[str, Measured]":
+    from resnet_dist.config.stored import kept
+    from resnet_dist.report.training import finish, plot_samples
+    from resnet_dist.runtime.accelerate import on_main, start_trackers
+    from resnet_dist.runtime.machine import forget_peak_memory
+    from resnet_dist.training.facts import largest_peak_memory
+    from resnet_dist.training.job import build_job
+    from resnet_dist.training.loop import train as train_phases
+    from resnet_dist.training.resume import restore_model
+
+    accelerator, run = session.accelerator, session.run
+    forget_peak_memory()
+    start_trackers(accelerator, run.path / "tracker", kept(blueprint.cfg))
+    job = build_job(accelerator, blueprint, run, session.display, session.stop, resumed is not None)
+    if resumed is not None:
+        restore_model(resumed, job)
+    elif blueprint.cfg.run.report:
+        file = run.plots / "samples_train.png"
+        on_main(accelerator, lambda: plot_samples(file, job.train_images, job.index.classes, job.spec))
+    state = train_phases(job, resumed)
+    peak = largest_peak_memory(accelerator)
+    run.update(seconds=round(state.elapsed(), 3), peak_memory=peak)
+    try:
+        metrics = finish(job, state)
+    except StopRequested:
+        raise Preempted(
+            "stopped by a signal while the best checkpoint was evaluated; resume to do that again"
+        ) from None
+    session.display.table(f"{len(job.index.val)} validation images, float32", summary(job, state, metrics))
+    return metrics
+
+
+def summary(job: "Job", state: "State", metrics: "Mapping[str, Measured]") -> list[tuple[str, str]]:
+    """The rows of the table at the end of a training."""
+    run = job.run
+    rows = [("run folder", str(run.path))]
+    if job.cfg.run.report:
+        rows.append(("report", str(run.path / "report.html")))
+    rows += [(name, str(metric)) for name, metric in metrics.items()]
+    rows.append(("best checkpoint", str(run.best)))
+    rows.append(("best epoch", f"{state.best.epoch} of {state.epochs_done}" if state.best else "none"))
+    rows.append(("stopped by", state.stopped_by or "the last epoch"))
+    rows.append(("minutes", f"{state.elapsed() / 60:.1f}"))
+    return rows
