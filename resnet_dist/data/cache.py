@@ -4,7 +4,6 @@ What comes out is bit for bit what was decoded, and of the file as it is now: an
 size and times are those it was decoded at, and only once its checksum was verified by the process that uses it.
 """
 
-import fcntl
 import hashlib
 import json
 import mmap
@@ -119,7 +118,7 @@ class ImageCache:
         """Take so many bytes, alone among all processes; None where there is no more room. Raises OSError."""
         if not self.room:
             return None
-        fcntl.lockf(self._fd, fcntl.LOCK_EX)
+        os.lockf(self._fd, os.F_LOCK, 0)
         try:
             offset = max(int(self._bytes[:8].view(np.int64)[0]), self._free)
             if offset + size > self._first + self.room:
@@ -127,7 +126,7 @@ class ImageCache:
             _write(self._fd, np.array(offset + size), 0)
             return offset
         finally:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+            os.lockf(self._fd, os.F_ULOCK, 0)
 
 
 def _checksum(record: np.ndarray | np.void, pixels: np.ndarray) -> int:
@@ -203,7 +202,9 @@ def choose_tier(asked: str, readers: Sequence[Reader], epochs: int, folder: Path
     if asked == "auto" and (epochs == 1 or not hasattr(os, "memfd_create")):
         return Tier("none", 0, "one epoch reads each image once" if epochs == 1 else "needs Linux")
     if asked in ("ram", "device") and not hasattr(os, "memfd_create"):
-        raise MachineError(f"--cache {asked}: needs Linux; take --cache disk")
+        raise MachineError(f"--cache {asked}: needs Linux; use --cache disk")
+    if asked == "disk" and not hasattr(os, "lockf"):
+        raise MachineError("--cache disk: needs Linux or macOS; use --cache none")
     needed = sum(map(bytes_needed, readers))
     free = _free_disk(folder, readers) if asked == "disk" else launcher.available_memory()
     name = "disk" if asked == "disk" else "ram"

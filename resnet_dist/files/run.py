@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import fcntl
 import io
 import json
 import math
@@ -14,11 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from resnet_dist.errors import MachineError, ResnetDistError, UsageError
 from resnet_dist.files.outputs import LOCK, TEMPORARY, existing, inside, is_free
 from resnet_dist.files.reading import parse_json, read_bounded
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 FORMAT_VERSION = 1
 MAX_FACTS = 1 << 24  # bytes of run.json
@@ -27,6 +29,7 @@ MANIFEST = "manifest.json"  # in it: written last, removed first
 UNFINISHED = re.compile(r"^\.tmp-\d+-")  # before the name of a file while it is written
 FOLDERS = ("checkpoints", "plots", "data")
 LINKABLE = (*((name,) for name in FOLDERS), ("eval",), ("eval", "val"), ("tracker",))  # where training writes
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 STATUSES = ("running", "done", "failed", "preempted")
 Replace = Literal["nothing", "unfinished", "any"]  # the run that a new one may take the place of
 
@@ -78,7 +81,9 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable."""
+    """Make a rename in `folder` durable. Windows cannot open a folder, and needs no such call."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -112,37 +117,38 @@ class RunFolder:
         self.best = path / "checkpoints" / "best.safetensors"
         self.is_open = False  # whether this launch has written into run.json that the run is running
         self._warned = False
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
 
     def lock(self) -> None:
-        """Keep other processes from writing this run, until `unlock` or the end of this process, whatever ends it.
+        """Keep other processes from writing this run, until `unlock` or the end of this object or process.
 
-        Raises UsageError where another process writes it, MachineError where it cannot be written.
+        Loader processes that are forked do not hold the lock. Raises UsageError if another process writes the run,
+        MachineError if the folder cannot be written.
         """
         if not self.active or self._lock is not None:
             return
+        from filelock import FileLock, Timeout  # a tenth of a second to import
+
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise MachineError(f"{self.path}: the run folder cannot be written")
+        # Never the soft lock: its file would outlive a killed process, and lock the run for ever.
+        lock = FileLock(self.path / LOCK, timeout=0, thread_local=False, fallback_to_soft=False)
         try:
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            # Not flock: loader processes would inherit it, and hold it longer than their training process lives.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.acquire()
+        except Timeout:
+            raise UsageError(
+                f"{self.path}: another process is writing this run; wait until it ends, or choose another --output-dir"
+            ) from None
         except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                print(f"WARNING: {self.path}: no locks here; see that only one process writes it", file=sys.stderr)
-                return
-            is_open = self._lock is not None
-            self.unlock()
-            if is_open:
-                raise UsageError(
-                    f"{self.path}: another process writes this run; wait for its end, or choose another --output-dir"
-                ) from None
-            raise MachineError(f"{self.path}: the run folder cannot be written ({error.strerror})") from None
+            if error.errno not in NO_LOCKS:
+                raise MachineError(f"{self.path}: the run folder cannot be written ({error.strerror})") from None
+            print(f"WARNING: {self.path}: this file system has no locks; start no second run in it", file=sys.stderr)
+        self._lock = lock
 
     def unlock(self) -> None:
         """Let others write this run."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def check(self, replace: Replace) -> None:
@@ -280,7 +286,7 @@ def _step_of(line: str) -> float:
 
 def append(file: Path, text: str) -> None:
     """Add to a log that is no symbolic link. Raises OSError."""
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     with os.fdopen(descriptor, "a", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         stream.write(text)
 

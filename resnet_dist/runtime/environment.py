@@ -84,8 +84,10 @@ def is_orphan() -> bool:
 
     It gives each process a session of its own. Known on Linux only.
     """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
     has_session = os.getsid(0) == os.getpid()
-    return "TORCHELASTIC_RUN_ID" in os.environ and has_session and not _parent_is_python()
+    return has_session and not _parent_is_python()
 
 
 def _parent_is_python() -> bool:

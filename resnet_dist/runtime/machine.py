@@ -3,7 +3,6 @@
 import contextlib
 import os
 import platform
-import resource
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -113,5 +112,9 @@ def _peak_host_bytes() -> int:
         status = Path("/proc/self/status").read_text()
         return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration, ValueError):
+        if sys.platform == "win32":
+            return 0
+        import resource  # absent on Windows
+
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -18,9 +18,11 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, ClassVar
 
+from resnet_dist.errors import MachineError
 from resnet_dist.runtime import environment as launcher
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
+SIGNALS = tuple(signal.Signals[name] for name in _NAMES if hasattr(signal, name))  # Windows has the first two
 SECONDS_TO_LEAVE = 5.0  # for a process that trains nothing yet
 SECONDS_TO_SAVE = 10.0  # for one whose launcher is gone: nobody else would end it if it hangs
 POLL_SECONDS = 0.5
@@ -129,7 +131,10 @@ def stop_requests() -> Iterator[StopRequests]:
     Not in a launched process, which mostly ends then: a launcher that ends the others must not cut off what it has to
     say. Where it trains again, the watcher goes on with the new requests; a signal that came meanwhile raises Stopped.
     Outside of the main thread nothing is installed: only that one can handle signals.
+    Raises MachineError on Windows, which has neither these signals nor process groups.
     """
+    if not hasattr(signal, "SIGHUP"):
+        raise MachineError("training does not work on Windows; use Linux, or Linux in WSL 2")
     requests = StopRequests()
     if threading.current_thread() is not threading.main_thread():
         yield requests
@@ -243,7 +248,8 @@ def shield_loader(_: int) -> None:
 
     A launcher signals the whole process group; a loader that died of it would take the checkpoint with it.
     """
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(signal.SIGKILL)

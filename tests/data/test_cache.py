@@ -315,7 +315,7 @@ def test_without_files_in_memory_only_the_disk_is_left(
     """As on systems other than Linux."""
     monkeypatch.delattr(os, "memfd_create")
     if expected is None:
-        with pytest.raises(MachineError, match=f"--cache {asked}: needs Linux; take --cache disk"):
+        with pytest.raises(MachineError, match=f"--cache {asked}: needs Linux; use --cache disk"):
             choose_tier(asked, [Reader(table, SPEC)], 5, tmp_path)
     else:
         assert choose_tier(asked, [Reader(table, SPEC)], 5, tmp_path).name == expected

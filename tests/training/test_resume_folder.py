@@ -28,7 +28,8 @@ LOCK = """
 import sys
 from pathlib import Path
 from resnet_dist.files.run import RunFolder
-RunFolder(Path(sys.argv[1])).lock()
+run = RunFolder(Path(sys.argv[1]))
+run.lock()
 """
 
 
@@ -76,7 +77,7 @@ def test_run_that_is_written_is_refused(
     before = contents(run)
     for arguments in (["--resume", run], [folder, "-o", run, "--resume", "auto"], [folder, "-o", run, "--overwrite"]):
         said = refused(2, "train", *arguments)
-        assert said.startswith(f"resnet-dist train: error: {run}: another process writes this run; ")
+        assert said.startswith(f"resnet-dist train: error: {run}: another process is writing this run; ")
         assert said.count("\n") == 1
     assert contents(run) == before
     other.kill()
@@ -94,7 +95,7 @@ def test_training_holds_the_lock(folder: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(loop, "train_step", interrupted(loop.train_step, 1, try_to_lock))
     monkeypatch.setattr(loop, "end_phase", interrupted(loop.end_phase, 1, try_to_lock))
     assert main(["train", str(folder), *STEPWISE, "--epochs", "1", "--save-every", "1epochs", "-o", str(run)]) == 0
-    assert [("another process writes this run" in done.stderr) for done in tries] == [True, True]
+    assert [("another process is writing this run" in done.stderr) for done in tries] == [True, True]
     try_to_lock()
     assert tries[-1].returncode == 0
 
