@@ -11,7 +11,8 @@ ResnetDistError            1   (itself only for a bug of the main process, on th
 
 import errno
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 OPTION = re.compile(r"(?<![\w/.-])--(no-)?([a-z][a-z0-9-]*)(?:[ =]([^\s:;,()]+)(?=[:;,)]|\.?$))?", re.MULTILINE)
@@ -97,3 +98,17 @@ class Preempted(ResnetDistError):  # noqa: N818 - not a mistake of anybody's
 
     exit_code = 75
     shared = True
+
+
+@contextmanager
+def python_errors() -> Iterator[None]:
+    """Within it, errors name settings by their Python keywords, and a full disk is a MachineError."""
+    try:
+        yield
+    except ResnetDistError as error:
+        error.in_python()
+        raise
+    except OSError as error:
+        if (ours := disk_error(error)) is None:
+            raise
+        raise ours from None

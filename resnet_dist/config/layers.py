@@ -249,8 +249,11 @@ def _unknown_keyword(name: str, known: Sequence[str], options: Iterable[Option])
     return f"there is no keyword '{name}'{suggestion(name, known)}"
 
 
-def keyword_signature(kind: type) -> inspect.Signature:
-    """The signature of a function whose keywords are the options of `kind`, for `help()` and notebooks."""
+def keyword_signature(kind: type, **own: Any) -> inspect.Signature:
+    """The signature of a function whose keywords are the options of `kind`, for `help()` and notebooks.
+
+    `own` are further keywords of the function, with their defaults.
+    """
     keyword = inspect.Parameter.KEYWORD_ONLY
     options = [option for option in options_of(kind) if not option.positional]
     first = [
@@ -259,7 +262,8 @@ def keyword_signature(kind: type) -> inspect.Signature:
         if option.positional
     ]
     special = ("recipe", "config", "phase") if has_recipes(kind) else ()
-    rest = [inspect.Parameter(name, keyword, default=None) for name in special]
+    rest = [inspect.Parameter(name, keyword, default=default) for name, default in own.items()]
+    rest += [inspect.Parameter(name, keyword, default=None) for name in special]
     rest += [inspect.Parameter(o.name, keyword, default=o.default, annotation=o.kind) for o in options]
     return inspect.Signature([*first, *rest])
 

@@ -3,7 +3,6 @@
 import difflib
 import unicodedata
 from collections.abc import Sequence
-from html import escape
 
 
 def printable(text: str) -> str:
@@ -36,9 +35,3 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     """`; did you mean 'x'?` where a known name is near, else nothing."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
-
-
-def html_table(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """A title and a table of two columns, in HTML: what a notebook shows for a result."""
-    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f"<b>{escape(title)}</b><table>{cells}</table>"

@@ -13,7 +13,7 @@ from resnet_dist.config.stored import read_toml
 from resnet_dist.errors import ArtifactError
 from resnet_dist.files.reading import parse_json, read_bounded
 from resnet_dist.files.run import MAX_FACTS, RunFolder, read_facts
-from resnet_dist.runtime.wording import html_table
+from resnet_dist.runtime.notebook import html_table
 
 if TYPE_CHECKING:
     from resnet_dist.evaluation.metrics import Measured
@@ -31,6 +31,10 @@ class Run:
 
     path: Path
     metrics: "Mapping[str, Measured]"
+
+    def __fspath__(self) -> str:
+        """The run folder: a Run can be given wherever a path can."""
+        return str(self.path)
 
     @property
     def best(self) -> Path:

@@ -1,11 +1,13 @@
 """Train: from a config to a finished run folder. `resnet-dist train` and `resnet_dist.train` are thin layers above."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from resnet_dist.config.layers import from_keywords, keyword_signature
 from resnet_dist.config.schema import TrainConfig
-from resnet_dist.errors import Preempted
+from resnet_dist.errors import Preempted, python_errors
 from resnet_dist.runtime.signals import Stopped, StopRequested, StopRequests, stop_requests
 from resnet_dist.training.result import Run, load_run
 
@@ -18,6 +20,34 @@ if TYPE_CHECKING:
     from resnet_dist.training.job import Blueprint, Job
     from resnet_dist.training.resume import Resumed
     from resnet_dist.training.state import State
+
+
+def train(data: str | os.PathLike[str] | None = None, *, verbose: bool = False, **settings: Any) -> Run | None:
+    """Fine-tune a ResNet on a folder of images (or a CSV manifest) and return the finished run.
+
+    The keywords are the options of `resnet-dist train`, with underscores: `train("photos", model="resnet50",
+    recipe="discriminative", epochs=10, batch_size=32, output_dir="runs/photos")`. `phase` takes a list of dicts, or
+    texts such as "2.lr_scale=0.1". `data` may be left out with `resume=`, which also returns a run that is done
+    already. `dry_run=True` checks everything, trains nothing and returns None. With `verbose` the plan and the progress
+    are printed; train.log in the run folder always has them.
+
+    Works in a script, in a notebook, in every process under `accelerate launch`, and in a function that is given to
+    `accelerate.notebook_launcher`. In the main thread, a signal such as Ctrl-C saves a checkpoint and raises Preempted
+    (before the first step: KeyboardInterrupt); other threads handle no signals. Raises UsageError, which lists all
+    problems and names keywords, DataError, MachineError, NonFiniteError or ArtifactError.
+    """
+    given = {"data": data, **settings}
+    with python_errors():
+        return run_training(from_keywords(TrainConfig, given), verbose=verbose, command=as_call("train", given))
+
+
+train.__signature__ = keyword_signature(TrainConfig, verbose=False)  # type: ignore[attr-defined]
+
+
+def as_call(name: str, given: Mapping[str, Any]) -> str:
+    """A call of the Python API as text, for the record of a run."""
+    shown = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in given.items() if v is not None}
+    return f"resnet_dist.{name}({', '.join(f'{n}={v!r}' for n, v in shown.items())})"
 
 
 def run_training(cfg: TrainConfig, *, verbose: bool = True, command: str | None = None) -> Run | None:

@@ -1,0 +1,19 @@
+"""How results show themselves in a notebook."""
+
+import html
+from collections.abc import Sequence
+
+from resnet_dist.runtime.wording import printable
+
+
+def html_table(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """A two-column table with a title as HTML; nothing in the texts is taken for markup."""
+    lines = [
+        f"<tr><th style='text-align:left'>{_escaped(name)}</th><td style='text-align:left'>{_escaped(value)}</td></tr>"
+        for name, value in rows
+    ]
+    return f"<table><caption style='text-align:left'>{_escaped(title)}</caption>{''.join(lines)}</table>"
+
+
+def _escaped(text: str) -> str:
+    return html.escape(printable(text))
