@@ -11,28 +11,27 @@ ResnetDistError            1   (itself only for a bug of the main process, on th
 
 import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
-OPTION = re.compile(r"(?<![\w/.-])--(no-)?([a-z][a-z0-9-]*)(?:[ =]([^\s:;,()]+)(?=[:;,)]|\.?$))?", re.MULTILINE)
+OPTION = re.compile(r"(?<![\w/.-])--(no-)?([a-z][a-z0-9-]*)")
+VALUE = re.compile(r"[ =]([^\s:;,()]+)(?=[:;,)]|\.?$)", re.MULTILINE)  # the last word of a clause
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def as_keywords(text: str) -> str:
     """A text that names options, with Python keywords in their place: `--img-size 0: ...` -> `img_size=0: ...`."""
+    return re.sub(f"{OPTION.pattern}(?:{VALUE.pattern})?", _keyword, text, flags=re.MULTILINE)
 
-    def keyword(match: re.Match[str]) -> str:
-        negated, name, value = match.groups()
-        keyword = name.replace("-", "_")
-        if negated:
-            return f"{keyword}=False" + (f" {value}" if value else "")
-        if value is None:
-            return keyword
-        literal = re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?|True|False|None", value) or not re.fullmatch(r"[\w.+/-]+", value)
-        return f"{keyword}={value}" if literal else f"{keyword}='{value}'"
 
-    return OPTION.sub(keyword, text)
+def _keyword(option: re.Match[str]) -> str:
+    negated, name, value = option.groups()
+    keyword = name.replace("-", "_") + ("=False" if negated else "")
+    if value is None or negated:
+        return keyword + (f" {value}" if value else "")
+    is_text = re.fullmatch(r"[\w.+/-]+", value) and not re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?|True|False|None", value)
+    return f"{keyword}='{value}'" if is_text else f"{keyword}={value}"
 
 
 class ResnetDistError(Exception):
@@ -41,10 +40,14 @@ class ResnetDistError(Exception):
     exit_code = 1
     shared = False
 
+    def reword(self, words: Callable[[str], str]) -> Self:
+        """Put the text in other words, such as `as_keywords`. Returns the error itself."""
+        self.args = tuple(words(part) if isinstance(part, str) else part for part in self.args)
+        return self
+
     def in_python(self) -> Self:
         """Let the text name settings by their Python keywords, not by their options. Returns the error itself."""
-        self.args = tuple(as_keywords(part) if isinstance(part, str) else part for part in self.args)
-        return self
+        return self.reword(as_keywords)
 
 
 class UsageError(ResnetDistError):
@@ -56,10 +59,10 @@ class UsageError(ResnetDistError):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
-    def in_python(self) -> Self:
-        """Let every problem name settings by their Python keywords. Returns the error itself."""
-        self.problems = [as_keywords(problem) for problem in self.problems]
-        return super().in_python()
+    def reword(self, words: Callable[[str], str]) -> Self:
+        """Put every problem in other words. Returns the error itself."""
+        self.problems = [words(problem) for problem in self.problems]
+        return super().reword(words)
 
 
 class DataError(ResnetDistError):

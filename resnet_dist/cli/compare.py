@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from resnet_dist.cli.parser import Parser, parse
+from resnet_dist.cli.parser import typed
 from resnet_dist.config.fields import out_of_range
-from resnet_dist.config.layers import convert
+from resnet_dist.config.layers import convert, resolve
 from resnet_dist.config.schema import DataConfig, TrainConfig
 from resnet_dist.config.stored import Layer, kept, read_toml, stored_config
 from resnet_dist.errors import MachineError, NonFiniteError, UsageError
@@ -37,6 +37,8 @@ class Config(TrainConfig):
     compare.md, compare.csv, compare.json and compare.png there.
     """
 
+    REFUSED: ClassVar = ("recipe", "resume", "overwrite")  # options of train without a meaning here
+
     recipes: tuple[str, ...] = SIX
     """The recipes to compare."""
     seeds: int = 1
@@ -62,25 +64,22 @@ def read(arguments: Sequence[str]) -> list[Config]:
 
     Raises UsageError with every problem of every recipe.
     """
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipes", default=",".join(SIX))
-    parser.add_argument("--recipe")
-    parser.add_argument("--resume")
-    named = parser.parse_known_args(list(arguments))[0]
-    if named.recipe is not None:
-        raise UsageError(f"--recipe: compare takes --recipes {named.recipe}")
-    if named.resume is not None:
+    words = typed(Config, arguments, "resnet-dist compare")
+    if "recipe" in words.given:
+        raise UsageError(f"--recipe: compare takes --recipes {words.given['recipe']}")
+    if "resume" in words.given:
         raise UsageError("--resume belongs to train: the same compare command goes on by itself")
+    names = convert(tuple[str, ...], words.given.get("recipes", SIX))
     configs: list[Config] = []
     problems: dict[str, None] = {}
-    for name in dict.fromkeys(convert(tuple[str, ...], named.recipes)):
+    for name in dict.fromkeys(names):
         try:
-            configs.append(parse(Config, [*arguments, "--recipe", name], "resnet-dist compare"))
+            configs.append(resolve(Config, {**words.given, "recipe": name}, words.problems))
         except UsageError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
         raise UsageError(list(problems))
-    return configs or [parse(Config, arguments, "resnet-dist compare")]
+    return configs or [resolve(Config, words.given, words.problems)]
 
 
 def main(configs: Sequence[Config]) -> int:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from resnet_dist.config.fields import out_of_range
 from resnet_dist.config.schema import TrainConfig
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("lr", "loss", "smoothed")
 RANGE_TEST = Kind("a range test", "lr_find.csv", table_with(*COLUMNS))
-MEANINGLESS = ("resume", "dry_run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +27,8 @@ class Config(TrainConfig):
 
     Takes every option of train. Writes lr_find.png and lr_find.csv into --output-dir (default: runs/lr-find-<time>).
     """
+
+    REFUSED: ClassVar = ("resume", "dry_run")  # options of train without a meaning here
 
     lr_start: float = 1e-7
     """The first base learning rate."""
@@ -47,7 +48,7 @@ class Config(TrainConfig):
         yield from out_of_range(self, 10, math.inf, "steps")
         if self.phase_number is not None and not 1 <= self.phase_number <= len(self.phase):
             yield f"--phase-number {self.phase_number}: there are {len(self.phase)}"
-        for name in MEANINGLESS:
+        for name in self.REFUSED:
             if getattr(self.run, name):
                 yield f"--{name.replace('_', '-')} belongs to train: leave it out"
 

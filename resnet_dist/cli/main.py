@@ -9,12 +9,13 @@ from contextlib import suppress
 from typing import NoReturn
 
 from resnet_dist import __version__
-from resnet_dist.cli.parser import parse
+from resnet_dist.cli.parser import named_as_typed, parse
+from resnet_dist.cli.spellings import hint_for_verb
 from resnet_dist.errors import ResnetDistError, UsageError, disk_error
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime import streams
 from resnet_dist.runtime.signals import Stopped, end_with_launcher
-from resnet_dist.runtime.wording import printable, suggestion
+from resnet_dist.runtime.wording import printable
 
 VERBS = {  # verb: what it does; its module is resnet_dist.cli.<verb> unless MODULES says otherwise
     "train": "fine-tune a ResNet on a folder of images",
@@ -90,15 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Run one verb. Raises ResnetDistError."""
     if verb not in VERBS:
-        raise UsageError(f"there is no verb '{verb}'{suggestion(verb, list(VERBS))}")
+        raise UsageError(f"there is no verb '{verb}'{hint_for_verb(verb, VERBS)}")
     module = importlib.import_module(module_of(verb))
     if verb == "predict":  # a program of its own, that is also shipped alone
         return int(module.main(arguments, "resnet-dist predict"))
-    if verb == "compare":  # each recipe has a config of its own
-        return int(module.main(module.read(arguments)))
-    config = parse(module.Config, arguments, f"resnet-dist {verb}")
-    code: int = module.main(config)
-    return code
+    with named_as_typed(module.Config, arguments):
+        if verb == "compare":  # each recipe has a config of its own
+            return int(module.main(module.read(arguments)))
+        return int(module.main(parse(module.Config, arguments, f"resnet-dist {verb}")))
 
 
 def module_of(verb: str) -> str:

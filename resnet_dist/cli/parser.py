@@ -1,120 +1,215 @@
-"""The command line of a verb: its options from the config class, its help, and what was typed as a config."""
+"""The command line of a verb: what was typed, as the settings of its config class, with every mistake in words."""
 
-import argparse
 import dataclasses
 import functools
-import inspect
-import types
+import re
+import sys
 import typing
-from collections.abc import Sequence
-from typing import Any, Literal, NoReturn
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
-from resnet_dist.config import recipes
-from resnet_dist.config.duration import Duration
+from resnet_dist.cli.help import help_text
+from resnet_dist.cli.spellings import hint_for_option, hint_for_pair, hint_for_value
 from resnet_dist.config.layers import Option, has_recipes, options_of, resolve
-from resnet_dist.errors import UsageError
-from resnet_dist.runtime.wording import suggestion
+from resnet_dist.errors import OPTION, ResnetDistError
+from resnet_dist.runtime import environment
+
+SPECIAL = {"--recipe": "recipe", "-c": "config", "--config": "config", "--phase": "phase"}
+HELP = {"-h": "common", "--help": "common", "--help-all": "all"}
+NUMBER = re.compile(r"-\.?\d")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that raises UsageError instead of printing a usage and leaving."""
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One spelling of an option: `--optimizer`, `-b`, `--no-ema`."""
 
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+    name: str  # of the option
+    canonical: str  # the spelling that the code uses in its errors
+    switch: bool | None = None  # the value of a switch, which takes none
+    bare: str | None = None  # the value if none is typed
 
 
-def make_parser(cls: type, program: str) -> Parser:
-    """The parser of a verb. It leaves every value as text, which `config.layers.convert` checks."""
-    parser = Parser(
-        prog=program,
-        description=inspect.getdoc(cls),
-        allow_abbrev=False,
-        usage=f"{program} [OPTIONS]"
-        + "".join(
-            f" [{o.name.upper()}{' ...' if typing.get_origin(o.kind) is tuple else ''}]"
-            for o in options_of(cls)
-            if o.positional
-        ),
-        epilog="--debug, anywhere, shows the traceback of an error.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32, width=110),
-    )
+@functools.cache
+def flags_of(cls: type) -> dict[str, Flag]:
+    """Every spelling of every option of a config class."""
+    flags: dict[str, Flag] = {}
     if has_recipes(cls):
-        layers = parser.add_argument_group("settings (recipe < file < command line)")
-        layers.add_argument("--recipe", metavar="NAME", help="A named technique: " + ", ".join(recipes.texts()) + ".")
-        layers.add_argument("-c", "--config", metavar="FILE", help="A TOML file, such as the config.toml of a run.")
-        layers.add_argument(
-            "--phase",
-            action="append",
-            metavar="N.FIELD=VALUE",
-            help="Set one field of one phase, such as 2.backbone_lr_scale=0.1 or 1.epochs=3.",
-        )
-    groups: dict[str, argparse._ArgumentGroup] = {}
+        flags |= {spelling: Flag(name, f"--{name}") for spelling, name in SPECIAL.items()}
     for option in options_of(cls):
-        group = groups.get(option.section) or parser.add_argument_group(option.section or "options")
-        groups[option.section] = group
-        _add(group, option)
-    return parser
+        for spelling in (*(() if option.positional else (option.flag,)), *option.aliases):
+            flags[spelling] = Flag(option.name, option.flag, True if option.kind is bool else None, _bare(option))
+            if option.kind is bool and spelling.startswith("--"):
+                flags[_negated(spelling)] = Flag(option.name, _negated(option.flag), False)
+    return flags
 
 
-def _add(group: argparse._ArgumentGroup, option: Option) -> None:
-    """An option under its own name, and under its aliases, which the help names in brackets."""
-    shown = _shown_default(option.default)
-    text = option.help + ("" if shown is None or "(default" in option.help else f" (default: {shown})")
-    short = [alias for alias in option.aliases if not alias.startswith("--")]
-    long = [alias for alias in option.aliases if alias.startswith("--")]
-    text += f" [also {', '.join(long)}]" if long else ""
-    how: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS}
-    how |= {"action": argparse.BooleanOptionalAction} if option.kind is bool else {"metavar": _metavar(option.kind)}
-    if option.positional:
-        group.add_argument(
-            option.name,
-            nargs="*" if typing.get_origin(option.kind) is tuple else "?",
-            metavar=option.name.upper(),
-            help=text.replace("%", "%%"),
-            default=argparse.SUPPRESS,
-        )
+def _negated(flag: str) -> str:
+    return flag.replace("--", "--no-", 1)
+
+
+def _bare(option: Option) -> str | None:
+    """What an option that takes a value means without one."""
+    if option.name == "resume":
+        return "auto"
+    return "on" if typing.get_origin(option.kind) is Literal and "on" in typing.get_args(option.kind) else None
+
+
+@dataclasses.dataclass
+class Words:
+    """What a command line says."""
+
+    given: dict[str, Any] = dataclasses.field(default_factory=dict)  # by the name of the option, as text
+    spelled: dict[str, str] = dataclasses.field(default_factory=dict)  # by the canonical spelling: as it was typed
+    problems: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    help: str = ""  # "common" or "all" if help was asked for
+
+
+def read(cls: type, argv: Sequence[str]) -> Words:
+    """What was typed after the verb."""
+    words, rest = Words(), list(argv)
+    free: list[str] = []  # values without an option
+    doubtful: list[str] = []  # those behind an unknown option, which may be its value
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            free += rest
+            break
+        if not _is_option(word):
+            free.append(word)
+        elif word in HELP:
+            words.help = HELP[word]
+        elif not _read_option(cls, words, word, rest) and rest and not _is_option(rest[0]):
+            doubtful.append(rest.pop(0))
+    _fill_positions(cls, words, free, doubtful)
+    return words
+
+
+def _is_option(word: str) -> bool:
+    is_value = NUMBER.match(word) or re.search(r"\s", word.partition("=")[0])
+    return len(word) > 1 and word.startswith("-") and not is_value
+
+
+def _read_option(cls: type, words: Words, word: str, rest: list[str]) -> bool:
+    """Take an option, and its value from the rest, into `words`. Returns whether there is such an option."""
+    flags = flags_of(cls)
+    spelling, equals, value = word.partition("=")
+    if spelling.startswith("--"):
+        spelling = spelling.replace("_", "-")
+    elif word[:2] in flags and len(spelling) > 2:  # -b7
+        spelling, equals, value = word[:2], "=", word[2:]
+    if spelling not in flags:
+        near = [flag for flag in flags if not flag.startswith("--no-")]
+        words.problems.append(f"unknown option '{spelling}'{hint_for_option(spelling, near)}")
+        return False
+    flag = flags[spelling]
+    if flag.switch is not None:
+        _set_switch(words, spelling, flag, value if equals else _logical(rest))
+    elif equals:
+        _set(cls, words, spelling, flag, value)
+    elif rest and not _is_option(rest[0]):
+        _set(cls, words, spelling, flag, rest.pop(0))
+    elif flag.bare is not None:
+        _set(cls, words, spelling, flag, flag.bare)
     else:
-        group.add_argument(*short, option.flag, help=text.replace("%", "%%"), **how)
-    if long:
-        group.add_argument(*long, help=argparse.SUPPRESS, **how)
+        words.problems.append(f"{spelling} needs a value{_dashed(rest, spelling, flags)}")
+    return True
 
 
-def _shown_default(default: Any) -> str | None:
-    if default is None or default is dataclasses.MISSING or isinstance(default, bool):
-        return None
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+def _logical(rest: list[str]) -> str | None:
+    """The `true` or `false` typed behind a switch."""
+    return rest.pop(0) if rest and rest[0].lower() in ("true", "false") else None
 
 
-def _metavar(kind: Any) -> str:
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        return "{" + ",".join(arguments) + "}"
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return _metavar(next(a for a in arguments if a is not type(None)))
-    if typing.get_origin(kind) is tuple:
-        return _metavar(arguments[0]) + ",..."
-    names = {int: "N", float: "X", str: "TEXT", Duration: "DURATION"}
-    return names.get(kind, "NAME=X,...")
+def _dashed(rest: list[str], spelling: str, flags: dict[str, Flag]) -> str:
+    """How to type a value that begins with '-', which is then taken from the rest."""
+    if not rest or rest[0] == "--" or rest[0].partition("=")[0].replace("_", "-") in {*flags, *HELP}:
+        return ""
+    return f"; one that begins with '-' is typed as {spelling}={rest.pop(0)}"
+
+
+def _set_switch(words: Words, spelling: str, flag: Flag, value: str | None) -> None:
+    if value is not None:
+        opposite = spelling.replace("--no-", "--", 1) if flag.switch is False else _negated(spelling)
+        words.problems.append(f"{spelling} {value}: it takes no value; type {spelling}, or {opposite} for the opposite")
+    else:
+        _note_repetition(words, spelling, flag, flag.switch)
+        words.given[flag.name] = flag.switch
+        words.spelled[flag.canonical] = spelling
+
+
+def _set(cls: type, words: Words, spelling: str, flag: Flag, value: str) -> None:
+    if flag.name == "phase":
+        words.given.setdefault("phase", []).append(value)
+        return
+    kinds = {option.name: option.kind for option in options_of(cls)}
+    hint = hint_for_value(flag.name, value) if value not in typing.get_args(kinds.get(flag.name, str)) else ""
+    if hint:
+        words.problems.append(f"{spelling} {value}: {hint}")
+        return
+    _note_repetition(words, spelling, flag, value)
+    words.given[flag.name] = value
+    words.spelled[flag.canonical] = spelling
+
+
+def _note_repetition(words: Words, spelling: str, flag: Flag, value: str | bool | None) -> None:
+    if words.given.get(flag.name, value) != value:
+        shown = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        words.notes.append(f"{spelling} is given more than once; the last one counts ({shown})")
+
+
+def _fill_positions(cls: type, words: Words, free: list[str], doubtful: list[str]) -> None:
+    """Give values without an option to the positional options; what stands behind an unknown option comes last."""
+    pairs = [word for word in free if hint_for_pair(word, flags_of(cls))]
+    words.problems += [f"unexpected argument '{pair}'{hint_for_pair(pair, flags_of(cls))}" for pair in pairs]
+    free = [word for word in free if word not in pairs]
+    for option in options_of(cls):
+        if not option.positional:
+            continue
+        several = typing.get_origin(option.kind) is tuple
+        values = [*free, *doubtful] if several else (free or doubtful)[:1]
+        doubtful = [] if several else doubtful if free else doubtful[1:]
+        free = [] if several else free[1:]
+        if values and option.name in words.given:  # by an alias such as --data
+            words.notes.append(f"{option.name.upper()} is given more than once; {words.given[option.name]} counts")
+        elif values:
+            words.given[option.name] = values if several else values[0]
+    words.problems += [f"unexpected argument '{word}'" for word in free]
 
 
 def parse(cls: type, argv: Sequence[str], program: str) -> Any:
     """The config of a verb from its command line (and the recipe and file that it names).
 
-    Raises UsageError that carries every problem. `--help` prints and raises SystemExit(0).
+    Raises UsageError that carries every problem. `--help` and `--help-all` print and raise SystemExit(0).
     """
-    parser = make_parser(cls, program)
-    known, unknown = parser.parse_known_args([_hyphens(argument) for argument in argv])
-    return resolve(cls, vars(known), [_unknown_argument(parser, text) for text in unknown])
+    words = typed(cls, argv, program)
+    return resolve(cls, words.given, words.problems)
 
 
-def _hyphens(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+def typed(cls: type, argv: Sequence[str], program: str) -> Words:
+    """What was typed, with notes on it printed. `--help` and `--help-all` print and raise SystemExit(0)."""
+    words = read(cls, argv)
+    if words.help:
+        print(help_text(cls, program, words.given, everything=words.help == "all"))
+        raise SystemExit(0)
+    if environment.rank() == 0:
+        for note in words.notes:
+            print(f"{program}: note: {note}", file=sys.stderr)
+    return words
 
 
-def _unknown_argument(parser: argparse.ArgumentParser, text: str) -> str:
-    if not text.startswith("-"):
-        return f"unexpected argument '{text}'"
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    name = text.partition("=")[0]
-    return f"unknown option '{name}'{suggestion(name, flags)}"
+@contextmanager
+def named_as_typed(cls: type, argv: Sequence[str]) -> Iterator[None]:
+    """Errors raised inside name each option as it was typed: `--lr-scheduler`, if that is how `--sched` was typed."""
+    try:
+        yield
+    except ResnetDistError as error:
+        spelled = {flag: spelling for flag, spelling in read(cls, argv).spelled.items() if flag != spelling}
+        error.reword(lambda text: as_typed(text, spelled))
+        raise
+
+
+def as_typed(text: str, spelled: dict[str, str]) -> str:
+    """A text with other spellings in place of the canonical ones."""
+    return OPTION.sub(lambda match: spelled.get(match[0], match[0]), text)

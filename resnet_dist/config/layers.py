@@ -278,7 +278,7 @@ def resolve(cls: type, given: Mapping[str, Any], problems: Sequence[str] = ()) -
         typed["resume"] = "auto"
     layer: Layer = {}
     if has_recipes(cls):
-        layer, wrong = _layers_below(cls, typed)
+        layer, wrong = below(cls, typed)
         problems += wrong
     settings = _phase_settings(layer, typed.pop("phase", None) or [])
     if "batch_size" in typed and isinstance(layer.get("data"), dict):
@@ -304,10 +304,10 @@ def _phase_settings(layer: Layer, phase: Any) -> list[str]:
     return [item for item in items if isinstance(item, str)]
 
 
-def _layers_below(cls: type, typed: dict[str, Any]) -> tuple[Layer, list[str]]:
+def below(cls: type, typed: dict[str, Any]) -> tuple[Layer, list[str]]:
     """The recipe with the file on top (or the config of the run that is resumed), and what is wrong with them.
 
-    Sections that only `train` has are left out for other config classes.
+    Takes `recipe` and `config` out of `typed`. Leaves out sections that only `train` has, for other config classes.
     """
     recipe, file, problems = typed.pop("recipe", None), typed.pop("config", None), []
     recipes = shipped.layers()

@@ -2,7 +2,7 @@
 
 import difflib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 def printable(text: str) -> str:
@@ -31,7 +31,30 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def suggestion(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` where a known name is near, else nothing."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else ""
+def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
+    """The known name that was probably meant: the only one that begins so, the beginning, or one that looks alike."""
+    longer = [other for other in known if len(name) > 2 and other.startswith(name)]
+    if len(longer) == 1:
+        return longer[0]
+    shorter = [other for other in known if len(other) > 3 and name.startswith(other) and not other.startswith("--")]
+    if shorter and not longer:
+        return max(shorter, key=len)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """`; did you mean 'x'?` if a known name is near, else nothing."""
+    near = nearest(name, known)
+    return f"; did you mean '{near}'?" if near else ""
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 epoch`, `2 epochs`, `0 classes`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or _plural(noun)}"
+
+
+def _plural(noun: str) -> str:
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return f"{noun}es"
+    return f"{noun[:-1]}ies" if noun.endswith("y") and noun[-2] not in "aeiou" else f"{noun}s"

@@ -22,7 +22,7 @@ import resnet_dist
 from resnet_dist import errors
 from resnet_dist.cli import main as cli
 from resnet_dist.cli.main import VERBS, main, module_of
-from resnet_dist.cli.parser import make_parser
+from resnet_dist.cli.parser import HELP, flags_of
 from resnet_dist.config.layers import Option, options_of
 from resnet_dist.config.recipes import texts
 from resnet_dist.errors import ResnetDistError
@@ -41,19 +41,14 @@ WITH_CONFIG = [verb for verb in VERBS if verb != "predict"]  # that one stands a
 VERB_OPTIONS = [(verb, option) for verb in WITH_CONFIG for option in options_of(config_of(verb))]
 
 
-def spellings(option: Option) -> list[str]:
-    flags = [*([] if option.positional else [option.flag]), *option.aliases]
-    return [*flags, *(f"--no-{flag[2:]}" for flag in flags if option.kind is bool and flag.startswith("--"))]
-
-
 def squeezed(text: str) -> str:
     """Without any white space: help texts are wrapped."""
     return "".join(text.split())
 
 
-def help_of(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
+def help_of(verb: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as left:
-        main([verb, "--help"])
+        main([verb, *(arguments or ["--help"])])
     assert left.value.code == 0
     return capsys.readouterr().out
 
@@ -88,7 +83,7 @@ def test_there_is_a_module_for_every_verb() -> None:
     modules = {
         f"resnet_dist.cli.{file.stem}"
         for file in folder.glob("*.py")
-        if file.stem not in ("__init__", "main", "parser")
+        if file.stem not in ("__init__", "main", "parser", "help", "spellings")
     }
     assert modules | {"export.command", "export.predict"} == {module_of(verb) for verb in VERBS}
 
@@ -98,7 +93,7 @@ def test_there_is_a_module_for_every_verb() -> None:
 
 @pytest.mark.parametrize("verb", WITH_CONFIG)
 def test_help_names_every_option_with_its_docstring(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    out = help_of(verb, capsys)
+    out = help_of(verb, capsys, "--help-all")
     assert squeezed(inspect.getdoc(config_of(verb)) or "no docstring") in squeezed(out)
     for option in options_of(config_of(verb)):
         name = option.name.upper() if option.positional else option.flag
@@ -285,7 +280,11 @@ def test_streams_may_be_full_or_closed(redirect: str, code: int, said: str) -> N
 
 
 def test_letters_that_a_stream_has_no_signs_for_are_escaped() -> None:
-    line = [sys.executable, "-c", "from resnet_dist import streams; streams.prepare(); print('grün', flush=True)"]
+    line = [
+        sys.executable,
+        "-c",
+        "from resnet_dist.runtime import streams; streams.prepare(); print('grün', flush=True)",
+    ]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
     done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout) == (0, "gr\\xfcn\n"), done.stderr
@@ -314,10 +313,7 @@ def test_unknown_recipe_is_a_usage_error(refused: Refused) -> None:
 
 
 def words_of_all_verbs() -> set[str]:
-    found = {flag for _, option in VERB_OPTIONS for flag in spellings(option)}
-    for verb in WITH_CONFIG:  # the options that no field has: --recipe, --config, --phase
-        parser = make_parser(config_of(verb), "x")
-        found |= {flag for action in parser._actions for flag in action.option_strings}
+    found = {flag for verb in WITH_CONFIG for flag in flags_of(config_of(verb))} | HELP.keys()
     return found | {flag.replace("-", "_").replace("__", "--", 1) for flag in found if flag.startswith("--")}
 
 

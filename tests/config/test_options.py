@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resnet_dist.cli import summary
-from resnet_dist.cli.parser import make_parser, parse
+from resnet_dist.cli.parser import parse, read
 from resnet_dist.config.layers import Option, build, options_of
 from resnet_dist.config.recipes import layers, texts
 from resnet_dist.config.schema import ARCHITECTURES, Duration, Phase, TrainConfig
@@ -187,8 +187,7 @@ def changed(option: Option) -> list[str]:
 
 @pytest.mark.parametrize("option", OPTIONS.values(), ids=lambda option: option.name)
 def test_every_alias_means_its_option(option: Option) -> None:
-    parser = make_parser(TrainConfig, "train")
-    taken = [vars(parser.parse_args(spelled(option, flag))) for flag in (option.flag, *option.aliases)]
+    taken = [read(TrainConfig, spelled(option, flag)).given for flag in (option.flag, *option.aliases)]
     assert taken[0][option.name] == (True if option.kind is bool else another(option))
     assert all(each == taken[0] for each in taken)
 
