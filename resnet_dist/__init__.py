@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from export.label import predict
     from export.predict import Prediction, Predictor
+    from resnet_dist.data.check_report import CheckReport, check
+    from resnet_dist.data.split_files import Split, split
     from resnet_dist.errors import (
         ArtifactError,
         DataError,
@@ -34,6 +36,8 @@ _MODULES = {  # what is public, by the module that has it
     "resnet_dist.training.run": ("train",),
     "resnet_dist.training.result": ("Run", "load_run"),
     "resnet_dist.model.loading": ("Checkpoint", "load_checkpoint"),
+    "resnet_dist.data.check_report": ("CheckReport", "check"),
+    "resnet_dist.data.split_files": ("Split", "split"),
     "resnet_dist.errors": (
         "ArtifactError",
         "DataError",
@@ -50,6 +54,7 @@ _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ArtifactError",
+    "CheckReport",
     "Checkpoint",
     "DataError",
     "MachineError",
@@ -59,11 +64,14 @@ __all__ = [
     "Preempted",
     "ResnetDistError",
     "Run",
+    "Split",
     "UsageError",
     "__version__",
+    "check",
     "load_checkpoint",
     "load_run",
     "predict",
+    "split",
     "train",
 ]
 

@@ -162,3 +162,18 @@ def test_it_trains_in_a_thread_and_a_finished_run_is_returned(run: rd.Run) -> No
     thread.start()
     thread.join()
     assert found == [run]
+
+
+def test_a_data_set_is_checked_and_split(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    done = rd.split(folder / "train", tmp_path / "parts.csv", val=0.25)
+    assert done.counts == {"train": 18, "val": 6} and done.classes == 3 and "<table>" in done._repr_html_()
+    report = rd.check(done, cache=False)
+    assert report.ok and report.facts["images"] == 24 and not report.duplicates and "<table>" in report._repr_html_()
+    assert capfd.readouterr() == ("", "")
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text("no image")
+    assert len(rd.check(tmp_path / "texts", cache=False, verbose=True).errors) == 4
+    assert "4 images, 4 that cannot be used" in capfd.readouterr().out
+    with pytest.raises(rd.UsageError, match="val=2: must be at least 0 and at most 1"):
+        rd.split(folder / "train", tmp_path / "more.csv", val=2.0)

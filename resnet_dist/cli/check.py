@@ -1,120 +1,14 @@
 """`resnet-dist check`: look at every image before an hour of training finds out."""
 
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from hashlib import sha256
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from resnet_dist.config.fields import option
-from resnet_dist.config.schema import DataConfig, PreprocessConfig
-from resnet_dist.files.outputs import json_problems
+from resnet_dist.data.check_report import CheckConfig, run_check
 from resnet_dist.runtime.wording import printable
 
-if TYPE_CHECKING:
-    from resnet_dist.data.check import Report
-
-SHOWN = 5
+Config = CheckConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Check a data set: files that cannot be used, odd ones, duplicates, leaks between train and val.
-
-    Exit code 3 if a file cannot be used.
-    """
-
-    data: str | None = option(None, "--train-dir", positional=True)
-    """A folder with train/ and val/, or one folder of class folders, or a CSV manifest (path,label[,split])."""
-    val_dir: str | None = option(None, "--validation-dir")
-    """A separate folder of class folders for validation."""
-    preprocess: PreprocessConfig = PreprocessConfig()
-    report: str | None = option(None, "--json")
-    """Write everything that was found to this JSON file; an earlier one is replaced."""
-    cache: bool = True
-    """Remember findings by path, size and time of change, so that a second check is quick."""
-
-    def problems(self) -> Iterator[str]:
-        """What is wrong here, one line each."""
-        yield from DataConfig(data=self.data, val_dir=self.val_dir).problems()
-        yield from self.preprocess.problems()
-        yield from json_problems("--report", self.report, "images", "per_class", "duplicates")
-
-
-def main(cfg: Config) -> int:
-    """Look, print, write. Returns the exit code."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from resnet_dist.data.check import Cache, look_at_all, report_on, summary
-    from resnet_dist.data.index import read_index
-    from resnet_dist.data.preprocess import preprocessing
-    from resnet_dist.files.run import to_json, write_atomically
-
-    index = read_index(DataConfig(data=cfg.data, val_dir=cfg.val_dir))
-    total = len(index.train) + len(index.val) + len(index.test)
-    cache = Cache(cache_file(index.root)) if cfg.cache else None
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("looking at images", total=total)
-        findings = look_at_all(index, full=True, cache=cache, advance=lambda: progress.advance(task))
-    if cache:
-        cache.save()
-    report = report_on(findings)
-    facts = summary(report, preprocessing(cfg.preprocess))
-    for line in (*index.notes, *lines(report, facts)):
+def main(cfg: CheckConfig) -> int:
+    """Check and print. Returns the exit code: 3 if a file cannot be used."""
+    report = run_check(cfg)
+    for line in report.lines():
         print(printable(line))
-    if cfg.report is not None:
-        write_atomically(Path(cfg.report), to_json(facts))
-    return 3 if report.errors else 0
-
-
-def cache_file(root: Path) -> Path:
-    """Where the findings of a data set are remembered."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "resnet-dist" / f"check-{sha256(os.fsencode(root.absolute())).hexdigest()[:16]}.json"
-
-
-def lines(report: "Report", facts: dict[str, Any]) -> Iterator[str]:
-    """The report in words."""
-    yield f"{facts['images']} images, {len(report.errors)} that cannot be used"
-    yield from _some([f"  {finding.path}: {finding.error}" for finding in report.errors], 20)
-    for split, counts in facts["per_class"].items():
-        low, high = min(counts.values()), max(counts.values())
-        yield f"{split}: {sum(counts.values())} images of {len(counts)} classes, {low} to {high} each"
-    if facts["short_side"]:
-        side, ratio = facts["short_side"], facts["aspect_ratio"]
-        pixels = f"short side {side['min']} to {side['max']} pixels, median {side['median']}"
-        yield f"{pixels}; aspect ratio to {ratio['max']:.2f}"
-        cut, half = 100 * facts["crop"]["mean_share_cut"], facts["crop"]["images_cut_by_half"]
-        yield f"evaluation's crop cuts {cut:.0f} % of the area on average, over half of {half} images"
-    yield f"formats {_counted(facts['formats'])}; modes {_counted(facts['modes'])}; {facts['rotated']} turned by Exif"
-    yield from _listing("with an extension of another format", facts["wrong_extension"])
-    yield from _listing("under 32 pixels", facts["tiny"])
-    alike = {finding.path for pair in report.near_duplicates for finding in pair}
-    pairs = f"{len(report.near_duplicates)} pairs that look alike" + (f", of {len(alike)} images" if alike else "")
-    yield f"{len(report.duplicates)} groups of identical files, {pairs}"
-    yield from _groups("LEAK: identical files in several splits", report.leaks)
-    yield from _groups("possible leak: images that look alike in several splits", [list(p) for p in report.near_leaks])
-    yield from _groups("CONTRADICTION: identical files under several labels", report.contradictions)
-
-
-def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-
-
-def _listing(what: str, paths: list[str]) -> Iterator[str]:
-    if paths:
-        yield f"{len(paths)} {what}: {', '.join(paths[:SHOWN])}{' ...' if len(paths) > SHOWN else ''}"
-
-
-def _groups(what: str, groups: list[list[Any]]) -> Iterator[str]:
-    if groups:
-        yield f"{what}: {len(groups)}"
-        yield from _some(["  " + " = ".join(finding.path for finding in group) for group in groups], SHOWN)
-
-
-def _some(texts: list[str], most: int) -> Iterator[str]:
-    yield from texts[:most]
-    if len(texts) > most:
-        yield f"  and {len(texts) - most} more"
+    return 0 if report.ok else 3

@@ -75,8 +75,8 @@ def run_index(run: Path, evaluation: "Evaluation") -> "ImageIndex":
 
 def looked_at(index: "ImageIndex") -> "list[Finding]":
     """What every image is, from the memory of `check` or by looking."""
-    from resnet_dist.cli.check import cache_file
     from resnet_dist.data.check import Cache, look_at_all
+    from resnet_dist.data.check_report import cache_file
 
     cache = Cache(cache_file(index.root))
     findings = look_at_all(index, full=True, cache=cache)
