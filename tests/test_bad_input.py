@@ -78,7 +78,7 @@ def test_empty_class(refused: Refused, own: Path) -> None:
 def test_class_only_in_val(refused: Refused, own: Path) -> None:
     (own / "val/yak").mkdir()
     write_image(own / "val/yak/0.png", seed=0)
-    assert "val has class 'yak', unknown to train" in refused(3, "train", own, *TINY)
+    assert "val has class 'yak', which train does not have" in refused(3, "train", own, *TINY)
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

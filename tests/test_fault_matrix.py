@@ -117,7 +117,7 @@ def test_folders_whose_names_look_the_same_are_a_warning(
     for i in range(8):
         write_image(tmp_path / names[i % 2] / f"{i}.png", seed=i)
     assert main(["train", str(tmp_path), *TINY, "--dry-run"]) == 0
-    assert "differ only in case, in blanks or in the encoding of letters" in capsys.readouterr().out
+    assert "differ only in case, in spaces or in the encoding of letters" in capsys.readouterr().out
 
 
 def test_manifest_without_a_line_end_is_not_read_whole(tmp_path: Path, refused: Refused) -> None:

@@ -1,1 +1,1 @@
-"""Images: where they are, how they are split, decoded, changed and put into batches. Knows nothing of models."""
+"""Images: find, split, check, decode, augment and batch them. Independent of `model`."""

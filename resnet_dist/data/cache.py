@@ -1,7 +1,7 @@
-"""Decoded images kept in memory or on disk: shared by the processes of a machine, filled by whoever decodes first.
+"""A cache of decoded images, in memory or on disk, shared by the processes of a machine.
 
-What comes out is bit for bit what was decoded, and of the file as it is now: an entry is used only while the file's
-size and times are those it was decoded at, and only once its checksum was verified by the process that uses it.
+The pixels are bit-equal to those of a new decode. An entry is used only if the size and times of the image file have
+not changed since it was decoded, and only after the process that uses it has verified its checksum.
 """
 
 import hashlib
@@ -23,25 +23,25 @@ from resnet_dist.data.decode import Reader, jpeg_scale
 from resnet_dist.errors import MachineError
 from resnet_dist.runtime import environment as launcher
 
-# What an entry says of its image. height 0: there is none yet. checksum: of the fields before it and of the pixels.
+# The entry of one image. height 0: not cached yet. checksum: over the fields before it and the pixels.
 RECORD = np.dtype(
     {
         "names": ["bytes", "mtime_ns", "ctime_ns", "offset", "height", "width", "checksum"],
         "formats": ["i8", "i8", "i8", "i8", "i4", "i4", "i8"],
     }
 )
-START = 64  # bytes before the records; the first eight are the place of the next image
+START = 64  # bytes before the records; the first eight are the offset of the next image
 SAMPLED = 200  # headers that are read to estimate the memory that whole images take
-SHARE = {"auto": 0.5, "ram": 0.9, "device": 0.9, "disk": 0.9}  # of what is free, that may be taken
+SHARE = {"auto": 0.5, "ram": 0.9, "device": 0.9, "disk": 0.9}  # of what is free that may be used
 GEOMETRY = ("img_size", "resize_mode", "resize", "interpolation", "fill")
 
 
 class ImageCache:
-    """The images of a table by position, each decoded once, and again when its file changes.
+    """The images of a table by position. Each is decoded once, and again if its file changes.
 
-    `file` is a file of its own for this table and geometry, in memory or on a disk; it may be open in any number of
-    processes, and may grow to `room` bytes of pixels. What does not fit is decoded every time. Raises MachineError
-    where the file cannot be made or mapped.
+    `file`, in memory or on a disk, belongs to this table and geometry. Any number of processes may have it open. It
+    grows to at most `room` bytes of pixels; an image that does not fit is decoded every time. Raises MachineError if
+    the file cannot be made or mapped.
     """
 
     def __init__(self, reader: Reader, file: Path, room: int) -> None:
@@ -50,21 +50,21 @@ class ImageCache:
         self._first = START + samples * RECORD.itemsize
         try:
             self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            if os.fstat(self._fd).st_size < self._first + room:  # never shorter: another process may have it mapped
-                os.ftruncate(self._fd, self._first + room)  # sparse: takes no space before something is written
+            if os.fstat(self._fd).st_size < self._first + room:  # never shrink it: another process may have it mapped
+                os.ftruncate(self._fd, self._first + room)  # sparse: takes no space until it is written
             self._bytes = np.frombuffer(mmap.mmap(self._fd, 0), np.uint8)
         except OSError as error:
-            raise MachineError(f"{file}: cannot hold images ({error.strerror}); take --cache none") from None
+            raise MachineError(f"{file}: cannot hold images ({error.strerror}); use --cache none") from None
         self._records = self._bytes[START : self._first].view(RECORD)
         ends = self._records["offset"] + self._records["height"] * self._records["width"].astype(np.int64) * 3
-        self._free = max(self._first, int(ends.max(initial=0)))  # and on, whatever the first bytes say
+        self._free = max(self._first, int(ends.max(initial=0)))  # at least, whatever the first bytes say
         self._verified = np.zeros(samples, np.int64)  # checksums that this process has verified
 
     def __reduce__(self) -> tuple[type["ImageCache"], tuple[Reader, Path, int]]:
         return type(self), (self.reader, self.file, self.room)
 
     def __del__(self) -> None:
-        with suppress(AttributeError, OSError):  # it was not opened, or the interpreter is gone
+        with suppress(AttributeError, OSError):  # it was not opened, or the interpreter is shutting down
             os.close(self._fd)
 
     def __call__(self, index: int) -> np.ndarray:
@@ -73,18 +73,18 @@ class ImageCache:
         try:
             status = (table.root / table.paths[index]).stat()
         except OSError:
-            return self.reader(index)  # which says what is wrong
+            return self.reader(index)  # raises the error that says what is wrong
         record = self._records[index].copy()
         if record["height"]:
-            pixels = self._kept(index, record, status)
+            pixels = self._cached(index, record, status)
             if pixels is not None:
                 return pixels
         pixels = self.reader(index)
-        self._keep(index, pixels, status)
+        self._store(index, pixels, status)
         return pixels
 
-    def _kept(self, index: int, record: np.void, status: os.stat_result) -> np.ndarray | None:
-        """The pixels of an entry, if it is of the file as it is and sound."""
+    def _cached(self, index: int, record: np.void, status: os.stat_result) -> np.ndarray | None:
+        """The pixels of an entry, or None if the file has changed or the entry is damaged."""
         now = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if now != (record["bytes"], record["mtime_ns"], record["ctime_ns"]):
             return None
@@ -97,12 +97,12 @@ class ImageCache:
             self._verified[index] = checksum
         return pixels.reshape(height, width, 3)
 
-    def _keep(self, index: int, pixels: np.ndarray, status: os.stat_result) -> None:
+    def _store(self, index: int, pixels: np.ndarray, status: os.stat_result) -> None:
         record = np.zeros((), RECORD)
         times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         pixels = np.ascontiguousarray(pixels)
-        try:  # written, not stored through the map: a full disk is then an error and not the end of the process
-            offset = self._place(pixels.nbytes)
+        try:  # written, not stored through the map, where a full disk would kill the process
+            offset = self._reserve(pixels.nbytes)
             if offset is None:
                 return
             record[()] = (*times, offset, *pixels.shape[:2], 0)
@@ -110,12 +110,12 @@ class ImageCache:
             _write(self._fd, pixels, offset)
             _write(self._fd, record, START + index * RECORD.itemsize)
         except OSError:
-            self.room = 0  # nothing more is kept
+            self.room = 0  # cache nothing more
         else:
             self._verified[index] = record["checksum"]
 
-    def _place(self, size: int) -> int | None:
-        """Take so many bytes, alone among all processes; None where there is no more room. Raises OSError."""
+    def _reserve(self, size: int) -> int | None:
+        """The offset of `size` new bytes, which no other process gets; None if there is no room. Raises OSError."""
         if not self.room:
             return None
         os.lockf(self._fd, os.F_LOCK, 0)
@@ -130,7 +130,7 @@ class ImageCache:
 
 
 def _checksum(record: np.ndarray | np.void, pixels: np.ndarray) -> int:
-    """Of an entry; never 0."""
+    """The checksum of an entry; never 0."""
     fields = record.tobytes()[: RECORD.fields["checksum"][1]]  # type: ignore[index]
     return zlib.crc32(np.ascontiguousarray(pixels).data, zlib.crc32(fields)) + 1
 
@@ -143,11 +143,11 @@ def _write(fd: int, values: np.ndarray, offset: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where the files are
+# Where the cache files are
 
 
 def disk_file(folder: Path, reader: Reader) -> Path:
-    """The file for the images of a reader: named by all that their pixels depend on but the image files themselves."""
+    """The cache file of a reader. Its name is a hash of everything that the pixels depend on but the image files."""
     table, spec = reader.table, reader.spec
     facts = {
         "root": str(table.root.absolute()),
@@ -160,12 +160,12 @@ def disk_file(folder: Path, reader: Reader) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MachineError(f"{folder}: cannot be made ({error.strerror}); name another --cache-dir") from None
+        raise MachineError(f"{folder}: cannot be made ({error.strerror}); give another --cache-dir") from None
     return folder / f"{name[:32]}.images"
 
 
 def default_folder() -> Path:
-    """Where decoded images are kept on disk: resnet-dist/ in the user's cache folder."""
+    """The default --cache-dir: resnet-dist/ in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet-dist"
 
 
@@ -174,7 +174,7 @@ def default_folder() -> Path:
 
 
 def bytes_needed(reader: Reader) -> int:
-    """What the decoded images of a reader take: exact in the evaluation geometry, else estimated from some headers."""
+    """Bytes of all decoded images: exact in the evaluation geometry, otherwise estimated from a sample of headers."""
     samples = len(reader.table)
     if reader.spec is not None:
         return samples * (reader.spec.img_size**2 * 3 + RECORD.itemsize)
@@ -188,7 +188,7 @@ def bytes_needed(reader: Reader) -> int:
 
 @dataclass(frozen=True)
 class Tier:
-    """Where decoded images are kept: "none", "ram" or "disk"; how many bytes they may take; and why, for the user."""
+    """Where decoded images are cached ("none", "ram" or "disk"), how many bytes they may take, and why."""
 
     name: str
     room: int
@@ -196,7 +196,7 @@ class Tier:
 
 
 def choose_tier(asked: str, readers: Sequence[Reader], epochs: int, folder: Path) -> Tier:
-    """Decide, from what is asked for and what is free. Raises MachineError where what was asked for does not fit."""
+    """Where to cache, from --cache and what is free. Raises MachineError if the images do not fit where asked."""
     if asked == "none":
         return Tier("none", 0, "--cache none")
     if asked == "auto" and (epochs == 1 or not hasattr(os, "memfd_create")):
@@ -215,20 +215,20 @@ def choose_tier(asked: str, readers: Sequence[Reader], epochs: int, folder: Path
         return Tier(name, room, f"{size}, {_readable(free)} {where}")
     if asked == "auto":
         return Tier("none", 0, f"{size} is more than half of the {_readable(free)} {where}; --cache disk may help")
-    other = "a --cache-dir with more room" if name == "disk" else "--cache disk"
-    raise MachineError(f"--cache {asked}: {size}, but there is {_readable(free)} {where}; take {other} or --cache none")
+    other = "a --cache-dir with more space" if name == "disk" else "--cache disk"
+    raise MachineError(f"--cache {asked}: {size}, but there is {_readable(free)} {where}; use {other} or --cache none")
 
 
 def shares(readers: Sequence[Reader], room: int) -> list[int]:
-    """The room divided among readers, by what they need."""
+    """The room of each reader, in proportion to the bytes that it needs."""
     needed = [bytes_needed(reader) for reader in readers]
     return [room * size // max(1, sum(needed)) for size in needed]
 
 
 def _free_disk(folder: Path, readers: Sequence[Reader]) -> int:
-    """What is free, with what the files of these readers already take."""
-    kept = [file.stat().st_blocks * 512 for reader in readers if (file := disk_file(folder, reader)).exists()]
-    return shutil.disk_usage(folder).free + sum(kept)
+    """Free bytes, counting those that the cache files of these readers already take."""
+    taken = [file.stat().st_blocks * 512 for reader in readers if (file := disk_file(folder, reader)).exists()]
+    return shutil.disk_usage(folder).free + sum(taken)
 
 
 def _readable(size: float) -> str:

@@ -1,4 +1,4 @@
-"""What is wrong or odd with the images of a data set, before an hour of training finds it out."""
+"""Check every image of a data set: unusable, odd, duplicate, in two splits, under two labels."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ from resnet_dist.files.run import write_atomically
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.wording import listed
 
-AT_ONCE = 4096  # files that are being looked at
-TINY = 32  # pixels of the short side below which an image is called tiny
-NEAR = 3  # bits of 64 in which the hashes of near duplicates may differ
-NEAR_COLOUR = 6  # levels of 256 by which their 4x4 thumbnails may differ on average
+AT_ONCE = 4096  # files in the queue of the threads
+TINY = 32  # pixels; an image with a shorter side is called tiny
+NEAR = 3  # near duplicates differ in at most this many bits of their 64-bit hashes
+NEAR_COLOUR = 6  # and their 4x4 thumbnails by at most this on average, of 256 levels
 EXTENSION_OF = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "TIFF": (".tif", ".tiff")}
 NOT_CACHED = ("path", "label", "split", "identity")
 EXTENSION_OF["PPM"] = (".ppm", ".pgm", ".pbm", ".pnm")
@@ -34,7 +34,7 @@ EXTENSION_OF["PPM"] = (".ppm", ".pgm", ".pbm", ".pnm")
 
 @dataclass(frozen=True)
 class Finding:
-    """What one file is. `error` says why it cannot be used; the hashes are empty unless it was decoded."""
+    """What was found out about one file. `error`: why it cannot be used. The hashes are empty unless it was decoded."""
 
     path: str
     label: str
@@ -49,11 +49,13 @@ class Finding:
     sha256: str = ""
     dhash: int = 0
     thumbnail: str = ""  # hex of 4x4 RGB
-    identity: tuple[int, int] = field(default=(0, 0), compare=False)  # device and inode, where it was opened now
+    identity: tuple[int, int] = field(
+        default=(0, 0), compare=False
+    )  # device and inode; (0, 0) if it comes from the cache
 
 
 def look(root: Path, path: str, label: str, split: str, full: bool) -> Finding:
-    """One file: its header, and with `full` every pixel (a truncated file shows only then) and its hashes."""
+    """Examine one file: its header and, with `full`, every pixel (which shows a truncated file) and its hashes."""
     file = root / path
     facts: dict[str, Any] = {}
     try:
@@ -64,7 +66,7 @@ def look(root: Path, path: str, label: str, split: str, full: bool) -> Finding:
                 facts |= {"format": image.format or "", "mode": image.mode}
                 facts |= {"width": image.width, "height": image.height}
                 if full:
-                    facts |= _seen(image)
+                    facts |= _pixel_facts(image)
             if full:
                 stream.seek(0)
                 facts["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -77,17 +79,17 @@ def look(root: Path, path: str, label: str, split: str, full: bool) -> Finding:
     return Finding(path, label, split, **facts)
 
 
-def _seen(image: Image.Image) -> dict[str, Any]:
-    """What only the pixels of an opened image show, which are decoded once, within the memory for decoding."""
+def _pixel_facts(image: Image.Image) -> dict[str, Any]:
+    """What only the pixels of an opened image show. They are decoded once, within the memory budget."""
     with ROOM.take(memory_of(image)):  # before getexif, which decodes a PNG to find its Exif
-        rotated = image.getexif().get(ORIENTATION, 1) != 1  # of a TIFF, it is gone after decoding
+        rotated = image.getexif().get(ORIENTATION, 1) != 1  # a TIFF loses it when it is decoded
         rgb = loaded(image)
         thumbnail = rgb.resize((4, 4), Image.Resampling.BOX).tobytes().hex()
         return {"rotated": rotated, "dhash": difference_hash(rgb), "thumbnail": thumbnail}
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64 bits that say where a 9x8 grey copy gets darker from left to right (dHash, Krawetz 2013)."""
+    """64 bits: where a 9x8 grey copy gets darker from left to right (dHash, Krawetz 2013)."""
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR))
     return int.from_bytes(np.packbits(small[:, 1:] < small[:, :-1]).tobytes(), "big")
 
@@ -95,16 +97,16 @@ def difference_hash(image: Image.Image) -> int:
 def look_at_all(
     index: ImageIndex, full: bool, cache: "Cache | None" = None, advance: Callable[[], None] = lambda: None
 ) -> list[Finding]:
-    """Every file of an index, in its order."""
+    """The findings of every file of an index, in its order."""
     return list(look_at_each(index, full, cache, advance))
 
 
 def look_at_each(
     index: ImageIndex, full: bool, cache: "Cache | None" = None, advance: Callable[[], None] = lambda: None
 ) -> Iterator[Finding]:
-    """Every file of an index, in its order, by a pool of threads (Pillow decodes without the interpreter's lock).
+    """The findings of every file of an index, in its order, one at a time, so that a million need no memory.
 
-    Findings come as they are made, so that of a million no more than some thousands need be kept.
+    A pool of threads makes them: Pillow releases the interpreter's lock while it decodes.
     """
     jobs = (
         (path, index.classes[target], split)
@@ -128,7 +130,7 @@ def look_at_each(
 
 
 class Cache:
-    """Findings of complete looks at files, kept from one check to the next by path, size and time of change."""
+    """Findings of full checks, kept on disk from one check to the next by path, size and time of change."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -137,10 +139,10 @@ class Cache:
             loaded = json.loads(file.read_text())
             self.entries = loaded if isinstance(loaded, dict) else {}
         except (OSError, ValueError, RecursionError):
-            pass  # none yet, or a damaged one: everything is looked at again
+            pass  # none yet, or damaged: every file is examined again
 
     def get(self, root: Path, job: tuple[str, str, str]) -> Finding | None:
-        """What was found, if the file has not changed since."""
+        """The finding of a file, or None if the file has changed since."""
         entry = self.entries.get(str((root / job[0]).absolute()))
         try:
             if entry is None or entry[0] != self._stamp(root / job[0]):
@@ -150,14 +152,14 @@ class Cache:
             return None
 
     def put(self, root: Path, finding: Finding) -> None:
-        """Keep what was found."""
+        """Store a finding."""
         path = root / finding.path
         facts = {name: value for name, value in asdict(finding).items() if name not in NOT_CACHED}
         if path.exists():
             self.entries[str(path.absolute())] = [self._stamp(path), facts]
 
     def save(self) -> None:
-        """Write the findings down; a cache that cannot be written is none."""
+        """Write the findings to disk. If that fails, the next check starts without them."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.file, json.dumps(self.entries))
@@ -171,20 +173,20 @@ class Cache:
 
 
 def without(index: ImageIndex, bad: Sequence[Finding]) -> ImageIndex:
-    """The index without files that cannot be used."""
-    gone = {(finding.path, finding.split) for finding in bad}
+    """The index without the files that cannot be used."""
+    unusable = {(finding.path, finding.split) for finding in bad}
 
-    def kept(split: str) -> ImageTable:
+    def usable_part(split: str) -> ImageTable:
         table = index.part(split)
-        rows = [row for row, path in enumerate(table.paths) if (path, split) not in gone]
+        rows = [row for row, path in enumerate(table.paths) if (path, split) not in unusable]
         return ImageTable(table.root, PathTable([table.paths[row] for row in rows]), table.targets[rows])
 
-    return replace(index, train=kept("train"), val=kept("val"), test=kept("test"))
+    return replace(index, train=usable_part("train"), val=usable_part("val"), test=usable_part("test"))
 
 
 @dataclass
 class Report:
-    """What was found in all. `errors` make images unusable; the rest is for a person to judge."""
+    """All findings. Those in `errors` make images unusable; a person has to judge the others."""
 
     findings: list[Finding]
     errors: list[Finding] = field(default_factory=list)
@@ -193,22 +195,22 @@ class Report:
 
     @property
     def leaks(self) -> list[list[Finding]]:
-        """Groups of the same bytes in several splits."""
+        """Groups of identical files that are in several splits."""
         return [group for group in self.duplicates if len({f.split for f in group}) > 1]
 
     @property
     def near_leaks(self) -> list[tuple[Finding, Finding]]:
-        """Pairs that look alike in several splits."""
+        """Pairs of images that look alike and are in different splits."""
         return [(a, b) for a, b in self.near_duplicates if a.split != b.split]
 
     @property
     def contradictions(self) -> list[list[Finding]]:
-        """Groups of the same bytes under several labels."""
+        """Groups of identical files with several labels."""
         return [group for group in self.duplicates if len({f.label for f in group}) > 1]
 
 
 def report_on(findings: Sequence[Finding]) -> Report:
-    """Put the findings together: exact duplicates by sha256, near ones by hashes and colours that hardly differ."""
+    """Group the findings: identical files by sha256, near duplicates by similar hashes and colours."""
     by_digest: dict[str, list[Finding]] = defaultdict(list)
     for finding in findings:
         if finding.sha256:
@@ -228,18 +230,18 @@ def report_on(findings: Sequence[Finding]) -> Report:
 
 
 def colour_distance(a: Finding, b: Finding) -> float:
-    """Mean absolute difference of the thumbnails, 0..255: round things on white have one hash whatever they are."""
+    """Mean absolute difference of the thumbnails, 0..255. The hash alone confuses round objects on white."""
     one, two = (np.frombuffer(bytes.fromhex(f.thumbnail), np.uint8).astype(int) for f in (a, b))
     return float(np.abs(one - two).mean())
 
 
 def near_pairs(hashes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Pairs of positions whose 64-bit hashes differ in 1..3 bits or in none, each once, in order.
+    """Pairs of positions whose 64-bit hashes differ in at most 3 bits, each once, in order.
 
-    Two such hashes are equal in at least one of four 16-bit parts, so only those that share a part are compared. A
-    hash of one value throughout (an even surface) says nothing and is left out.
+    Two such hashes are equal in at least one of their four 16-bit parts, so only hashes that share a part are
+    compared. A hash of only zeros or only ones (a plain surface) says nothing and is left out.
     """
-    found = set()
+    pairs = set()
     for part in range(4):
         buckets: dict[int, list[int]] = defaultdict(list)
         for position, value in enumerate(hashes):
@@ -248,12 +250,12 @@ def near_pairs(hashes: Sequence[int]) -> Iterator[tuple[int, int]]:
         for positions in buckets.values():
             for a, b in combinations(positions, 2):
                 if (hashes[a] ^ hashes[b]).bit_count() <= NEAR:
-                    found.add((a, b))
-    return iter(sorted(found))
+                    pairs.add((a, b))
+    return iter(sorted(pairs))
 
 
 def lost_by_cropping(findings: Sequence[Finding], spec: Preprocessing) -> tuple[float, int]:
-    """The mean share of an image's area that evaluation's crop cuts away, and of how many images it cuts a half."""
+    """The mean share of the area that the evaluation crop cuts off, and how many images lose more than half."""
     shares = []
     for finding in findings:
         if not finding.error and spec.resize_mode == "crop":
@@ -285,31 +287,31 @@ def summary(report: Report, spec: Preprocessing) -> dict[str, Any]:
         "short_side": {"min": shorts[0], "median": shorts[len(shorts) // 2], "max": shorts[-1]} if shorts else {},
         "aspect_ratio": {"median": ratios[len(ratios) // 2], "max": ratios[-1]} if ratios else {},
         "crop": {"mean_share_cut": lost, "images_cut_by_half": half},
-        "duplicates": [[_named(f) for f in group] for group in report.duplicates],
-        "near_duplicates": [[_named(a), _named(b)] for a, b in report.near_duplicates],
+        "duplicates": [[_place_of(f) for f in group] for group in report.duplicates],
+        "near_duplicates": [[_place_of(a), _place_of(b)] for a, b in report.near_duplicates],
         "leaks": len(report.leaks),
         "near_leaks": len(report.near_leaks),
         "contradictions": len(report.contradictions),
     }
 
 
-def _named(finding: Finding) -> dict[str, str]:
+def _place_of(finding: Finding) -> dict[str, str]:
     return {"path": finding.path, "label": finding.label, "split": finding.split}
 
 
 def usable(index: ImageIndex, cfg: DataConfig) -> tuple[ImageIndex, list[Finding]]:
-    """The index without files that cannot be used (by their headers, or with --check full by every pixel), and those.
+    """The index without the files that cannot be used, and the findings of those files.
 
-    Raises DataError if there are any and they are not to be skipped, or if they are more than --max-bad-share; and if
-    two images are links to one file, as `refuse_one_file_twice` says.
+    Reads headers, or with --check full every pixel. Raises DataError if there are such files and --bad-images is not
+    skip, if they are more than --max-bad-share, and if two images are links to one file (`refuse_one_file_twice`).
     """
     bad: list[Finding] = []
-    found: list[tuple[int, int]] = []
+    identities: list[tuple[int, int]] = []
     for finding in look_at_each(index, full=cfg.check == "full"):
-        found.append(finding.identity)
+        identities.append(finding.identity)
         if finding.error:
             bad.append(finding)
-    notes = refuse_one_file_twice(index, as_identities(found), may_repeat=Path(cfg.data or "").is_dir())
+    notes = refuse_one_file_twice(index, as_identities(identities), may_repeat=Path(cfg.data or "").is_dir())
     total = len(index.train) + len(index.val) + len(index.test)
     if bad and (cfg.bad_images == "error" or len(bad) > cfg.max_bad_share * total):
         first = "; ".join(f"{index.root / finding.path}: {finding.error}" for finding in bad[:3])
@@ -321,21 +323,21 @@ def usable(index: ImageIndex, cfg: DataConfig) -> tuple[ImageIndex, list[Finding
     kept = without(index, bad) if bad else index
     empty = [name for number, name in enumerate(index.classes) if number not in kept.train.targets]
     if empty:
-        raise DataError(f"class {listed(empty)} has no usable training image; mend some, or take the class out")
+        raise DataError(f"class {listed(empty)} has no usable training image; replace the images or remove the class")
     return replace(kept, notes=(*kept.notes, *notes)), bad
 
 
-def refuse_one_file_twice(index: ImageIndex, found: np.ndarray, may_repeat: bool) -> list[str]:
-    """Raises DataError where two images of an index are links to one file, by their devices and inodes, (n, 2).
+def refuse_one_file_twice(index: ImageIndex, identities: np.ndarray, may_repeat: bool) -> list[str]:
+    """Raise DataError if two images of an index are links to one file. `identities`: devices and inodes, (n, 2).
 
-    With `may_repeat`, one file may be linked to several times in one split and class, which gives it more weight; and
-    in one class of val and test, which gives the one warning that is returned: it is no test then, but chosen. Each
-    image is compared with the first of its file only: if all are like that one, they are like each other.
+    With `may_repeat`, two cases are allowed. Several links in one split and class give the file more weight. Links in
+    the same class of val and test give the one warning that is returned: the test score is then no test score.
+    Comparing each image with the first of its file is enough.
     """
     parts = {split: index.part(split) for split in ("train", "val", "test")}
     splits = np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()])
     classes = np.concatenate([part.targets for part in parts.values()])
-    pairs, warnings = of_one_file(found), list[str]()
+    pairs, warnings = of_one_file(identities), list[str]()
     if may_repeat:
         pairs = pairs[(splits[pairs[:, 0]] != splits[pairs[:, 1]]) | (classes[pairs[:, 0]] != classes[pairs[:, 1]])]
 
@@ -350,13 +352,13 @@ def refuse_one_file_twice(index: ImageIndex, found: np.ndarray, may_repeat: bool
             continue
         if chosen:
             warnings.append(
-                f"WARNING: images of the test split are used for validation too ({path(pair[0])} and {path(pair[1])} "
+                f"WARNING: images of the test split are also used for validation ({path(pair[0])} and {path(pair[1])} "
                 "are links to one file): its score is not a test score"
             )
             continue
         one, other = (f"'{path(at)}' ({index.classes[classes[at]]}, {tuple(parts)[splits[at]]})" for at in pair)
         raise DataError(
             f"{index.root}: {one} and {other} are links to one file: an image listed more than once; remove "
-            "one of them, or name it in --exclude-list"
+            "one of them, or list it in --exclude-list"
         )
     return warnings

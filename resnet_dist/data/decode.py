@@ -1,4 +1,4 @@
-"""Images of a table, decoded as the predictor decodes them, with errors that name the file."""
+"""Decode the images of a table exactly as the predictor does. Errors name the file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,13 +24,13 @@ from export.predict import (
 from resnet_dist.data.index import ImageTable
 from resnet_dist.errors import DataError
 
-# Deprecated since torchvision 0.29 in favour of a package of its own. Where it is gone, Pillow gives the same pixels.
+# Deprecated since torchvision 0.29 in favour of another package. Without it, Pillow gives the same pixels.
 DECODE_JPEG = getattr(torchvision.io, "decode_jpeg", None)
 
 
 @contextmanager
 def naming_the_file(table: ImageTable, index: int) -> Iterator[None]:
-    """Within it, what is wrong with image number `index` of `table` is raised as a DataError with its path."""
+    """Inside this context, errors about image number `index` of `table` become a DataError with its path."""
     try:
         yield
     except ImageError as error:
@@ -40,7 +40,7 @@ def naming_the_file(table: ImageTable, index: int) -> Iterator[None]:
 
 
 def load_image(table: ImageTable, index: int) -> Image.Image:
-    """Image number `index`, upright RGB. Raises DataError with the path where it cannot be used."""
+    """Image number `index`, upright RGB. Raises DataError if it cannot be used."""
     with naming_the_file(table, index):
         return decode(table.root / table.paths[index])
 
@@ -52,9 +52,10 @@ def load_fitted(table: ImageTable, index: int, spec: Preprocessing) -> np.ndarra
 
 
 def load_whole(table: ImageTable, index: int, least: int = 0) -> np.ndarray:
-    """Image number `index`, upright, uint8 (H, W, 3): the pixels of `load_image`, sooner. Raises DataError.
+    """Image number `index`, upright, uint8 (H, W, 3): the pixels of `load_image`, faster. Raises DataError.
 
-    With `least`, JPEGs whose short side is 2, 4 or 8 times as many pixels are decoded at that fraction of their size.
+    With `least`, a JPEG whose short side has at least 2, 4 or 8 times that many pixels is decoded at a half, a quarter
+    or an eighth of its size.
     """
     with naming_the_file(table, index), file_of(table.root / table.paths[index]) as file:
         data = file.read()
@@ -70,7 +71,7 @@ class Reader:
 
     Attributes:
         table: which images.
-        spec: the evaluation geometry that they are brought into; None for whole images.
+        spec: the evaluation geometry to resize and crop to; None for whole images.
         least: for whole images, see `load_whole`.
     """
 
@@ -86,10 +87,10 @@ class Reader:
 
 
 def jpeg_pixels(data: bytes) -> np.ndarray | None:
-    """An ordinary JPEG by torchvision's decoder, uint8 (H, W, 3); None where the predictor's has to look at it.
+    """An ordinary JPEG by torchvision's decoder, uint8 (H, W, 3); None if the predictor's decoder has to decode it.
 
-    Both use libjpeg-turbo and give the same pixels; this one writes them as they are needed, which saves a sixth of the
-    time. Raises ImageError as `export.predict.opened` does.
+    Both use libjpeg-turbo and give the same pixels; torchvision's is a sixth faster. Raises ImageError, as
+    `export.predict.opened` does.
     """
     if DECODE_JPEG is None or not data.startswith(b"\xff\xd8\xff"):
         return None
@@ -98,7 +99,7 @@ def jpeg_pixels(data: bytes) -> np.ndarray | None:
             return None
     try:
         pixels: torch.Tensor = DECODE_JPEG(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB")
-    except RuntimeError:  # damaged: the other decoder says in which way, or gets by
+    except RuntimeError:  # damaged: the other decoder reads it or says what is wrong
         return None
     return pixels.permute(1, 2, 0).numpy()
 
@@ -106,8 +107,8 @@ def jpeg_pixels(data: bytes) -> np.ndarray | None:
 def scaled_jpeg_pixels(data: bytes, least: int) -> np.ndarray | None:
     """A large JPEG at a half, a quarter or an eighth of its size, upright; None for other files.
 
-    The short side keeps at least `least` pixels. Scaling is part of libjpeg's inverse DCT, so most of the work is never
-    done: four times as fast for 12 megapixels. Raises ImageError.
+    The short side keeps at least `least` pixels. Scaling happens in libjpeg's inverse DCT, which saves most of the
+    work: four times as fast for 12 megapixels. Raises ImageError.
     """
     with opened(data) as image:
         scale = jpeg_scale(image.size, least)

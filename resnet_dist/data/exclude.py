@@ -1,4 +1,4 @@
-"""Images that a list takes out of a data set before it is split."""
+"""Remove the images of an --exclude-list from a data set before it is split."""
 
 import io
 from collections import Counter
@@ -16,9 +16,9 @@ MAX_LIST_BYTES = 1 << 28
 
 
 def leave_out(rows: Sequence[Row], file: Path, root: Path) -> list[Row]:
-    """The rows without those whose files the list names, in any spelling; paths start at `root`.
+    """The rows without those whose files are in the list, in any spelling. Paths are relative to `root`.
 
-    Raises DataError where the list cannot be read, names a path that is not there, or leaves a class empty.
+    Raises DataError if the list cannot be read, names a path that is not among the rows, or leaves a class empty.
     """
     place = Places(root)
     excluded = {place(path): path for path in read_paths(file)}
@@ -59,7 +59,7 @@ def read_paths(file: Path) -> list[str]:
 
 
 def _is_table(header: str) -> bool:
-    """Whether a first line is a header with a column `path`, whatever separates its columns."""
+    """Whether a first line is a header with a column `path`, with any delimiter."""
     for delimiter in OTHER_DELIMITERS:
         header = header.replace(delimiter, ",")
     return "path" in {cell.strip(' "\r\n') for cell in header.split(",")}

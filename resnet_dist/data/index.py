@@ -1,4 +1,4 @@
-"""Which images there are, of which class, in which split: from folders or from a CSV manifest."""
+"""Find the images, their classes and their splits, in folders or in a CSV manifest."""
 
 import hashlib
 import os
@@ -25,8 +25,8 @@ from resnet_dist.runtime.wording import listed
 class PathTable:
     """Relative paths in two arrays instead of a list of str.
 
-    A million Python strings are copied into every loader process as their reference counts are touched; these
-    arrays are shared.
+    Loader processes share these arrays with their parent. A million strings would be copied into each of them, because
+    reading a string changes its reference count.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -53,7 +53,7 @@ class PathTable:
 class ImageTable:
     """The images of one split: paths relative to `root`, and targets int64 (n,), each an index into the classes.
 
-    `notes` is what is to be said about how they were read.
+    `notes` are lines for the user about how they were read.
     """
 
     root: Path
@@ -67,7 +67,7 @@ class ImageTable:
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """All images of a data set. `classes` is in index order: sorted by name, taken from the training part."""
+    """All images of a data set. `classes`: those of the training split, sorted by name; the position is the index."""
 
     root: Path
     classes: tuple[str, ...]
@@ -77,7 +77,7 @@ class ImageIndex:
     notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the data is, for comparing: classes, number of images, and a hash of every path, class and split."""
+        """To compare data sets: classes, number of images, and a hash of every path, class and split."""
         digest = hashlib.sha256()
         for split in ("train", "val", "test"):
             part = self.part(split)
@@ -92,8 +92,8 @@ class ImageIndex:
 
 
 @dataclass
-class _Found:
-    """Rows as they are found: (path relative to the root, label, split or None)."""
+class _Listing:
+    """Rows of a folder or manifest: (path relative to the root, label, split or None)."""
 
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -101,33 +101,33 @@ class _Found:
 
 
 def read_index(cfg: DataConfig) -> ImageIndex:
-    """Find the images that `cfg` names, split them where they are not split, and check the classes.
+    """Find the images that `cfg` names, split them if they are not split, and check the classes.
 
-    Raises DataError, in one line that names the folder, file or class, for whatever could not be trained on.
+    Raises DataError, which names the folder, file or class, if the data cannot be trained on.
     """
     data = Path(cfg.data or "")
     if not data.exists():
         raise DataError(f"{data}: there is no such folder or manifest")
-    root, found = (
-        (data.parent, _Found(*read_manifest(data, data.parent))) if data.is_file() else (data, _read_folder(data))
+    root, listing = (
+        (data.parent, _Listing(*read_manifest(data, data.parent))) if data.is_file() else (data, _read_folder(data))
     )
     if cfg.val_dir is not None:
-        root, found = _with_val_dir(root, found, Path(cfg.val_dir))
-    if not found.rows:
+        root, listing = _with_val_dir(root, listing, Path(cfg.val_dir))
+    if not listing.rows:
         raise DataError(
-            f"{data}: no images found{ignored_text(found.ignored)}; one sub-folder per class is expected{_flat(data)}"
+            f"{data}: no images found{ignored_text(listing.ignored)}; one sub-folder per class is expected{_flat(data)}"
         )
     if cfg.exclude_list is not None:
-        before, found.rows = len(found.rows), leave_out(found.rows, Path(cfg.exclude_list), root)
-        found.notes.append(f"{before - len(found.rows)} of {before} images left out (--exclude-list)")
-    return _index(root, found, cfg)
+        before, listing.rows = len(listing.rows), leave_out(listing.rows, Path(cfg.exclude_list), root)
+        listing.notes.append(f"{before - len(listing.rows)} of {before} images left out (--exclude-list)")
+    return _index(root, listing, cfg)
 
 
-def _index(root: Path, found: _Found, cfg: DataConfig) -> ImageIndex:
-    notes = list(found.notes)
-    if found.ignored:
-        notes.append(f"ignored{ignored_text(found.ignored)}")
-    rows = sorted(found.rows)
+def _index(root: Path, listing: _Listing, cfg: DataConfig) -> ImageIndex:
+    notes = list(listing.notes)
+    if listing.ignored:
+        notes.append(f"ignored{ignored_text(listing.ignored)}")
+    rows = sorted(listing.rows)
     splits = {split for _, _, split in rows}
     if splits == {"train"} and cfg.val_dir is None:
         rows, splits = [(path, label, None) for path, label, _ in rows], {None}
@@ -151,7 +151,7 @@ def _index(root: Path, found: _Found, cfg: DataConfig) -> ImageIndex:
 
 
 def _split_here(rows: list[Row], cfg: DataConfig) -> tuple[list[Row], list[str]]:
-    """Take the validation part out of the training rows; rows that are marked as test stay so."""
+    """Hold out validation images from the training rows. Rows of the test split stay there."""
     ours = [(path, label) for path, label, split in rows if split != "test"]
     shares = {"val": cfg.val_split}
     paths = [path for path, _ in ours]
@@ -171,18 +171,19 @@ def _check_classes(rows: list[Row], classes: tuple[str, ...]) -> None:
         unknown = {label for _, label, part in rows if part == split} - set(classes)
         if unknown:
             raise DataError(
-                f"{split} has class {listed(sorted(unknown))}, unknown to train: add training images or take it out"
+                f"{split} has class {listed(sorted(unknown))}, which train does not have; add training images, "
+                "or remove it"
             )
 
 
 def _confusable(classes: Sequence[str]) -> Iterator[str]:
-    """A warning for names that differ only in case, blanks, or how Unicode composes them: often one class twice."""
+    """Warnings for names that differ only in case, spaces or Unicode composition: often one class twice."""
     first: dict[str, str] = {}
     for name in classes:
         other = first.setdefault(appearance(name).casefold(), name)
         if other != name:
             names = listed([other, name])
-            yield f"WARNING: the classes {names} differ only in case, in blanks or in the encoding of letters"
+            yield f"WARNING: the classes {names} differ only in case, in spaces or in the encoding of letters"
 
 
 def _table(root: Path, rows: Sequence[Row], classes: tuple[str, ...], split: str) -> ImageTable:
@@ -193,9 +194,9 @@ def _table(root: Path, rows: Sequence[Row], classes: tuple[str, ...], split: str
 
 
 def _flat(folder: Path) -> str:
-    """A hint where images lie flat in a folder."""
+    """A hint if images lie directly in a folder."""
     if folder.is_dir() and any(Path(entry.name).suffix.lower() in EXTENSIONS for entry in _entries(folder)):
-        return ", or `resnet-dist split --label-by` for images whose names say their class"
+        return ", or use `resnet-dist split --label-by` if the class is in the file names"
     return ""
 
 
@@ -203,23 +204,23 @@ def _flat(folder: Path) -> str:
 # Folders
 
 
-def _read_folder(root: Path) -> _Found:
-    """train/ val/ test/ of class folders, or class folders themselves."""
-    found = _Found()
+def _read_folder(root: Path) -> _Listing:
+    """Read a folder with train/, val/ and test/ of class folders, or a folder of class folders."""
+    listing = _Listing()
     split_folders = _split_folders(root)
     if "train" not in split_folders:
-        _read_classes(root, root, None, found)
-        return found
+        _read_classes(root, root, None, listing)
+        return listing
     for split, folder in split_folders.items():
-        _read_classes(root, folder, split, found)
+        _read_classes(root, folder, split, listing)
     others = [e.name for e in _entries(root) if is_folder(e) and Path(e.path) not in split_folders.values()]
     if others:
-        found.notes.append(f"WARNING: beside {' and '.join(split_folders)}, the folder {listed(others)} is not read")
-    return found
+        listing.notes.append(f"WARNING: besides {' and '.join(split_folders)}, the folder {listed(others)} is not read")
+    return listing
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """The folders that are splits by their names, if they hold folders: a class may be called "train" too."""
+    """Sub-folders that have the name of a split and hold folders; a class may be called "train" too."""
     folders: dict[str, Path] = {}
     for entry in _entries(root):
         split = next((split for split, names in SPLIT_NAMES.items() if entry.name.lower() in names), None)
@@ -233,26 +234,26 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return folders
 
 
-def _read_classes(root: Path, folder: Path, split: str | None, found: _Found) -> None:
-    """Each sub-folder is a class, with the images anywhere below it."""
+def _read_classes(root: Path, folder: Path, split: str | None, listing: _Listing) -> None:
+    """Add the images of each class folder, at any depth, to the listing."""
     entries = _entries(folder)
     above = frozenset((s.st_dev, s.st_ino) for s in (root.stat(), folder.stat()))
     for entry in entries:
         if not is_folder(entry):
-            found.ignored[Path(entry.name).suffix.lower()] += 1
+            listing.ignored[Path(entry.name).suffix.lower()] += 1
             continue
-        before = len(found.rows)
-        for path in _images_below(Path(entry.path), found, above):
-            found.rows.append((os.path.relpath(path, root), entry.name, split))
-        if len(found.rows) == before and split in ("train", None):
+        before = len(listing.rows)
+        for path in _images_below(Path(entry.path), listing, above):
+            listing.rows.append((os.path.relpath(path, root), entry.name, split))
+        if len(listing.rows) == before and split in ("train", None):
             raise DataError(
-                f"{entry.path}: a class folder without images{ignored_text(found.ignored)}; fill it or remove it"
+                f"{entry.path}: a class folder without images{ignored_text(listing.ignored)}; add images or remove it"
             )
 
 
-def _images_below(folder: Path, found: _Found, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+def _images_below(folder: Path, listing: _Listing, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
     try:
-        yield from images_below(folder, found.ignored, found.notes, above)
+        yield from images_below(folder, listing.ignored, listing.notes, above)
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from None
 
@@ -264,13 +265,13 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
 
 
-def _with_val_dir(root: Path, found: _Found, val_dir: Path) -> tuple[Path, _Found]:
-    """The training part of what was found and, as validation, the class folders of `val_dir`."""
+def _with_val_dir(root: Path, listing: _Listing, val_dir: Path) -> tuple[Path, _Listing]:
+    """The training rows of a listing and, as validation, the class folders of `val_dir`."""
     if not val_dir.is_dir():
         raise DataError(f"{val_dir}: there is no such folder (--val-dir)")
     common = Path(os.path.commonpath([root.absolute(), val_dir.absolute()]))
-    joined = _Found(ignored=found.ignored, notes=found.notes)
-    for path, label, split in found.rows:
+    joined = _Listing(ignored=listing.ignored, notes=listing.notes)
+    for path, label, split in listing.rows:
         if split in ("train", None):
             joined.rows.append((os.path.relpath(root.absolute() / path, common), label, "train"))
     _read_classes(common, val_dir.absolute(), "val", joined)
@@ -282,7 +283,7 @@ def _with_val_dir(root: Path, found: _Found, val_dir: Path) -> tuple[Path, _Foun
 
 
 def write_manifest(file: Path, index: ImageIndex) -> None:
-    """The split that is used, as a manifest: path (relative to the root of the index), label, split."""
+    """Write an index as a manifest: path (relative to the root of the index), label, split."""
     rows = [
         (path, index.classes[target], split)
         for split in ("train", "val", "test")
@@ -294,23 +295,23 @@ def write_manifest(file: Path, index: ImageIndex) -> None:
 def read_part(data: Path, split: str, classes: Sequence[str], root: Path | None = None) -> ImageTable:
     """One split of a folder or manifest, with the class indices of a trained model.
 
-    A folder without splits, or a manifest without a split column, is taken whole. `root` is where a manifest's
-    relative paths start (default: its own folder). Raises DataError for a class that the model does not know.
+    Without splits, the folder or manifest is read whole. The paths of a manifest are relative to `root` (default: its
+    own folder). Raises DataError for a class that the model does not have.
     """
     if not data.exists():
         raise DataError(f"{data}: there is no such folder or manifest")
     start = root or (data.parent if data.is_file() else data)
-    found = _Found(*read_manifest(data, start, exact=root is not None)) if data.is_file() else _read_folder(data)
-    rows = sorted((row for row in found.rows if row[2] in (split, None)), key=lambda row: row[0])
+    listing = _Listing(*read_manifest(data, start, exact=root is not None)) if data.is_file() else _read_folder(data)
+    rows = sorted((row for row in listing.rows if row[2] in (split, None)), key=lambda row: row[0])
     if not rows:
-        raise DataError(f"{data}: no images in the {split} split{ignored_text(found.ignored)}")
+        raise DataError(f"{data}: no images in the {split} split{ignored_text(listing.ignored)}")
     unknown = {label for _, label, _ in rows} - set(classes)
     if unknown:
         raise DataError(
-            f"{data}: class {listed(sorted(unknown))}, unknown to the model, which has {listed(list(classes))}"
+            f"{data}: class {listed(sorted(unknown))}, which the model does not have; it has {listed(list(classes))}"
         )
     marked: list[Row] = [(path, label, split) for path, label, _ in rows]
-    table = replace(_table(start, marked, tuple(classes), split), notes=tuple(found.notes))
+    table = replace(_table(start, marked, tuple(classes), split), notes=tuple(listing.notes))
     if data.is_file() and root is None:
         refuse_links(str(data), start, table.paths)
     return table
@@ -327,13 +328,15 @@ def read_run_part(run: Path, split: str, classes: Sequence[str]) -> ImageTable:
 
 
 def class_rows(folder: Path) -> list[tuple[str, str]]:
-    """(path, label) of the images of a folder of class folders. Raises DataError, and UsageError if it is split."""
+    """(path, label) of the images in class folders. Raises DataError, and UsageError if the folder is split."""
     _refuse_split(folder)
-    found = _Found()
-    _read_classes(folder, folder, None, found)
-    if not found.rows:
-        raise DataError(f"{folder}: no images found{ignored_text(found.ignored)}; one sub-folder per class is expected")
-    return sorted((path, label) for path, label, _ in found.rows)
+    listing = _Listing()
+    _read_classes(folder, folder, None, listing)
+    if not listing.rows:
+        raise DataError(
+            f"{folder}: no images found{ignored_text(listing.ignored)}; one sub-folder per class is expected"
+        )
+    return sorted((path, label) for path, label, _ in listing.rows)
 
 
 def _refuse_split(folder: Path) -> None:
@@ -341,27 +344,27 @@ def _refuse_split(folder: Path) -> None:
     if "train" in splits or len(splits) > 1:
         names = " and ".join(f"{splits[name].name}/" for name in splits)
         one = splits.get("train", next(iter(splits.values())))
-        raise UsageError(f"{folder}: it is split already, into {names}; give one part to split, such as {one}")
+        raise UsageError(f"{folder}: it is already split into {names}; give one of them, such as {one}")
 
 
 def flat_rows(folder: Path, pattern: str) -> list[tuple[str, str]]:
-    """(path, label) of the images below a flat folder, the label being the first group of `pattern` in the file name.
+    """(path, label) of the images below a folder. The label is the first group of `pattern` in the file name.
 
-    Labels are taken without the blanks around them. Raises DataError naming the first file that the pattern does not
-    fit, and UsageError if the folder is split.
+    Spaces around labels are removed. Raises DataError with the first file that the pattern does not match, and
+    UsageError if the folder is split.
     """
     _refuse_split(folder)
-    found, rows = _Found(), []
-    for path in _images_below(folder, found):
+    listing, rows = _Listing(), []
+    for path in _images_below(folder, listing):
         match = re.search(pattern, Path(path).name)
         label = stripped((match[1] if match else None) or "")
         if not label:
             raise DataError(f"{path}: --label-by '{pattern}' finds no label in this name")
         if label.startswith("."):
-            raise DataError(f"{path}: its label would be '{label}', which as a folder is hidden or another one")
+            raise DataError(f"{path}: its label would be '{label}', which is no name for a class folder")
         rows.append((os.path.relpath(path, folder), label))
     if not rows:
-        raise DataError(f"{folder}: no images found{ignored_text(found.ignored)}")
+        raise DataError(f"{folder}: no images found{ignored_text(listing.ignored)}")
     alike = lookalikes(label for _, label in rows)
     if alike is not None:
         raise DataError(f"{folder}: the labels {alike[0]!a} and {alike[1]!a} look the same; rename the files")

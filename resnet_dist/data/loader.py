@@ -1,4 +1,4 @@
-"""Batches for one process: which samples, in which order, loaded by how many helpers."""
+"""The batches of one process: which samples, in which order, loaded by how many loader processes."""
 
 import sys
 import warnings
@@ -23,17 +23,17 @@ from resnet_dist.runtime.faults import lost_loader
 from resnet_dist.runtime.signals import shield_loader
 
 Read = Callable[[int], np.ndarray]  # the decoded image at a position, uint8 (H, W, 3)
-_loaders: "weakref.WeakSet[DataLoader[Batch]]" = weakref.WeakSet()  # with whatever processes they have
+_loaders: "weakref.WeakSet[DataLoader[Batch]]" = weakref.WeakSet()  # all that exist, for `close_loaders`
 Key = tuple[int, int]  # (epoch, position in the table): what the sampler sends to the loader processes
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one process takes of every global batch.
+    """The part of every global batch that one process takes.
 
-    A global batch is one optimizer step: `world * accumulate` batches of `batch_size`, and the samples of micro-step
-    `m` on process `rank` are the block number `m * world + rank` of it. So the samples of a step depend on the global
-    batch size alone, not on how processes and accumulation make it up.
+    A global batch is one optimizer step. It consists of `world * accumulate` blocks of `batch_size` samples. Process
+    `rank` takes block `m * world + rank` in micro-step `m`. So the samples of a step depend only on the global batch
+    size, not on the numbers of processes and micro-steps.
     """
 
     batch_size: int
@@ -48,9 +48,9 @@ class Share:
 
 
 def epoch_order(samples: int, seed: int, epoch: int, global_batch: int, drop_last: bool) -> np.ndarray:
-    """The samples of an epoch in order, int64, whole global batches: a function of its arguments alone.
+    """The order of an epoch's samples, int64, in whole global batches. It depends only on the arguments.
 
-    Each sample comes once; then the last batch is filled up from the start of the order or, with `drop_last`, left out.
+    Each sample comes once. Then the last batch is filled from the start of the order or, with `drop_last`, dropped.
     """
     generator = torch.Generator().manual_seed(sample_key(seed, epoch, -1))
     order = torch.randperm(samples, generator=generator).numpy()
@@ -59,7 +59,7 @@ def epoch_order(samples: int, seed: int, epoch: int, global_batch: int, drop_las
 
 
 class TrainBatches(Sampler[list[Key]]):
-    """The batches of one process in one epoch, from any optimizer step on."""
+    """The batches of one process in one epoch, starting at any optimizer step."""
 
     def __init__(self, samples: int, seed: int, share: Share, drop_last: bool) -> None:
         self.samples, self.seed, self.share, self.drop_last = samples, seed, share, drop_last
@@ -82,12 +82,12 @@ class TrainBatches(Sampler[list[Key]]):
 
 
 class Samples(Protocol):
-    """What a loader takes its batches from: the samples of a table, a whole batch at a time."""
+    """A source of batches: the samples of a table, a whole batch at a time."""
 
     table: ImageTable
 
     def __getitems__(self, keys: Any) -> Batch | DataError:
-        """The batch of these keys, or the error instead of it."""
+        """The batch of these keys, or the error that prevents it."""
 
 
 class TrainImages(Dataset[Batch]):
@@ -98,7 +98,7 @@ class TrainImages(Dataset[Batch]):
         self.transform = augment(cfg, spec)
         least = 2 * spec.img_size if cfg.scaled_decode else 0
         self.reader = Reader(table, spec) if starts_fitted(cfg) else Reader(table, None, least)
-        self.read: Read = self.reader  # a cache may take its place
+        self.read: Read = self.reader  # may be replaced by a cache
 
     @property
     def is_fixed(self) -> bool:
@@ -106,7 +106,7 @@ class TrainImages(Dataset[Batch]):
         return self.cfg.aug == "none" and not (self.cfg.mixup or self.cfg.cutmix)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch | DataError:
-        """The batch, or the error instead of it: raised in a loader process it would arrive wrapped in a traceback."""
+        """The batch or, instead of raising it, the error: the loader would wrap it in a traceback of its process."""
         try:
             return self._batch(keys)
         except DataError as error:
@@ -135,10 +135,10 @@ class EvalImages(Dataset[Batch]):
     def __init__(self, table: ImageTable, spec: Preprocessing) -> None:
         self.table, self.spec = table, spec
         self.reader = Reader(table, spec)
-        self.read: Read = self.reader  # a cache may take its place
+        self.read: Read = self.reader  # may be replaced by a cache
 
     def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
-        """The batch, or the error instead of it (see TrainImages)."""
+        """The batch, or the error that prevents it (see TrainImages)."""
         try:
             images = np.stack([self.read(index) for index in positions])
         except DataError as error:
@@ -153,9 +153,9 @@ def _batch_of(table: ImageTable, images: np.ndarray, positions: Sequence[int], k
 
 
 class DeviceImages(Dataset[Batch]):
-    """Samples that are the same in every epoch, decoded once and kept on a device.
+    """Samples that are the same in every epoch, decoded once and cached on a device.
 
-    `pixels`: uint8 (n, img_size, img_size, 3), in the order of the table. A file that changes later is not looked at.
+    `pixels`: uint8 (n, img_size, img_size, 3), in the order of the table. Later changes of a file have no effect.
     """
 
     def __init__(self, images: TrainImages | EvalImages, device: torch.device, workers: int) -> None:
@@ -165,7 +165,7 @@ class DeviceImages(Dataset[Batch]):
             self.pixels[batch.index.to(device)] = batch.images.to(device)
 
     def __getitems__(self, keys: Sequence[Key | int]) -> Batch:
-        """The batch, its images on the device: by (epoch, position) in training, by position in evaluation."""
+        """The batch, with its images on the device. Keys: (epoch, position) in training, positions in evaluation."""
         positions = [key[1] if isinstance(key, tuple) else key for key in keys]
         sample_keys = [sample_key(self.seed, *key) if isinstance(key, tuple) else 0 for key in keys]
         index = torch.tensor(positions, dtype=torch.int64)
@@ -180,7 +180,7 @@ class TrainLoader:
     def __init__(self, samples: Samples, batches: TrainBatches, workers: int, pin_memory: bool) -> None:
         if batches.steps_per_epoch == 0:
             raise UsageError(
-                f"--drop-last leaves nothing: {batches.samples} training images do not fill one global batch "
+                f"--drop-last leaves no batch: {batches.samples} training images do not fill one global batch "
                 f"of {batches.share.global_batch}"
             )
         self.batches, self.samples = batches, samples
@@ -192,7 +192,7 @@ class TrainLoader:
         return self.batches.steps_per_epoch
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of each optimizer step of an epoch, from `first_step` on. Raises DataError."""
+        """The micro-batches of each optimizer step of an epoch, starting at `first_step`. Raises DataError."""
         self.batches.epoch, self.batches.first_step = epoch, first_step
         arriving = _checked(self._loader)
         while step := list(islice(arriving, self.batches.share.accumulate)):
@@ -200,14 +200,14 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """The evaluation batches of this process: a contiguous part of the table, maybe none, every sample once."""
+    """The evaluation batches of this process: a contiguous part of the table, maybe empty, each sample once."""
 
     def __init__(
         self, samples: Samples, batch_size: int, workers: int, pin_memory: bool, world: int = 1, rank: int = 0
     ) -> None:
         self.samples = len(samples.table)
         self.per_process = -(-self.samples // world)
-        self.rounds = -(-self.per_process // batch_size)  # batches of the process that has most
+        self.rounds = -(-self.per_process // batch_size)  # batches of the process with the most
         positions = range(self.samples)[rank * self.per_process : (rank + 1) * self.per_process]
         batches = [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
         self._loader = _loader(samples, min(workers, len(batches)), pin_memory, batch_sampler=batches)
@@ -217,19 +217,17 @@ class EvalLoader:
 
 
 def _loader(samples: Samples, workers: int, pin_memory: bool, batch_sampler: Any) -> DataLoader[Batch]:
-    if isinstance(
-        samples, DeviceImages
-    ):  # nothing is left to do for others, and what is on the device cannot be pinned
+    if isinstance(samples, DeviceImages):  # nothing to load, and device memory cannot be pinned
         workers, pin_memory = 0, False
     loader: DataLoader[Batch] = DataLoader(
         samples,  # type: ignore[arg-type]
         batch_sampler=batch_sampler,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         worker_init_fn=shield_loader,
-        # A process that is being spawned cannot yet ignore a signal; a forked one can, and it shares the index.
+        # A forked process ignores signals from its start, which a spawned one cannot, and shares the index.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     _loaders.add(loader)
@@ -239,7 +237,7 @@ def _loader(samples: Samples, workers: int, pin_memory: bool, batch_sampler: Any
 def close_loaders() -> None:
     """End all loader processes of this process.
 
-    They ignore the signal by which Python ends such processes when it leaves, and it would wait for them for ever.
+    They ignore the signal with which Python ends such processes at exit, so that Python would wait for them for ever.
     """
     for loader in list(_loaders):
         batches = getattr(loader, "_iterator", None)
@@ -248,12 +246,12 @@ def close_loaders() -> None:
             loader._iterator = None
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 def _checked(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    with warnings.catch_warnings():  # Python 3.12 warns of forks beside threads; ours wait for signals or work
+    with warnings.catch_warnings():  # Python 3.12 warns of forks of processes with threads; ours only wait
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         batches = iter(loader)
     while True:
@@ -267,15 +265,15 @@ def _checked(loader: DataLoader[Batch]) -> Iterator[Batch]:
             try:
                 raise batch
             finally:
-                del batch  # else the error keeps the loader, and its processes are waited for in vain
+                del batch  # otherwise the error keeps the loader alive, whose processes do not end
         yield batch
 
 
 def default_workers(device: torch.device, processes_here: int) -> int:
-    """Loader processes per training process where none are asked for.
+    """Loader processes per training process if --workers is not given.
 
-    On GPUs, the cores divided by the processes of this machine, at most 16. On a CPU the network needs the cores
-    itself (decoding is a few percent of its time): none below 8 cores per process, then 2.
+    With GPUs: the cores divided by the processes of this machine, at most 16. On a CPU the network itself needs the
+    cores (decoding is a few percent of its time): none below 8 cores per process, otherwise 2.
     """
     share = max(1, launcher.cores() // processes_here)
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""CSV manifests: which images there are, of which class, in which split."""
+"""Read CSV manifests: paths, labels and splits of images."""
 
 import re
 import sys
@@ -19,19 +19,19 @@ SPLIT_NAMES = {
 }
 SPLIT_OF = {spelling: split for split, spellings in SPLIT_NAMES.items() for spelling in spellings}
 MAX_LINE = 1 << 20
-# Marks without width that editors and spreadsheets leave: byte order mark, zero-width blanks, directions of writing.
-UNSEEN = "\ufeff\u200b\u200c\u200d\u2060\u200e\u200f"
-AROUND = re.compile(rf"^[\s{UNSEEN}]+|[\s{UNSEEN}]+\Z")
+# Invisible characters that editors and spreadsheets leave: byte order mark, zero-width spaces, text direction.
+INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060\u200e\u200f"
+AROUND = re.compile(rf"^[\s{INVISIBLE}]+|[\s{INVISIBLE}]+\Z")
 
 Row = tuple[str, str, str | None]  # path relative to the root or absolute, label, split
 
 
 def read_manifest(file: Path, root: Path, exact: bool = False) -> tuple[list[Row], list[str]]:
-    """The rows of a CSV with the columns path, label and maybe split, and what is to be said about them.
+    """The rows of a CSV with the columns path, label and optionally split, and warnings about them.
 
-    Paths are relative to `root`. Labels are read without the blanks around them, unless the file is `exact`, written
-    by this program. Raises DataError, with the line, for what cannot be read or has two meanings: above all two rows
-    for one file, and two labels that look the same.
+    Paths are relative to `root`. Spaces around labels are removed, unless the file is `exact` (written by this
+    program). Raises DataError, with the line, if a row cannot be read or is ambiguous: two rows for one file, or two
+    labels that look the same.
     """
     rows: list[Row] = []
     lines = array("q")
@@ -48,8 +48,8 @@ def read_manifest(file: Path, root: Path, exact: bool = False) -> tuple[list[Row
     unsplit = [line for line, (_, _, split) in zip(lines, rows, strict=True) if split is None]
     if 0 < len(unsplit) < len(rows):
         raise DataError(
-            f"{file}: {len(unsplit)} of {len(rows)} rows have no split, first line {unsplit[0]}: give all of them "
-            "one, or none"
+            f"{file}: {len(unsplit)} of {len(rows)} rows have no split, the first in line {unsplit[0]}: give "
+            "every row a split, or none"
         )
     labels.check(str(file))
     paths = (path for path, _, _ in rows)
@@ -60,10 +60,10 @@ def read_manifest(file: Path, root: Path, exact: bool = False) -> tuple[list[Row
 
 
 def _lines(file: Path, stream: TextIO) -> Iterator[str]:
-    """The lines of a file, none of them so long that it could fill the memory."""
+    """The lines of a file. Raises DataError for a line so long that it could fill the memory."""
     while line := stream.readline(MAX_LINE):
         if len(line) == MAX_LINE:
-            raise DataError(f"{file}: a line of more than {MAX_LINE} characters, so not a manifest")
+            raise DataError(f"{file}: a line of more than {MAX_LINE} characters: not a manifest")
         yield line
 
 
@@ -74,14 +74,14 @@ def _row(file: Path, line: int, cells: tuple[str, ...], labels: "Labels") -> Row
         raise DataError(f"{file}, line {line}: path and label must not be empty")
     if "\0" in path:
         raise DataError(f"{file}, line {line}: the path holds a NUL character: save the file as CSV in UTF-8")
-    known = SPLIT_OF.get(split) or SPLIT_OF.get(split.strip().lower())
-    if known is None and split.strip():
+    part = SPLIT_OF.get(split) or SPLIT_OF.get(split.strip().lower())
+    if part is None and split.strip():
         raise DataError(f"{file}, line {line}: split '{split.strip()}' is not one of {', '.join(SPLIT_NAMES)}")
-    return path, name, known
+    return path, name, part
 
 
 def _repeated_text(file: Path, first: tuple[int, str], again: tuple[int, str]) -> str:
-    """Two rows for one file, in words."""
+    """The error message for two rows of one file."""
     if first[1] == again[1]:
         return f"{file}, line {again[0]}: '{again[1]}' is listed more than once, first in line {first[0]}; keep one row"
     return (
@@ -91,9 +91,9 @@ def _repeated_text(file: Path, first: tuple[int, str], again: tuple[int, str]) -
 
 
 class Labels:
-    """Labels as a user wrote them, and as they are read: without blanks and unseen marks around them.
+    """Labels as a user wrote them and as they are read: without spaces and invisible characters around them.
 
-    One str is kept for each spelling, not for each image.
+    Each spelling is stored once, not once per image.
     """
 
     def __init__(self, exact: bool = False) -> None:
@@ -102,7 +102,7 @@ class Labels:
         self._line: dict[str, int] = {}
 
     def read(self, text: str, line: int) -> str:
-        """The label that a cell gives; empty where it holds nothing but blanks."""
+        """The label in a cell; empty if the cell holds only spaces."""
         label = self._read.get(text)
         if label is None:
             label = self._read[text] = sys.intern(text if self._exact else stripped(text))
@@ -110,40 +110,40 @@ class Labels:
         return label
 
     def check(self, name: str) -> None:
-        """Raises DataError where two labels look the same: inner blanks or the encoding of letters differ."""
+        """Raise DataError if two labels look the same but differ in inner spaces or in the encoding of letters."""
         alike = None if self._exact else lookalikes(self._read.values())
         if alike is not None:
             line_of = {label: self._line[text] for text, label in reversed(self._read.items())}
             first, again = ((label, line_of[label]) for label in alike)
             raise DataError(
                 f"{name}, line {again[1]}: the label {again[0]!a} looks the same as {first[0]!a} in line "
-                f"{first[1]}; write one of them throughout"
+                f"{first[1]}; use the same one everywhere"
             )
 
     def notes(self, name: str) -> Iterator[str]:
-        """A warning where blanks were left out."""
+        """A warning if spaces were removed."""
         changed = [text for text, label in self._read.items() if text != label]
         if changed:
             more = f" and {len(changed) - 1} other spellings" if len(changed) > 1 else ""
             yield (
-                f"WARNING: {name}: labels are read without the blanks around them, first in line "
+                f"WARNING: {name}: spaces around labels are removed, first in line "
                 f"{self._line[changed[0]]}: {changed[0]!a}{more}"
             )
 
 
 def stripped(label: str) -> str:
-    """A label without the blanks and unseen marks around it."""
+    """A label without spaces and invisible characters around it."""
     return AROUND.sub("", label)
 
 
 def appearance(label: str) -> str:
-    """What a person sees of a label: equal where only the kind of blanks or the encoding of letters differs."""
-    seen = unicodedata.normalize("NFC", label.translate(dict.fromkeys(map(ord, UNSEEN))))
+    """A label as a person sees it: equal for labels that differ only in kinds of spaces or encoding of letters."""
+    seen = unicodedata.normalize("NFC", label.translate(dict.fromkeys(map(ord, INVISIBLE))))
     return " ".join(seen.split())
 
 
 def lookalikes(labels: Iterable[str]) -> tuple[str, str] | None:
-    """The first two different labels of one appearance, or None."""
+    """The first two different labels that look the same, or None."""
     first: dict[str, str] = {}
     for label in labels:
         other = first.setdefault(appearance(label), label)

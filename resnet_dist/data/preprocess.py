@@ -1,4 +1,4 @@
-"""The preprocessing of a run: that of its weights, with what the config changes."""
+"""The preprocessing of a run: that of its weights, with the changes of the config."""
 
 from export.predict import Preprocessing
 from resnet_dist.config.schema import PreprocessConfig
@@ -6,9 +6,9 @@ from resnet_dist.errors import UsageError
 
 
 def preprocessing(cfg: PreprocessConfig, base: Preprocessing | None = None) -> Preprocessing:
-    """The preprocessing of the weights (ImageNet's usual one if none is named), with what the config changes.
+    """The preprocessing of the weights (`base`, default: ImageNet's), with the changes of the config.
 
-    Raises UsageError where the two do not go together.
+    Raises UsageError if the changes do not fit the weights.
     """
     base = base or Preprocessing()
     img_size = cfg.img_size or base.img_size

@@ -1,4 +1,4 @@
-"""Which of many paths lead to one file, whatever their spelling, links and case."""
+"""Find paths that lead to the same file in spite of different spelling, links or case."""
 
 import functools
 import os
@@ -15,11 +15,11 @@ from resnet_dist.errors import DataError
 
 KEPT_FOLDERS = 1 << 16
 NO_NAMES = ("", os.curdir, os.pardir)
-THREADS = 16  # that wait for a network's answers
+THREADS = 16  # most of the time they wait for a network file system
 
 
 class Paths(Protocol):
-    """Paths by position: a list, or a table that keeps no str."""
+    """Paths by position: a list or a `PathTable`."""
 
     def __len__(self) -> int: ...
 
@@ -27,7 +27,7 @@ class Paths(Protocol):
 
 
 class Places:
-    """Where paths lead: the real folder, each folder being looked up on the disk once, and the name in it."""
+    """Resolves paths to (real folder, name). Each folder is resolved on the disk once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -37,7 +37,7 @@ class Places:
         return os.path.realpath(self.root / folder)
 
     def __call__(self, path: str) -> tuple[str, str]:
-        """(real folder, name) of a path that is absolute or relative to the root; the file itself is not looked at."""
+        """(real folder, name) of a path that is absolute or relative to the root; links to files are not followed."""
         folder, name = os.path.split(path)
         if name in NO_NAMES:
             return self.real_folder(path), ""
@@ -47,11 +47,11 @@ class Places:
 def first_repeated(
     root: Path, paths: Iterable[str], count: int, path_at: Callable[[int], str]
 ) -> tuple[int, int] | None:
-    """The positions (first, repeated) of the earliest path that leads to the file of one before it, or None.
+    """The positions (first, repeated) of the earliest path that leads to the same file as a path before it, or None.
 
-    Seen are `./a`, `x/../a`, absolute paths, folders that are links, and, where the file system takes them for one
-    file, names that differ in case or in the composition of letters; not files that are links (see `of_one_file`).
-    Of `count` paths, 8 bytes each are kept.
+    It sees `./a`, `x/../a`, absolute paths and links to folders. If the file system ignores case or Unicode
+    composition, it sees names that differ only in these. It does not see links to files (see `of_one_file`). It needs
+    8 bytes of memory for each of the `count` paths.
     """
     place = Places(root)
     folder_key = functools.lru_cache(KEPT_FOLDERS)(lambda folder: hash(_folded(place.real_folder(folder))))
@@ -76,7 +76,7 @@ def _is_one_file(place: Places, one: str, other: str) -> bool:
 
 
 def is_same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file that is there."""
+    """Whether two paths lead to one existing file."""
     try:
         return one.samefile(other)
     except OSError:
@@ -84,7 +84,7 @@ def is_same(one: Path, other: Path) -> bool:
 
 
 def refuse_links(name: str, root: Path, paths: Paths) -> None:
-    """Raises DataError where two of the paths are links to one file (each is looked up once). `name` is the data's."""
+    """Raise DataError, beginning with `name`, if two of the paths are links to one file."""
     for one, other in of_one_file(identities(root, paths)).tolist():
         if is_same(root / paths[one], root / paths[other]):
             raise DataError(
@@ -94,7 +94,7 @@ def refuse_links(name: str, root: Path, paths: Paths) -> None:
 
 
 def identity(file: Path) -> tuple[int, int]:
-    """Device and inode of the file that a path leads to; (0, 0) where there is none."""
+    """Device and inode of the file that a path leads to; (0, 0) if there is none."""
     try:
         status = file.stat()
     except OSError:
@@ -103,7 +103,7 @@ def identity(file: Path) -> tuple[int, int]:
 
 
 def identities(root: Path, paths: Paths) -> np.ndarray:
-    """Device and inode of every path, uint64 (n, 2); asks the file system once for each."""
+    """Device and inode of every path, uint64 (n, 2). Asks the file system once per path."""
 
     def part(rows: np.ndarray) -> np.ndarray:
         return as_identities([identity(root / paths[int(row)]) for row in rows])
@@ -118,10 +118,10 @@ def as_identities(found: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def of_one_file(identities: np.ndarray) -> np.ndarray:
-    """Of positions with one device and inode, uint64 (n, 2), each but the first: int64 (k, 2) of (first, position).
+    """Pairs (first, position) of links to one file, int64 (k, 2), from devices and inodes, uint64 (n, 2).
 
-    Links to one file are seen so. A file without an inode (0) is like no other. Whoever refuses a pair asks `is_same`
-    first: some network file systems use an inode again.
+    Each position is paired with the first that has its device and inode. A file without an inode (0) is in no pair.
+    Check a pair with `is_same` before refusing it: some network file systems reuse inodes.
     """
     there = np.flatnonzero(identities[:, 1])
     _, at, number = np.unique(identities[there], axis=0, return_index=True, return_inverse=True)

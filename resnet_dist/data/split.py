@@ -1,4 +1,4 @@
-"""Train, validation and test parts that do not depend on the order of files and hardly on later additions."""
+"""Split images into train, validation and test, independently of file order and stable under additions."""
 
 import hashlib
 import re
@@ -17,15 +17,15 @@ def assign(
 ) -> list[str]:
     """The part of every image: a key of `shares` (such as "val") or "train".
 
-    Stratified: of each class, `round(share * images)`, at least one, goes to each part with a share above 0. Within a
-    class the images stand in the order of a hash of seed and path, so that neither the order of listing nor the
-    operating system matters, and images added later move few of the old ones. With `group_by`, a regular expression
-    on the path, images with equal matches stay together, and the shares hold as nearly as the groups allow.
+    The split is stratified: each part with a share above 0 gets `round(share * images)` of each class, at least one.
+    Images are ordered by a hash of seed and path, so the order of the files does not matter, and images added later
+    move few of the others. With `group_by`, a regular expression on the path, images with equal matches stay
+    together, and the shares hold as closely as the groups allow.
 
-    Raises DataError where a class (or, with groups, the data) is too small for the parts asked for, and UsageError
-    where `group_by` matches no path.
+    Raises DataError if a class (or, with groups, the data) is too small for the parts, and UsageError if `group_by`
+    matches no path.
     """
-    if group_by is not None and paths and not any(_matched(path, group_by) for path in paths):
+    if group_by is not None and paths and not any(_matches(path, group_by) for path in paths):
         raise UsageError(f"--group-by '{group_by}' matches none of the {len(paths)} paths, such as '{paths[0]}'")
     groups: dict[str, list[int]] = defaultdict(list)
     for index, path in enumerate(paths):
@@ -43,14 +43,14 @@ def assign(
                 for index in members:
                     parts[index] = part
                 missing.subtract(counts)
-        _give_to_absent(labels, parts, ordered, part)
+        _add_missing_classes(labels, parts, ordered, part)
     if group_by is not None:
         _check_groups(labels, parts, ["train", *wanted])
     return parts
 
 
-def _give_to_absent(labels: Sequence[str], parts: list[str], ordered: Sequence[Sequence[int]], part: str) -> None:
-    """Where groups are so large that a class got none in `part`, give it the smallest that train can spare."""
+def _add_missing_classes(labels: Sequence[str], parts: list[str], ordered: Sequence[Sequence[int]], part: str) -> None:
+    """Give each class that got no image in `part`, because groups are large, the smallest group train can spare."""
     for label in sorted(set(labels)):
         if any(labels[index] == label for index, name in enumerate(parts) if name == part):
             continue
@@ -63,8 +63,8 @@ def _give_to_absent(labels: Sequence[str], parts: list[str], ordered: Sequence[S
 
 
 def groups_note(paths: Sequence[str], group_by: str | None) -> Iterator[str]:
-    """A warning where `group_by` leaves some images without a group."""
-    without = [path for path in paths if group_by is not None and not _matched(path, group_by)]
+    """A warning if `group_by` does not match every path."""
+    without = [path for path in paths if group_by is not None and not _matches(path, group_by)]
     if without:
         yield (
             f"WARNING: --group-by '{group_by}' matches {len(paths) - len(without)} of {len(paths)} paths; each of the "
@@ -72,7 +72,7 @@ def groups_note(paths: Sequence[str], group_by: str | None) -> Iterator[str]:
         )
 
 
-def _matched(path: str, pattern: str) -> bool:
+def _matches(path: str, pattern: str) -> bool:
     return re.search(pattern, path) is not None
 
 

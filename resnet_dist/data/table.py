@@ -1,4 +1,4 @@
-"""Tables that a user wrote: CSV whose columns are found by name, and whose every row has a line number."""
+"""Read CSV tables that a user wrote: columns by name, every row with its line number."""
 
 import csv
 import operator
@@ -15,13 +15,12 @@ def read_table(
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     """The line number and the cells of every row of a CSV with a header.
 
-    Lines without text are left out: of blanks, or of empty cells (`,,`), which spreadsheets write after the last row.
+    Yields the cells of `columns`, in that order, "" for a column that the header does not have. A row of several lines
+    (a quoted line feed) has the number of its first line. Lines without text are skipped: spaces, or empty cells
+    (`,,`), which spreadsheets write after the last row. `name` is the file's name in errors.
 
-    Gives the cells of `columns`, in that order; a column that the header lacks gives "". A row over several lines (a
-    quoted line feed) has the number of its first. `name` stands for the file in errors.
-
-    Raises DataError, with the line, where a column of `needed` is missing, a column of `columns` comes twice, a row
-    has more or fewer cells than the header, or the text is not CSV.
+    Raises DataError, with the line, if a column of `needed` is missing, a column of `columns` is there twice, a row has
+    more or fewer cells than the header, or the text is not CSV.
     """
     reader = csv.reader(lines, strict=True)
     width, line = 0, 1
@@ -33,7 +32,7 @@ def read_table(
             elif pick is not None and len(cells) == width:
                 yield line, pick(cells)
             elif pick is None:
-                width, pick = len(cells), _picker(_places(f"{name}, line {line}", cells, columns, needed))
+                width, pick = len(cells), _picker(_positions(f"{name}, line {line}", cells, columns, needed))
             else:
                 raise DataError(
                     f"{name}, line {line}: {len(cells)} cells, but the header has {width} columns; a path or label "
@@ -46,15 +45,15 @@ def read_table(
         raise DataError(f"{name}: empty; a header with {_named(needed)} is needed in its first line")
 
 
-def _picker(places: Sequence[int | None]) -> Callable[[Sequence[str]], tuple[str, ...]]:
-    """What takes the cells at these places out of a row, "" for None."""
-    if None not in places and len(places) > 1:
-        return operator.itemgetter(*places)  # a million rows are worth it
-    return lambda cells: tuple(["" if place is None else cells[place] for place in places])
+def _picker(positions: Sequence[int | None]) -> Callable[[Sequence[str]], tuple[str, ...]]:
+    """A function from a row to its cells at these positions, "" for None."""
+    if None not in positions and len(positions) > 1:
+        return operator.itemgetter(*positions)  # faster, which a million rows need
+    return lambda cells: tuple(["" if position is None else cells[position] for position in positions])
 
 
-def _places(header: str, cells: Sequence[str], columns: Sequence[str], needed: Sequence[str]) -> list[int | None]:
-    """Where each column is in a row; None for one that is not there."""
+def _positions(header: str, cells: Sequence[str], columns: Sequence[str], needed: Sequence[str]) -> list[int | None]:
+    """The position of each column in a row; None for a column that is not there."""
     names = [cell.strip() for cell in cells]
     twice = [column for column in columns if names.count(column) > 1]
     if twice:
@@ -65,14 +64,14 @@ def _places(header: str, cells: Sequence[str], columns: Sequence[str], needed: S
 
 
 def _instead(cells: Sequence[str], needed: Sequence[str]) -> str:
-    """What a header without the needed columns has, and why that may be."""
+    """What the header has instead of the needed columns, and the likely reason."""
     text = ",".join(cells)
     if "\0" in text:
         return "this file is not UTF-8 text (UTF-16?): save it as CSV in UTF-8"
     for delimiter, word in OTHER_DELIMITERS.items():
         if set(needed) <= {part.strip(' "') for part in text.split(delimiter)}:
-            return f"its columns are separated by {word}: save it with commas"
-    return f"this one has {shortened(text, 80)}"
+            return f"its columns are separated by {word}: save it with commas instead"
+    return f"it has {shortened(text, 80)}"
 
 
 def _named(columns: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """From a decoded image to the network's input: random geometry on uint8 on the host, the rest on the device.
 
-Everything random about a sample is a pure function of (seed, epoch, sample): neither loader processes nor the number
-of training processes nor an interruption can change it.
+Everything random about a sample is a pure function of (seed, epoch, sample). Loader processes, the number of training
+processes and interruptions do not change it.
 """
 
 import math
@@ -34,23 +34,23 @@ def sample_key(seed: int, epoch: int, index: int) -> int:
 
 
 def stream_seed(seed: int, stream: int | None) -> int:
-    """The seed of order, augmentation and dropout: that of the run in its first stream, other ones in those after."""
+    """The seed of order, augmentation and dropout: the run's seed in stream 0, another one in each later stream."""
     return sample_key(seed, -stream, -1) if stream else seed
 
 
 def starts_fitted(cfg: AugmentConfig) -> bool:
-    """Whether training images start from the evaluation geometry; else from the whole image."""
+    """Whether training images start from the evaluation geometry; otherwise they start from the whole image."""
     return cfg.aug == "none" or cfg.crop == "random-pad"
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
-    """torchvision's, bit for bit, without what it spends on finding out what it was given."""
+    """torchvision's, with bit-equal results, without the time it spends on inspecting its input."""
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """uint8 (3, H, W), rows of pixels in memory, to (3, size, size)."""
+        """uint8 (3, H, W) in channels_last order to (3, size, size)."""
         box = self.make_params([image])
         top, left = box["top"], box["left"]
-        # Only in this layout does torch resize without rearranging; a crop with gaps between its rows does not have it.
+        # torch resizes this layout without copying; a crop with gaps between its rows does not have it.
         crop = image[:, top : top + box["height"], left : left + box["width"]].permute(1, 2, 0).contiguous()
         resized: torch.Tensor = resize_image(crop[None].permute(0, 3, 1, 2), self.size, self.interpolation)[0]
         return resized
@@ -59,7 +59,7 @@ class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
 def augment(cfg: AugmentConfig, spec: Preprocessing) -> v2.Transform | None:
     """The random geometry and colour of one training image, uint8 (3, H, W) to uint8 (3, img_size, img_size).
 
-    None where the evaluation geometry is used instead (`--aug none`).
+    None if training uses the evaluation geometry (`--aug none`).
     """
     if cfg.aug == "none":
         return None
@@ -85,25 +85,25 @@ def augment(cfg: AugmentConfig, spec: Preprocessing) -> v2.Transform | None:
 def training_pixels(
     pixels: np.ndarray, key: int, transform: v2.Transform | None, hflip: float
 ) -> tuple[np.ndarray, bool]:
-    """The pixels of one training sample, uint8 (img_size, img_size, 3), and whether the device is to flip them.
+    """The pixels of one training sample, uint8 (img_size, img_size, 3), and whether the device has to flip them.
 
-    `pixels`, uint8 (H, W, 3), are in the evaluation geometry or whole, as `starts_fitted` says; they stay as they are.
+    `pixels`, uint8 (H, W, 3), are in the evaluation geometry or whole (see `starts_fitted`). They are not changed.
     """
     if transform is None:
         return pixels, False
     torch.default_generator.manual_seed(key)
     flip = bool(torch.rand(()) < hflip)
-    # No transform writes into its input, but torch takes no memory that could not be written to.
-    own = pixels if pixels.flags.writeable else pixels.copy()
-    changed = transform(torch.from_numpy(own).permute(2, 0, 1))
+    # No transform writes into its input, but torch accepts no read-only memory.
+    writeable = pixels if pixels.flags.writeable else pixels.copy()
+    changed = transform(torch.from_numpy(writeable).permute(2, 0, 1))
     return changed.permute(1, 2, 0).numpy(), flip
 
 
 def mix_of_pair(key: int, cfg: AugmentConfig, size: int) -> tuple[float, int, int, int, int]:
-    """How a pair of samples is mixed: the share of the own image, and the box (left, top, right, bottom) of CutMix.
+    """How a pair of samples is mixed: the weight of the sample itself, and CutMix's box (left, top, right, bottom).
 
-    MixUp (Zhang et al. 2018) has an empty box; CutMix (Yun et al. 2019) takes the box from the partner, its share being
-    the area left. The share is at least a half, so that a sample's own label is also its main one.
+    MixUp (Zhang et al. 2018) has an empty box. CutMix (Yun et al. 2019) copies the box from the partner; its weight is
+    the share of the area outside of the box. The weight is at least 0.5, so that a sample's own label weighs most.
     """
     draw = random.Random(key)
     use_cutmix = cfg.cutmix > 0 and (cfg.mixup == 0 or draw.random() < 0.5)
@@ -122,15 +122,15 @@ def mix_of_pair(key: int, cfg: AugmentConfig, size: int) -> tuple[float, int, in
 
 @dataclass
 class Batch:
-    """Samples on their way to the network.
+    """A batch of samples for the network.
 
     Attributes:
         images: uint8 (B, img_size, img_size, 3).
         targets: int64 (B,), class indices.
         index: int64 (B,), positions in the table of images.
         keys: int64 (B,), `sample_key` of each in training, 0 in evaluation.
-        flip: bool (B,), to be mirrored on the device.
-        mix: float32 (B, 5), rows of `mix_of_pair` (equal within a pair of neighbours), or None.
+        flip: bool (B,), which images the device has to mirror; None for none.
+        mix: float32 (B, 5), rows of `mix_of_pair` (equal for both samples of a pair), or None.
     """
 
     images: torch.Tensor
@@ -141,11 +141,11 @@ class Batch:
     mix: torch.Tensor | None = None
 
     def pin_memory(self) -> "Batch":
-        """The same in page-locked memory (the loader calls this)."""
+        """The batch in page-locked memory (the loader calls this)."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device, copied without waiting."""
+        """The batch on a device, copied without waiting."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -154,12 +154,12 @@ class Batch:
 
     @property
     def partners(self) -> torch.Tensor:
-        """int64 (B,), the targets of the sample that each is mixed with."""
+        """int64 (B,), the target of the sample that each sample is mixed with."""
         return swap_pairs(self.targets)
 
 
 def swap_pairs(values: torch.Tensor) -> torch.Tensor:
-    """Rows 2k and 2k + 1 exchanged; the number of rows is even."""
+    """Exchange rows 2k and 2k + 1. The number of rows must be even."""
     return values.reshape(-1, 2, *values.shape[1:]).flip(1).reshape(values.shape)
 
 
@@ -168,7 +168,7 @@ class ToInput:
 
     def __init__(self, spec: Preprocessing, device: torch.device) -> None:
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (spec.mean, spec.std))
-        # On the device: by a number of the host, CUDA multiplies with the reciprocal, and half of the bits differ.
+        # A tensor: CUDA would multiply with the reciprocal of a Python number, which gives other bits.
         self.largest = torch.tensor(255.0, device=device)
         self.rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -185,15 +185,15 @@ class ToInput:
         return values.permute(0, 3, 1, 2)
 
     def _row(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and std for a row of so many pixels: over 3 * width values, a CPU is four times as fast as over 3."""
+        """Mean and std repeated for a row of `width` pixels: a CPU is four times as fast as with 3 values."""
         if width not in self.rows:
             self.rows[width] = (self.mean.repeat(width), self.std.repeat(width))
         return self.rows[width]
 
 
 def mirrored(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-    """The images (B, S, S, 3) whose `flip`, bool (B,), is set from right to left, the others as they are."""
-    if images.device.type != "cpu":  # where asking which they are would wait for the device
+    """The images (B, S, S, 3), mirrored from left to right where `flip`, bool (B,), is set."""
+    if images.device.type != "cpu":  # reading `flip` on the host would wait for the device
         return torch.where(flip[:, None, None, None], images.flip(2), images)
     images = images.clone()
     for row in flip.nonzero()[:, 0].tolist():
@@ -208,5 +208,5 @@ def _mix(values: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
     y, x = place[None, :, None, None], place[None, None, :, None]
     inside = (x >= left) & (x < right) & (y >= top) & (y < bottom)
     is_cutmix = right > left
-    own = torch.where(is_cutmix, (~inside).to(values.dtype), share)
-    return own * values + (1 - own) * swap_pairs(values)
+    weight = torch.where(is_cutmix, (~inside).to(values.dtype), share)
+    return weight * values + (1 - weight) * swap_pairs(values)

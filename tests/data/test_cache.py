@@ -299,7 +299,7 @@ def test_the_tier_fits_what_is_free(
     monkeypatch.setattr(launcher, "available_memory", lambda: round(free * needed))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=round(free * needed)))
     if expected is None:
-        with pytest.raises(MachineError, match=f"^--cache {asked}: about .* MiB, but there is .* take "):
+        with pytest.raises(MachineError, match=f"^--cache {asked}: about .* MiB, but there is .* use "):
             choose_tier(asked, readers, epochs, tmp_path / "kept")
         return
     tier = choose_tier(asked, readers, epochs, tmp_path / "kept")
@@ -362,7 +362,7 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     monkeypatch.setattr(launcher, "available_memory", lambda: 1000)
     said = refused(4, *run(few, tmp_path / "run", "--cache", "ram"))
-    assert "--cache ram: about 0.0 MiB, but there is 0.0 MiB of free memory; take --cache disk or --cache none" in said
+    assert "--cache ram: about 0.0 MiB, but there is 0.0 MiB of free memory; use --cache disk or --cache none" in said
 
 
 def test_a_cache_dir_must_be_a_folder_and_go_with_disk(few: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

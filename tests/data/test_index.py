@@ -136,7 +136,7 @@ def test_a_class_that_val_lacks_keeps_its_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_class_unknown_to_train_is_refused(tmp_path: Path, split: str) -> None:
     said = refusal(tree(tmp_path, *SPLIT, f"{split}/emu/1.png"))
-    assert f"{split} has class 'emu', unknown to train" in said
+    assert f"{split} has class 'emu', which train does not have" in said
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_val_dir_beside_a_manifest(tmp_path: Path) -> None:
 
 def test_val_dir_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     tree(tmp_path, *SPLIT, "other/emu/7.png")
-    assert "val has class 'emu', unknown to train" in refusal(tmp_path, val_dir=str(tmp_path / "other"))
+    assert "val has class 'emu', which train does not have" in refusal(tmp_path, val_dir=str(tmp_path / "other"))
     assert "there is no such folder (--val-dir)" in refusal(tmp_path, val_dir=str(tmp_path / "nowhere"))
 
 
@@ -325,14 +325,17 @@ def test_absolute_paths_in_a_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("path,split\na.png,train\n", "this one has path,split"),
+        ("path,split\na.png,train\n", "it has path,split"),
         ("path,label\n", "no images found"),
         ("path,label\na.png,x\nb.png,\n", "line 3: path and label must not be empty"),
         ("path,label,split\na.png,x,trian\n", "line 2: split 'trian' is not one of train, val, test"),
         ("path,label\na.png,x\nb.png,y\na.png,y\n", "line 4: 'a.png' is listed more than once, first in line 2"),
         ("path,label,split\na.png,x,train\nb.png,x,\nc.png,y,\n", "2 of 3 rows have no split"),
         ("path,label,split\na.png,x,val\nb.png,y,val\n", "at least two classes with training images"),
-        ("path,label,split\na.png,x,train\nb.png,y,train\nc.png,z,val\n", "val has class 'z', unknown to train"),
+        (
+            "path,label,split\na.png,x,train\nb.png,y,train\nc.png,z,val\n",
+            "val has class 'z', which train does not have",
+        ),
         (f"path,label\n{'a' * 200_000}.png,x\n", "line 2: not CSV"),
     ],
 )
@@ -379,7 +382,7 @@ def test_read_part_takes_what_is_not_split_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "split", "classes", "reason"),
     [
-        (".", "val", ("cat",), "class 'dog', unknown to the model, which has 'cat'"),
+        (".", "val", ("cat",), "class 'dog', which the model does not have; it has 'cat'"),
         (".", "test", ("cat", "dog"), "no images in the test split"),
         ("nowhere", "val", ("cat", "dog"), "no such folder or manifest"),
     ],

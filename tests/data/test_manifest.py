@@ -209,7 +209,7 @@ def test_labels_that_only_look_alike_stay(tmp_path: Path) -> None:
         for i in range(5):
             write_image(tmp_path / "folders" / name / f"{i}.png", seed=i)
     index = index_of(tmp_path / "folders")
-    assert index.classes == ("x", "x ") and any("in blanks" in note for note in index.notes)
+    assert index.classes == ("x", "x ") and any("in spaces" in note for note in index.notes)
     (tmp_path / "run").mkdir()
     write_manifest(tmp_path / "run" / "manifest.csv", index)
     part = read_part(tmp_path / "run" / "manifest.csv", "train", index.classes, root=index.root)
@@ -251,11 +251,11 @@ def test_a_line_has_the_number_that_an_editor_shows(tmp_path: Path, text: str, l
         ("path, path,label\na.png,b.png,y\n", "line 1: the column 'path' is in the header more than once"),
         ("path;label;split\na.png;x;train\n", "line 1: the header needs the columns path,label; its columns are sep"),
         ("path\tlabel\na.png\tx\n", "separated by tabs: save it with commas"),
-        ("a.png,x\nb.png,y\n", "the header needs the columns path,label; this one has a.png,x"),
+        ("a.png,x\nb.png,y\n", "the header needs the columns path,label; it has a.png,x"),
         (",\n", "list.csv: empty; a header with the columns path,label is needed"),
         ("\n\n", "list.csv: empty; a header with the columns path,label is needed"),
         ("", "list.csv: empty"),
-        ("path,label,split\na.png,x,train\n\nb.png,x,\n", "1 of 2 rows have no split, first line 4"),
+        ("path,label,split\na.png,x,train\n\nb.png,x,\n", "1 of 2 rows have no split, the first in line 4"),
     ],
 )
 def test_rows_and_headers_that_are_wrong_are_refused(tmp_path: Path, text: str, reason: str) -> None:

@@ -318,7 +318,7 @@ def test_a_folder_that_is_split_is_refused(
     out = tmp_path / ("out.csv" if how == "manifest" else "out")
     for more in ([], ["--label-by", "^(cat|dog)"]):
         said = refused(2, "split", tmp_path / "photos", out, "--how", how, *more)
-        assert "it is split already" in said and str(tmp_path / "photos" / parts[0]) in said
+        assert "it is already split" in said and str(tmp_path / "photos" / parts[0]) in said
     assert main(["split", str(tmp_path / "photos" / parts[0]), str(out), "--how", how]) == 0
 
 
