@@ -201,9 +201,9 @@ print(description.classes[int(probabilities.argmax())], float(probabilities.max(
 ```""".splitlines()
 
 
-def run_card(run: Path) -> str:
-    """README.md of a finished run. Raises UsageError, ArtifactError."""
-    known, weights = read_card_facts(run), "checkpoints/best.safetensors"
+def run_card(known: CardFacts) -> str:
+    """README.md of a finished run."""
+    weights = "checkpoints/best.safetensors"
     made_of, spec = known.description.architecture, known.description.preprocessing
     lines = loading_with_ours(weights)
     if known.is_plain and spec.resize_mode != "pad":

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
 from PIL import Image
 
 from resnet_dist.errors import MachineError
 from resnet_dist.files.outputs import Kind, make_folder, table_with
 from resnet_dist.files.run import to_csv, write_atomically
 from resnet_dist.report import plots
+from resnet_dist.report.overlays import overlay
 from resnet_dist.runtime.wording import shortened
 
 ON_SHEET = 24
@@ -40,15 +40,6 @@ class Explanation:
     probability: float
     target: str
     explained: str
-
-
-def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """An image, uint8 (H, W, 3), under its map, (H, W) in 0..1: the stronger the evidence, the less of the image is
-    left under the colour. uint8 (H, W, 3)."""
-    colours = colormaps["turbo"](heat)[..., :3] * 255
-    share = 0.7 * np.sqrt(heat)[..., None]
-    grey = image.mean(axis=2, keepdims=True)
-    return np.asarray(np.clip((1 - share) * (0.5 * image + 0.5 * grey) + share * colours, 0, 255).round(), np.uint8)
 
 
 def write_explanations(folder: Path, found: list[Explanation]) -> None:

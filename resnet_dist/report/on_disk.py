@@ -1,60 +1,81 @@
-"""An evaluation as it lies on disk, and the other files that a page is made from, read with errors that name them."""
+"""What a run left on disk, read again for `report RUN`, with errors that name the file."""
 
 import csv
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from export.predict import Preprocessing
+from resnet_dist.data.index import ImageTable, PathTable
 from resnet_dist.errors import ArtifactError
+from resnet_dist.evaluation.metrics import Measured
 from resnet_dist.evaluation.records import Records
+from resnet_dist.evaluation.reliability import reliability
+from resnet_dist.evaluation.result import Evaluation
 from resnet_dist.files.run import read_facts
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation as it lies on disk.
-
-    Attributes:
-        folder: holds predictions.csv and metrics.json.
-        root: where the paths of its images start.
-        split: "train", "val" or "test".
-        paths: of the images, n of them, in the order of `records`.
-    """
-
-    folder: Path
-    root: Path
-    split: str
-    classes: tuple[str, ...]
-    paths: list[str]
-    records: Records
-
-
-def read_run_evaluation(run: Path, classes: Sequence[str]) -> Evaluation:
+def read_run_evaluation(run: Path, classes: Sequence[str], spec: Preprocessing) -> Evaluation:
     """The evaluation of a run's best checkpoint on its validation images. Raises UsageError, ArtifactError."""
     root = Path(str(read_facts(run).get("data_root")))
-    return read_evaluation(run / "eval" / "val", root, "val", classes)
+    return read_evaluation(run / "eval" / "val", root, "val", classes, spec)
 
 
-def read_evaluation(folder: Path, root: Path, split: str, classes: Sequence[str]) -> Evaluation:
-    """The evaluation in a folder. Raises ArtifactError where there is none, or it is not of these classes."""
+def read_evaluation(folder: Path, root: Path, split: str, classes: Sequence[str], spec: Preprocessing) -> Evaluation:
+    """The evaluation in a folder. Raises ArtifactError if there is none, or it is not of these classes."""
     file = folder / "predictions.csv"
-    number = {name: index for index, name in enumerate(classes)}
-    k = min(5, len(classes))
     rows = read_csv(file)
     with understood(file):
-        best = [[number[row[f"top{i + 1}"]] for i in range(k)] for row in rows]
-        records = Records(
-            target=np.array([number[row["target"]] for row in rows], np.int64),
-            loss=np.array([row["loss"] for row in rows], np.float32),
-            classes=np.array(best, np.int64).reshape(-1, k),
-            probabilities=np.array([[row[f"p{i + 1}"] for i in range(k)] for row in rows], np.float32).reshape(-1, k),
-        )
-        return Evaluation(folder, root, split, tuple(classes), [row["path"] for row in rows], records)
+        paths, records = [row["path"] for row in rows], records_in(rows, classes)
+    file = folder / "metrics.json"
+    values = read_json(file)
+    with understood(file):
+        intervals = values.pop("intervals")
+        metrics = {name: Measured(values.pop(name), *interval) for name, interval in intervals.items()}
+        del values["images"]
+    return Evaluation(
+        model=Path(str(values.get("model", ""))),
+        table=ImageTable(root, PathTable(paths), records.target),
+        split=split,
+        classes=tuple(classes),
+        spec=spec,
+        records=with_features(records, folder / "embeddings.npy"),
+        metrics=metrics,
+        reliability=reliability(records),
+        facts=values,
+        folder=folder,
+    )
+
+
+def records_in(rows: Sequence[dict[str, str]], classes: Sequence[str]) -> Records:
+    """The records in the rows of predictions.csv. Raises KeyError for an unknown class, ValueError."""
+    number = {name: index for index, name in enumerate(classes)}
+    k = min(5, len(classes))
+    best = [[number[row[f"top{i + 1}"]] for i in range(k)] for row in rows]
+    return Records(
+        target=np.array([number[row["target"]] for row in rows], np.int64),
+        loss=np.array([row["loss"] for row in rows], np.float32),
+        classes=np.array(best, np.int64).reshape(-1, k),
+        probabilities=np.array([[row[f"p{i + 1}"] for i in range(k)] for row in rows], np.float32).reshape(-1, k),
+    )
+
+
+def with_features(records: Records, file: Path) -> Records:
+    """The records with the features that `eval --embeddings` wrote, if it did. Raises ArtifactError."""
+    if not file.exists():
+        return records
+    try:
+        features = np.load(file, allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{file}: damaged ({error}); `resnet-dist eval --embeddings` writes it") from None
+    if features.ndim != 2 or len(features) != len(records):
+        raise ArtifactError(f"{file}: not one row for every image of predictions.csv; evaluate again")
+    return replace(records, features=features)
 
 
 @contextmanager

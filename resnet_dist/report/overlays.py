@@ -1,44 +1,22 @@
-"""Where the evidence for a prediction lies in the images of the highest losses, as small pictures."""
+"""Where the evidence for a prediction is, drawn over the image."""
 
 import numpy as np
-import torch
+from matplotlib import colormaps
 from PIL import Image
-from torch import nn
 
-from export.predict import Preprocessing
-from resnet_dist.data.index import ImageTable, PathTable
-from resnet_dist.data.loader import EvalImages
-from resnet_dist.data.transforms import ToInput
-from resnet_dist.errors import DataError
-from resnet_dist.evaluation.explain import grad_cam
-from resnet_dist.report.explanations import overlay
-from resnet_dist.report.on_disk import Evaluation
-from resnet_dist.report.page_content import top_losses
-from resnet_dist.report.pictures import SIDE, data_address
+from resnet_dist.data.pictures import thumbnail
+from resnet_dist.report.pictures import data_address
 
 
-def grad_cam_overlays(model: nn.Module, evaluation: Evaluation, spec: Preprocessing) -> dict[int, str]:
-    """For the top losses of an evaluation, by position: Grad-CAM of the predicted class over the image, as an address.
-
-    Images that are gone or cannot be read any more are left out.
-    """
-    device = next(model.parameters()).device
-    targets = evaluation.records.target
-    images = EvalImages(ImageTable(evaluation.root, PathTable(evaluation.paths), targets), spec)
-    found = {position: images.__getitems__([position]) for position in top_losses(evaluation.records)}
-    batches = {position: batch for position, batch in found.items() if not isinstance(batch, DataError)}
-    if not batches:
-        return {}
-    inputs = torch.cat([ToInput(spec, device)(batch.to(device)) for batch in batches.values()])
-    predicted = torch.from_numpy(evaluation.records.prediction[list(batches)]).to(device)
-    heats = grad_cam(model, inputs, predicted).cpu().numpy()
-    return {
-        position: _picture(np.asarray(batch.images[0]), heat)
-        for (position, batch), heat in zip(batches.items(), heats, strict=True)
-    }
+def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """An image, uint8 (H, W, 3), under its map of evidence, (H, W) in 0..1: the stronger the evidence, the more colour
+    covers the image. uint8 (H, W, 3)."""
+    colours = colormaps["turbo"](heat)[..., :3] * 255
+    share = 0.7 * np.sqrt(heat)[..., None]
+    grey = image.mean(axis=2, keepdims=True)
+    return np.asarray(np.clip((1 - share) * (0.5 * image + 0.5 * grey) + share * colours, 0, 255).round(), np.uint8)
 
 
-def _picture(image: np.ndarray, heat: np.ndarray) -> str:
-    drawn = Image.fromarray(overlay(image, heat))
-    drawn.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR)
-    return data_address(drawn)
+def overlay_address(image: np.ndarray, heat: np.ndarray) -> str:
+    """The same as a small picture in a `data:` address."""
+    return data_address(thumbnail(Image.fromarray(overlay(image, heat))))

@@ -8,45 +8,49 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from export.predict import Preprocessing
 from resnet_dist.data.check import Finding, report_on, summary
+from resnet_dist.evaluation.result import Evaluation
 from resnet_dist.files.run import write_atomically
-from resnet_dist.report.on_disk import Evaluation
-from resnet_dist.report.overlays import grad_cam_overlays
 from resnet_dist.report.page_content import evaluation_content
 from resnet_dist.runtime.wording import printable
+
+if TYPE_CHECKING:
+    from resnet_dist.evaluation.evidence import Evidence
 
 SCRIPTS = ("dom.js", "charts.js", "matrix.js", "gallery.js", "page.js")  # in this order, one after the other
 
 
-def write_evaluation_page(evaluation: Evaluation, model: nn.Module | None, spec: Preprocessing) -> Path:
-    """`report.html` in the folder of an evaluation; without `model`, without maps of evidence.
-
-    Raises ArtifactError, MachineError.
-    """
-    file = evaluation.folder / "report.html"
-    overlays = grad_cam_overlays(model, evaluation, spec) if model is not None else {}
-    title = f"{evaluation.folder.name}: {len(evaluation.paths)} images"
-    write_page(file, title, evaluation_content(evaluation, None, None, overlays))
-    return file
+def write_evaluation_page(file: Path, evaluation: Evaluation, evidence: "Mapping[int, Evidence]") -> None:
+    """Write the page of an evaluation. `evidence`: what Grad-CAM shows, by position. Raises MachineError."""
+    title = f"{file.absolute().parent.name}: {len(evaluation)} images"
+    write_page(file, title, evaluation_content(evaluation, None, None, overlays_of(evidence)))
 
 
 def write_run_page(
-    run: Path, evaluation: Evaluation, model: nn.Module, spec: Preprocessing, findings: Sequence[Finding] | None
+    run: Path,
+    evaluation: Evaluation,
+    evidence: "Mapping[int, Evidence]",
+    findings: Sequence[Finding] | None,
 ) -> Path:
     """`report.html` in a run folder, about its validation images; `findings` is what a look at all images found.
 
     Raises ArtifactError, UsageError, MachineError.
     """
     file = run / "report.html"
-    overlays = grad_cam_overlays(model, evaluation, spec)
-    data = summary(report_on(findings), spec) if findings is not None else None
-    write_page(file, run.absolute().name, evaluation_content(evaluation, run, data, overlays))
+    data = summary(report_on(findings), evaluation.spec) if findings is not None else None
+    write_page(file, run.absolute().name, evaluation_content(evaluation, run, data, overlays_of(evidence)))
     return file
+
+
+def overlays_of(evidence: "Mapping[int, Evidence]") -> dict[int, str]:
+    """The pictures of maps of evidence, by position."""
+    if not evidence:
+        return {}
+    from resnet_dist.report.overlays import overlay_address  # it imports matplotlib, which takes a second
+
+    return {position: overlay_address(one.image, one.heat) for position, one in evidence.items()}
 
 
 def write_page(file: Path, title: str, content: Mapping[str, Any]) -> None:

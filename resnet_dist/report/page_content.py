@@ -1,4 +1,4 @@
-"""What `report.html` shows of an evaluation and of the run it belongs to, from what they left on disk."""
+"""What `report.html` shows of an evaluation, and of the run that it belongs to."""
 
 import json
 import math
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from resnet_dist.errors import ArtifactError
 from resnet_dist.evaluation import label_errors
-from resnet_dist.evaluation.metrics import confusion, per_class
 from resnet_dist.evaluation.records import Records
+from resnet_dist.evaluation.result import Evaluation
 from resnet_dist.files.run import read_facts
-from resnet_dist.report.on_disk import Evaluation, read_csv, read_json, read_text, understood
-from resnet_dist.report.pictures import thumbnails
+from resnet_dist.report.on_disk import read_csv, read_text, understood
+from resnet_dist.report.pictures import pictures
 
 MOST_LISTED = 20_000  # evaluated images that the page lists; the worst ones where there are more
 MOST_JUDGED = 500  # labels of each ranking that the page shows
@@ -26,7 +26,6 @@ MOST_PAIRS = 200
 MOST_POINTS = 400  # of a curve
 MOST_DOTS = 2_000  # of the map
 MATRIX = 100  # classes that the confusion matrix shows
-TOP_LOSSES = 24
 CLASS_COLUMNS = ("class", "images", "precision", "recall", "F1", "most often taken for")
 PER_CELL = 6  # pictures of each cell of the confusion matrix before other images get one
 
@@ -50,14 +49,17 @@ class Images:
                 self.columns[name].append(value)
         return self.rows[split, path]
 
-    def with_pictures(self, needed: Sequence[int]) -> dict[str, list[Any]]:
-        """The columns, with pictures of the rows in the order in which they are needed, as far as there is room."""
+    def with_pictures(self, needed: Sequence[int], made: Mapping[Path, Image.Image]) -> dict[str, list[Any]]:
+        """The columns, with pictures of the rows in the order in which they are needed, as far as there is room.
+
+        `made`: thumbnails by file that need not be made again.
+        """
         order = list(dict.fromkeys(needed))
-        pictures = [""] * len(self.rows)
-        found = thumbnails([self.root / self.columns["path"][row] for row in order])
+        column = [""] * len(self.rows)
+        found = pictures([self.root / self.columns["path"][row] for row in order], made)
         for row, picture in zip(order, found, strict=True):
-            pictures[row] = picture
-        return {**self.columns, "picture": pictures}
+            column[row] = picture
+        return {**self.columns, "picture": column}
 
 
 def evaluation_content(
@@ -69,11 +71,11 @@ def evaluation_content(
     (see `data.check`), `overlays` pictures of where the evidence lies, by position in the evaluation.
     """
     records, classes = evaluation.records, evaluation.classes
-    counts = confusion(records, classes)
+    counts = evaluation.confusion
     images = Images(evaluation.root)
-    listed = _worst_first(records)[:MOST_LISTED]
+    listed = _worst_first(evaluation)[:MOST_LISTED]
     place = {position: _evaluated_row(images, evaluation, position) for position in listed.tolist()}
-    worst = [place[position] for position in top_losses(records)]
+    worst = [place[position] for position in evaluation.top_losses]
     errors = [_evaluated_errors(evaluation, place)]
     errors += [_training_errors(run, images, classes)] if run else []
     pairs, pairs_note = _near_duplicates(data, images, classes) if run else (None, "")
@@ -84,14 +86,14 @@ def evaluation_content(
     return {
         "classes": list(classes),
         "about": _about(evaluation, run),
-        "headline": _headline(evaluation.folder),
+        "headline": _headline(evaluation),
         "listed": len(listed),
         "images_note": _images_note(len(records), len(listed)),
-        "images": images.with_pictures(needed),
+        "images": images.with_pictures(needed, evaluation.pictures.thumbnails),
         "confusion": [[int(t), int(p), int(counts[t, p])] for t, p in np.argwhere(counts > 0)],
         "matrix": _matrix_classes(counts),
         "class_columns": [*CLASS_COLUMNS, *(["training images"] if training else [])],
-        "class_rows": _class_rows(records, classes, counts, training),
+        "class_rows": _class_rows(evaluation, training),
         "top_losses": worst,
         "overlays": {place[position]: picture for position, picture in overlays.items()},
         "overlays_note": _overlays_note(bool(overlays)),
@@ -101,22 +103,18 @@ def evaluation_content(
         "curves": curves(run) if run else [],
         "map": _map(evaluation, place),
         "data": _data_rows(data) if data else [],
-        "facts": list(_flat(read_facts(run))) if run else list(_flat(read_json(evaluation.folder / "metrics.json"))),
+        "facts": list(_flat(read_facts(run) if run else evaluation.summary)),
         "texts": [
             [name, read_text(run / name)] for name in ("config.toml", "command.txt") if run and (run / name).exists()
         ],
     }
 
 
-def top_losses(records: Records) -> list[int]:
-    """Positions of the 24 images with the highest losses, worst first."""
-    return [int(position) for position in np.argsort(-records.loss, kind="stable")[:TOP_LOSSES]]
-
-
-def _worst_first(records: Records) -> np.ndarray:
+def _worst_first(evaluation: Evaluation) -> np.ndarray:
     """Positions: the top losses, then the other mistakes, then the rest, each by falling loss."""
+    records = evaluation.records
     order = np.lexsort((-records.loss, records.prediction == records.target))
-    return np.array(list(dict.fromkeys([*top_losses(records), *order.tolist()])))
+    return np.array(list(dict.fromkeys([*evaluation.top_losses, *order.tolist()])))
 
 
 def _by_need(records: Records, listed: np.ndarray) -> list[int]:
@@ -147,13 +145,11 @@ def _matrix_classes(counts: np.ndarray) -> list[int]:
     return sorted(np.argsort(-mistakes, kind="stable")[:MATRIX].tolist())
 
 
-def _class_rows(
-    records: Records, classes: Sequence[str], counts: np.ndarray, training: Mapping[str, int]
-) -> list[list[Any]]:
-    others = counts.copy()
+def _class_rows(evaluation: Evaluation, training: Mapping[str, int]) -> list[list[Any]]:
+    classes, others = evaluation.classes, evaluation.confusion.copy()
     np.fill_diagonal(others, 0)
     rows = []
-    for number, row in enumerate(per_class(records, classes)):
+    for number, row in enumerate(evaluation.per_class):
         taken_for = int(others[number].argmax())
         confused = f"{classes[taken_for]} ({others[number, taken_for]})" if others[number, taken_for] else None
         scores = [None if row[name] is None else _rounded(row[name]) for name in ("precision", "recall", "f1")]
@@ -162,17 +158,9 @@ def _class_rows(
 
 
 def _map(evaluation: Evaluation, place: Mapping[int, int]) -> list[list[float]] | None:
-    """[row, x, y] of listed images: the principal components of what `eval --embeddings` wrote, if it did."""
-    file = evaluation.folder / "embeddings.npy"
-    if not file.exists():
-        return None
-    try:
-        features = np.load(file)
-    except (ValueError, OSError) as error:
-        raise ArtifactError(f"{file}: damaged ({error}); `resnet-dist eval --embeddings` writes it") from None
-    if features.ndim != 2 or len(features) != len(evaluation.paths):
-        raise ArtifactError(f"{file}: not one row for every image of predictions.csv; evaluate again")
-    if len(features) < 3:
+    """[row, x, y] of listed images: the two principal components of their features, if these were kept."""
+    features = evaluation.records.features
+    if features is None or len(features) < 3:
         return None
     from sklearn.decomposition import PCA  # seconds to import, and few maps are drawn
 
@@ -317,15 +305,12 @@ def _overlays_note(there: bool) -> str:
     return "Beside each image, Grad-CAM shows where the evidence for the prediction lies." if there else ""
 
 
-def _headline(folder: Path) -> list[list[Any]]:
-    """(name, value, its 95 % interval in words) of every number of metrics.json that has one."""
-    file = folder / "metrics.json"
-    metrics = read_json(file)
-    with understood(file):
-        return [
-            [name, metrics[name], f"95 % interval {low:.4f} to {high:.4f}"]
-            for name, (low, high) in metrics["intervals"].items()
-        ]
+def _headline(evaluation: Evaluation) -> list[list[Any]]:
+    """(name, value, its 95 % interval in words) of every metric."""
+    return [
+        [name, metric.value, f"95 % interval {metric.low:.4f} to {metric.high:.4f}"]
+        for name, metric in evaluation.metrics.items()
+    ]
 
 
 def _training_counts(run: Path | None) -> Counter[str]:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from export.predict import ImageError, decode
+from resnet_dist.data.pictures import thumbnail
 from resnet_dist.runtime import environment as launcher
 
-SIDE = 128  # pixels of the long side
 ROOM = 9_000_000  # characters of all pictures of a page together
 BATCH = 64
 
@@ -24,25 +24,27 @@ def data_address(image: Image.Image, quality: int = 72) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def thumbnail(file: Path) -> str:
-    """An upright copy of at most 128 pixels a side, or "" where the file is gone or cannot be read any more."""
+def picture(file: Path, made: Mapping[Path, Image.Image]) -> str:
+    """An upright copy of at most 128 pixels a side, of those that are made already or from the file; "" if the file is
+    gone or cannot be read any more."""
+    if file in made:
+        return data_address(made[file])
     try:
-        image = decode(file)
+        return data_address(thumbnail(decode(file)))
     except (ImageError, OSError):
         return ""
-    image.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR)
-    return data_address(image)
 
 
-def thumbnails(files: Sequence[Path], room: int = ROOM) -> list[str]:
-    """One address per file, in order, until `room` characters are used up; "" for those that follow.
+def pictures(files: Sequence[Path], made: Mapping[Path, Image.Image], room: int = ROOM) -> list[str]:
+    """One address per file, in order, until `room` characters are used up; "" for the files after that.
 
-    A pool of threads decodes them: Pillow works without the interpreter's lock.
+    `made`: thumbnails by file, so that their images are not decoded again. A pool of threads decodes the others:
+    Pillow works without the interpreter's lock.
     """
     found: list[str] = []
     with ThreadPoolExecutor(launcher.cores()) as pool:
         for start in range(0, len(files), BATCH):
-            found += pool.map(thumbnail, files[start : start + BATCH])
+            found += pool.map(lambda file: picture(file, made), files[start : start + BATCH])
             if sum(map(len, found)) > room:
                 break
     ends = np.cumsum([len(address) for address in found])

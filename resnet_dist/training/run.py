@@ -153,10 +153,10 @@ def _tuned(accelerator: "Accelerator", blueprint: "Blueprint", display: "Display
 
 def _train_and_report(session: Session, blueprint: "Blueprint", resumed: "Resumed | None") -> "Mapping[str, Measured]":
     from resnet_dist.config.stored import kept
-    from resnet_dist.report.training import finish, plot_samples
     from resnet_dist.runtime.accelerate import on_main, start_trackers
     from resnet_dist.runtime.machine import forget_peak_memory
     from resnet_dist.training.facts import largest_peak_memory
+    from resnet_dist.training.finish import finish
     from resnet_dist.training.job import build_job
     from resnet_dist.training.loop import train as train_phases
     from resnet_dist.training.resume import restore_model
@@ -168,8 +168,7 @@ def _train_and_report(session: Session, blueprint: "Blueprint", resumed: "Resume
     if resumed is not None:
         restore_model(resumed, job)
     elif blueprint.cfg.run.report:
-        file = run.plots / "samples_train.png"
-        on_main(accelerator, lambda: plot_samples(file, job.train_images, job.index.classes, job.spec))
+        on_main(accelerator, lambda: _plot_samples(job))
     state = train_phases(job, resumed)
     peak = largest_peak_memory(accelerator)
     run.update(seconds=round(state.elapsed(), 3), peak_memory=peak)
@@ -181,6 +180,14 @@ def _train_and_report(session: Session, blueprint: "Blueprint", resumed: "Resume
         ) from None
     session.display.table(f"{len(job.index.val)} validation images, float32", summary(job, state, metrics))
     return metrics
+
+
+def _plot_samples(job: "Job") -> None:
+    from resnet_dist.report import plots
+    from resnet_dist.training.finish import first_samples
+
+    images, titles = first_samples(job.train_images, job.index.classes, job.spec)
+    plots.image_grid(job.run.plots / "samples_train.png", images, titles)
 
 
 def summary(job: "Job", state: "State", metrics: "Mapping[str, Measured]") -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock
 
 from resnet_dist.cli.main import main
 from resnet_dist.evaluation.explain import METHODS, class_activation, explain, grad_cam, scaled
-from resnet_dist.report.explanations import overlay
+from resnet_dist.report.overlays import overlay
 
 Refused = Callable[..., str]
 SIZE, OBJECT = 64, 24

@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
+from export.predict import Preprocessing
 from resnet_dist.cli.main import main
 from resnet_dist.config.schema import ModelConfig
 from resnet_dist.evaluation import label_errors
@@ -281,7 +282,7 @@ def test_wrong_labels_among_photographs(shared: Path, tmp_path: Path) -> None:
     weights = ["--model", "resnet18", "--weights", str(shared / "weights/resnet18.safetensors")]
     run = tmp_path / "run"
     assert main(["train", str(tmp_path / "wrong.csv"), "-o", str(run), *recipe, *weights, "--no-report"]) == 0
-    evaluation = read_run_evaluation(run, ("Cat", "Dog"))
+    evaluation = read_run_evaluation(run, ("Cat", "Dog"), Preprocessing())
     found = label_errors.find_in_records(evaluation.records, 2)
     ranked = {"val": [evaluation.paths[i] for i in found.order]}
     assert main(["label-errors", str(run)]) == 0

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from export.predict import Preprocessing
 from resnet_dist.data.index import ImageTable, PathTable
-from resnet_dist.evaluation.metrics import headline
+from resnet_dist.evaluation.metrics import Measured, headline
 from resnet_dist.evaluation.records import Records
-from resnet_dist.files.run import to_json
-from resnet_dist.report.evaluation import predictions_csv
-from resnet_dist.report.on_disk import Evaluation, read_evaluation
+from resnet_dist.evaluation.reliability import reliability
+from resnet_dist.evaluation.result import Evaluation
+from resnet_dist.report.evaluation import write_evaluation
+from resnet_dist.report.on_disk import read_evaluation
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', 'it\'s, "quoted" & @STYLE@ </style>')
 
@@ -45,8 +47,17 @@ def made_evaluation(
         Image.fromarray(pixels).save(root / path, "JPEG")
     records = made_records(targets, len(classes))
     table = ImageTable(root, PathTable(paths), targets)
-    (out / "predictions.csv").write_text(predictions_csv(table, records, classes), errors="surrogateescape")
-    values = headline(records)
-    intervals = {name: [max(0.0, value - 0.1), value + 0.1] for name, value in values.items()}
-    (out / "metrics.json").write_text(to_json({"images": images, **values, "intervals": intervals}))
-    return read_evaluation(out, root, "val", classes)
+    values = {name: Measured(value, max(0.0, value - 0.1), value + 0.1) for name, value in headline(records).items()}
+    evaluation = Evaluation(
+        model=Path("best.safetensors"),
+        table=table,
+        split="val",
+        classes=tuple(classes),
+        spec=Preprocessing(img_size=16, resize=16),
+        records=records,
+        metrics=values,
+        reliability=reliability(records),
+        folder=out,
+    )
+    write_evaluation(out, evaluation)
+    return read_evaluation(out, root, "val", classes, evaluation.spec)

@@ -19,8 +19,8 @@ from selenium.webdriver.support.select import Select
 
 from resnet_dist.config.schema import DataConfig
 from resnet_dist.data.index import read_index
+from resnet_dist.evaluation.result import Evaluation
 from resnet_dist.files.run import to_csv, write_atomically
-from resnet_dist.report.on_disk import Evaluation
 from resnet_dist.report.page import write_page
 from resnet_dist.report.page_content import evaluation_content
 from tests.conftest import CLASSES

@@ -26,7 +26,7 @@ from resnet_dist.report import page_content
 from resnet_dist.report.on_disk import read_evaluation
 from resnet_dist.report.page import write_page
 from resnet_dist.report.page_content import evaluation_content
-from resnet_dist.report.pictures import thumbnails
+from resnet_dist.report.pictures import pictures
 from tests.conftest import CLASSES, WITH_REPORT, make_folder, write_image
 from tests.report.pages import HOSTILE, made_evaluation, made_records
 
@@ -168,18 +168,18 @@ def test_pictures_are_small_copies_and_stop_where_the_room_ends(tmp_path: Path) 
     write_image(tmp_path / "wide.png", seed=1, size=(400, 100))
     write_image(tmp_path / "tiny.png", seed=2, size=(20, 10))
     files = [tmp_path / name for name in ("wide.png", "gone.png", "tiny.png")]
-    wide, gone, tiny = thumbnails(files)
+    wide, gone, tiny = pictures(files, {})
     assert picture_of(wide).size == (128, 32) and picture_of(tiny).size == (20, 10) and gone == ""
     same = np.asarray(picture_of(tiny)).astype(float) - np.asarray(Image.open(tmp_path / "tiny.png"))
     assert abs(same.mean()) < 4
-    many = thumbnails([tmp_path / "tiny.png"] * 200, room=10 * len(tiny))
+    many = pictures([tmp_path / "tiny.png"] * 200, {}, room=10 * len(tiny))
     assert many == [tiny] * 10 + [""] * 190
 
 
 def test_where_there_is_little_room_the_mistakes_have_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluation = made_evaluation(tmp_path / "a", CLASSES, 300)
     asked: list[Path] = []
-    monkeypatch.setattr(page_content, "thumbnails", lambda files: asked.extend(files) or [""] * len(files))
+    monkeypatch.setattr(page_content, "pictures", lambda files, _: asked.extend(files) or [""] * len(files))
     evaluation_content(evaluation, None, None, {})
     order = [file.name for file in asked]
     assert len(order) == len(set(order)) == 300
@@ -223,9 +223,9 @@ def test_an_evaluation_that_is_not_there_or_of_other_classes(tmp_path: Path, ref
     with pytest.raises(
         ArtifactError, match=r"predictions\.csv: damaged, or of another run \('cat' is missing or unknown\)"
     ):
-        read_evaluation(evaluation.folder, evaluation.root, "val", ("x", "y", "z"))
+        read_evaluation(tmp_path / "a" / "eval", evaluation.root, "val", ("x", "y", "z"), evaluation.spec)
     with pytest.raises(ArtifactError, match="cannot be read"):
-        read_evaluation(tmp_path / "none", evaluation.root, "val", CLASSES)
+        read_evaluation(tmp_path / "none", evaluation.root, "val", CLASSES, evaluation.spec)
 
 
 @pytest.mark.parametrize(
@@ -239,9 +239,10 @@ def test_an_evaluation_that_is_not_there_or_of_other_classes(tmp_path: Path, ref
 )
 def test_a_damaged_evaluation_is_one_line(tmp_path: Path, name: str, text: str, said: str) -> None:
     evaluation = made_evaluation(tmp_path / "a", CLASSES, 6)
-    (evaluation.folder / name).write_text(text)
+    folder = tmp_path / "a" / "eval"
+    (folder / name).write_text(text)
     with pytest.raises(ArtifactError, match=re.escape(said)):
-        evaluation_content(evaluation, None, None, {})
+        read_evaluation(folder, evaluation.root, "val", CLASSES, evaluation.spec)
 
 
 def test_labels_that_the_network_learnt_are_not_judged(tmp_path: Path) -> None:

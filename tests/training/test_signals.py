@@ -15,7 +15,7 @@ from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM, SIGUSR1, SIGUSR2
 import psutil
 import pytest
 
-import resnet_dist.report.training as report
+import resnet_dist.training.finish as finish
 import resnet_dist.training.job as job
 from resnet_dist.cli.main import main
 from resnet_dist.runtime import signals as stop
@@ -202,7 +202,7 @@ def test_told_while_the_best_checkpoint_is_evaluated(
     run = tmp_path / "run"
     arguments = ["train", str(folder), *TINY, "--epochs", "1", "--batch-size", "8", "-o", str(run), "--resume", "auto"]
     with monkeypatch.context() as patch:
-        patch.setattr(report, "load_checkpoint", interrupted(report.load_checkpoint, 1, stop_here))
+        patch.setattr(finish, "load_checkpoint", interrupted(finish.load_checkpoint, 1, stop_here))
         assert main(arguments) == 75
     assert facts(run)["status"] == "preempted" and not (run / "eval").exists()
     metrics = (run / "metrics.csv").read_text()

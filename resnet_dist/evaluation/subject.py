@@ -1,0 +1,64 @@
+"""What is evaluated: the network of a checkpoint, or an exported model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from export.predict import Preprocessing
+from resnet_dist.data.transforms import Batch, ToInput
+from resnet_dist.evaluation.calibrate import Calibration, read_calibration
+from resnet_dist.evaluation.exported import Exported, as_pixels
+from resnet_dist.model.checkpoint import load_checkpoint
+from resnet_dist.model.resnet import build
+from resnet_dist.runtime.accelerate import model_from_main, on_main
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network or an exported model, how its input is made, and its calibration.
+
+    Attributes:
+        file: the checkpoint or the exported model.
+        model: from the input to logits, float32 (B, classes).
+        to_input: from a batch of images to the input.
+        calibration: temperature and thresholds, or None.
+    """
+
+    file: Path
+    model: nn.Module
+    classes: tuple[str, ...]
+    spec: Preprocessing
+    to_input: Callable[[Batch], torch.Tensor]
+    calibration: Calibration | None
+
+    @property
+    def temperature(self) -> float:
+        """What the logits are divided by before the softmax."""
+        return self.calibration.temperature if self.calibration else 1.0
+
+
+def load_network(accelerator: Accelerator, checkpoint: Path, calibrated: bool = True) -> Subject:
+    """The network of a checkpoint on every process, with its calibration if `calibrated`. Raises ArtifactError."""
+    model, description = model_from_main(
+        accelerator, lambda: load_checkpoint(checkpoint), lambda described: build(described.architecture)
+    )
+    classes, spec = description.classes, description.preprocessing
+    calibration = on_main(accelerator, lambda: read_calibration(checkpoint, len(classes)) if calibrated else None)
+    return Subject(checkpoint, model, classes, spec, ToInput(spec, accelerator.device), calibration)
+
+
+def load_exported(file: Path) -> Subject:
+    """An exported model with the calibration that it holds. Raises ArtifactError."""
+    model = Exported(str(file), torch.get_num_threads())
+    metadata = model.predictor.metadata
+    calibration = Calibration(
+        checkpoint_sha256=metadata.get("checkpoint_sha256", ""),
+        temperature=metadata["temperature"],
+        thresholds=tuple(metadata.get("thresholds", ())),
+        measured={},
+    )
+    return Subject(file, model, model.predictor.classes, model.predictor.preprocessing, as_pixels, calibration)
