@@ -36,6 +36,12 @@ def field_help(cls: type) -> dict[str, str]:
     return texts
 
 
+@functools.cache
+def kinds_of(cls: type) -> Mapping[str, Any]:
+    """The type of every field of a dataclass."""
+    return typing.get_type_hints(cls)
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """One setting: its place in the config, its type, default, help text and spellings."""
@@ -72,7 +78,7 @@ def has_recipes(cls: type) -> bool:
 
 
 def _options_in(cls: type, section: str, made: Any = None) -> Iterator[Option]:
-    kinds = typing.get_type_hints(cls)
+    kinds = kinds_of(cls)
     for field in dataclasses.fields(cls):
         if _is_section(kinds[field.name]):
             yield from _options_in(kinds[field.name], field.name, field.default)
@@ -164,7 +170,7 @@ def build(cls: type, layer: Layer) -> tuple[Any, list[str]]:
 
 
 def _build(cls: type, layer: Layer, section: str, problems: list[str], default: Any = None) -> Any:
-    kinds = typing.get_type_hints(cls)
+    kinds = kinds_of(cls)
     values = {}
     for name, value in layer.items():
         if name not in kinds:
@@ -192,7 +198,7 @@ def _build_phases(value: Any, problems: list[str]) -> tuple[Phase, ...]:
 
 
 def _unknown_key(cls: type, name: str, section: str) -> str:
-    kinds = typing.get_type_hints(cls)
+    kinds = kinds_of(cls)
     where = f"[{section}] has no '{name}'" if section else f"there is no section or key '{name}'"
     return where + suggestion(name, list(kinds))
 
