@@ -113,7 +113,7 @@ def test_unknown_option_and_all_others_at_once(refused: Refused, own: Path) -> N
 
 def test_selection_that_selects_nothing(refused: Refused, own: Path) -> None:
     said = refused(2, "train", own, *TINY, "--trainable", "layer5")
-    assert "'layer5' matches nothing; there are all, stem, layer1" in said
+    assert "'layer5' matches nothing; use all, stem, layer1" in said
 
 
 def test_read_only_run_folder(refused: Refused, own: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The network: torchvision's ResNets, their heads and weights, and what of them learns. Knows nothing of data."""
+"""The network: torchvision's ResNets, heads, weights, checkpoints, trainable parts. Independent of `data`."""

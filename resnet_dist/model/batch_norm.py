@@ -1,4 +1,4 @@
-"""BatchNorm: which layers of a network are, and their running statistics in several processes."""
+"""The BatchNorm layers of a network, and their running statistics in several processes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,35 +16,35 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm
 
 
 def backbone_batch_norms(model: nn.Module) -> Iterator[tuple[str, BatchNorm]]:
-    """The BatchNorm layers of the backbone, by name. Those of a head are part of the head: new, they always learn."""
+    """The BatchNorm layers of the backbone, by name. Those of the head belong to the head and always learn."""
     for name, module in model.named_modules():
         if isinstance(module, BatchNorm) and stage_of(name) != "head":
             yield name, module
 
 
 def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
-    """Give every process the running statistics of the first, as wrapping the whole network would."""
+    """Give every process the running statistics of the first, as DDP does if it wraps the whole network."""
     if accelerator.num_processes > 1:
         broadcast(running_statistics(model))
 
 
 @contextmanager
 def averaged_statistics(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Within it, BatchNorm's running statistics are the means over all processes; after it, each process's own again.
+    """Inside this context, BatchNorm's running statistics are the means over all processes.
 
-    So evaluating or saving, however often, changes nothing in training.
+    Afterwards each process has its own again, so that evaluating or saving does not change training.
     """
     buffers = running_statistics(model)
     if accelerator.num_processes == 1 or not buffers:
         yield
         return
-    own = torch.cat([buffer.flatten() for buffer in buffers.values()])
-    means = accelerator.reduce(own.clone(), "mean")
+    local = torch.cat([buffer.flatten() for buffer in buffers.values()])
+    means = accelerator.reduce(local.clone(), "mean")
     _put(buffers, means)
     try:
         yield
     finally:
-        _put(buffers, own)
+        _put(buffers, local)
 
 
 def running_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -65,17 +65,17 @@ def _put(buffers: dict[str, torch.Tensor], values: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Sync:
-    """Whether BatchNorm is computed over all processes, and why."""
+    """Whether BatchNorm statistics are computed over all processes, and why."""
 
     on: bool
     why: str
 
 
 def choose_sync_bn(asked: str, accelerator: Accelerator, batch_norm_trains: bool, batch_size: int) -> Sync:
-    """Decide about SyncBatchNorm. Raises UsageError where it was asked for and cannot work."""
+    """Whether to use SyncBatchNorm. Raises UsageError if --sync-bn on cannot work."""
     on_gpu = accelerator.device.type == "cuda"
     if asked == "on" and not on_gpu:
-        raise UsageError(f"--sync-bn on: torch has SyncBatchNorm on GPUs only, not on {accelerator.device.type}")
+        raise UsageError(f"--sync-bn on: SyncBatchNorm works on GPUs only, not on {accelerator.device.type}")
     if asked != "auto":
         return Sync(asked == "on", "--sync-bn")
     wanted = on_gpu and accelerator.num_processes > 1 and batch_norm_trains and batch_size < 16

@@ -1,4 +1,4 @@
-"""Checkpoints that carry their recipe: plain torchvision names, and one metadata key that holds everything else."""
+"""Checkpoints: tensors under torchvision's names, and a description in one metadata key."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ MAX_CLASSES, MAX_NAME = 100_000, 1024  # the predictor's limits too
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a checkpoint says of itself, apart from its tensors.
+    """The description in a checkpoint: everything but its tensors.
 
-    `config` is the resolved config without its output folder, `score` the validation metrics that made it the best,
-    `weights_kind` "raw" or "ema".
+    `config`: the resolved config without the output folder. `score`: the validation metrics of this epoch.
+    `weights_kind`: "raw" or "ema".
     """
 
     architecture: Architecture
@@ -38,7 +38,7 @@ class Description:
     weights_kind: str
 
     def to_json(self) -> str:
-        """Canonical JSON, without time, host or path: equal states are equal bytes."""
+        """Canonical JSON without time, host or path: equal states give equal bytes."""
         return canonical_json(
             {
                 "format_version": FORMAT_VERSION,
@@ -55,20 +55,20 @@ class Description:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Description":
-        """From the stored form. Raises ValueError or KeyError that says what is wrong."""
+        """From the stored form. Raises ValueError, or KeyError if a field is missing."""
         if values.get("format_version") != FORMAT_VERSION:
-            raise ValueError("its format_version is not one that this version of resnet-dist reads")
+            raise ValueError("this version of resnet-dist cannot read its format_version")
         classes = values["classes"]
         if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
-            raise ValueError("its classes are not a list of names")
+            raise ValueError("`classes` must be a list of names")
         if not 0 < len(classes) <= MAX_CLASSES or max(map(len, classes)) > MAX_NAME:
-            raise ValueError(f"it has no classes, more than {MAX_CLASSES}, or one whose name is implausibly long")
+            raise ValueError(f"`classes` must hold 1 to {MAX_CLASSES} names of at most {MAX_NAME} characters")
         if len(set(classes)) != len(classes):
-            raise ValueError("a class is named twice")
+            raise ValueError("`classes` holds a name twice")
         if not isinstance(values["config"], dict) or not _is_score(values["score"]):
-            raise ValueError("its config or score is not an object of plain values")
+            raise ValueError("`config` must be an object, and `score` an object of numbers")
         if type(values["epoch"]) is not int or values["weights_kind"] not in ("raw", "ema"):
-            raise ValueError("its epoch or its kind of weights is not one")
+            raise ValueError("`epoch` must be an integer and `weights_kind` must be 'raw' or 'ema'")
         return cls(
             architecture=Architecture.from_dict(values, len(classes)),
             classes=tuple(classes),
@@ -89,8 +89,8 @@ def save_best(file: Path, model: nn.Module, description: Description) -> None:
 def load_checkpoint(file: Path) -> tuple[nn.Module, Description]:
     """The model of a checkpoint, in evaluation mode on the CPU, and its description.
 
-    Nothing is unpickled, and names, shapes, types and finiteness are checked against what the description says.
-    Raises ArtifactError in one line.
+    Nothing is unpickled. Names, shapes and types must match the description, and all values must be finite; otherwise
+    raises ArtifactError.
     """
     if not file.is_file():
         raise ArtifactError(f"{file}: there is no such checkpoint")
@@ -113,16 +113,16 @@ def load_checkpoint(file: Path) -> tuple[nn.Module, Description]:
 
 
 def start_from(file: Path, model: nn.Module, architecture: Architecture, classes: Sequence[str]) -> str:
-    """Put the weights of an old checkpoint into a new network: the backbone, and the head where it means the same.
+    """Load the weights of an old checkpoint into a new network: the backbone, and the head if head and classes match.
 
-    Returns a line that says which. Raises ArtifactError where the checkpoint is damaged or its backbone is another.
+    Returns a line that says which. Raises ArtifactError if the checkpoint is damaged or has another backbone.
     """
     old, described = load_checkpoint(file)
     tensors = old.state_dict()
     load_backbone(model, tensors, architecture, str(file))
     if described.classes != tuple(classes):
         common = len(set(described.classes) & set(classes))
-        return f"weights: backbone of {file}, new head (of its {len(described.classes)} classes {common} are here too)"
+        return f"weights: backbone of {file}, new head ({common} of its {len(described.classes)} classes are also here)"
     before, now = (" ".join(map(str, (a.head, *a.head_hidden))) for a in (described.architecture, architecture))
     if before != now:
         return f"weights: backbone of {file}, new head (it had {before}, this run has {now})"
@@ -143,7 +143,7 @@ def _described(file: Path, values: Mapping[str, Any]) -> Description:
 
 
 def _check(file: Path, opened: Any, model: nn.Module) -> None:
-    """Exactly the tensors of the architecture, in its shapes and types."""
+    """Check that the file holds exactly the tensors of the model, with its shapes and types. Raises ArtifactError."""
     wanted = model.state_dict()
     names = set(opened.keys())
     if names != set(wanted):

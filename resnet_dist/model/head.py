@@ -1,4 +1,4 @@
-"""The last part of the network: linear, hidden layers, or the deeper head with concatenated pooling."""
+"""The heads: linear, MLP, or the deeper head with concatenated pooling."""
 
 import torch
 import torch.nn.functional as F
@@ -8,17 +8,17 @@ _MULTIPLIERS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # splitmix64's, as si
 
 
 def _mix_bits(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser on int64, whose products wrap as they should; >> is made logical by masks."""
+    """splitmix64's finaliser on int64: products wrap around, and masks turn >> into a logical shift."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MULTIPLIERS[0]
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MULTIPLIERS[1]
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def dropout_mask(keys: torch.Tensor, features: int, p: float, layer: int) -> torch.Tensor:
-    """Which features of which sample are kept, bool (B, features), each with probability 1 - p.
+    """The dropout mask, bool (B, features): True, with probability 1 - p, for a feature that is not dropped.
 
-    A hash of the sample's key, the layer and the feature: the same on every device, whatever the batch, and without
-    a generator whose state would have to be kept for resuming.
+    It is a hash of the sample's key, the layer and the feature. So it is the same on every device and in every batch,
+    and there is no generator whose state would have to be saved for resuming.
     """
     column = torch.arange(features, device=keys.device, dtype=torch.int64) + (layer << 32)
     bits = _mix_bits(_mix_bits(keys)[:, None] + _mix_bits(column)[None, :])
@@ -29,8 +29,7 @@ def dropout_mask(keys: torch.Tensor, features: int, p: float, layer: int) -> tor
 class Dropout(nn.Module):
     """Dropout (Srivastava et al. 2014) whose mask depends on the samples and not on a random state.
 
-    `keys`, int64 (B,), is set before each training forward; without it (the model used outside the training loop)
-    this is torch's own dropout.
+    The training loop sets `keys`, int64 (B,), before each forward. Without keys this is torch's own dropout.
     """
 
     def __init__(self, p: float, layer: int) -> None:
@@ -53,7 +52,7 @@ class Dropout(nn.Module):
 
 
 class LinearHead(nn.Linear):
-    """A linear layer with dropout before it; its parameters bear torchvision's names (fc.weight, fc.bias)."""
+    """A linear layer with dropout before it; its parameters have torchvision's names (fc.weight, fc.bias)."""
 
     def __init__(self, features: int, classes: int, dropout: float) -> None:
         super().__init__(features, classes)
@@ -69,7 +68,7 @@ class ConcatPool(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, F, H, W) to (B, 2F, 1, 1)."""
-        # torch 2.11 cannot export adaptive_max_pool2d; over the whole map the two are the same.
+        # torch 2.11 cannot export adaptive_max_pool2d; over the whole map max_pool2d is the same.
         return torch.cat([F.adaptive_avg_pool2d(x, 1), F.max_pool2d(x, x.shape[2:])], dim=1)
 
 
@@ -92,7 +91,7 @@ def deep_head(features: int, hidden: tuple[int, ...], classes: int, dropout: flo
 
 
 def set_sample_keys(model: nn.Module, keys: torch.Tensor) -> None:
-    """Tell every Dropout which samples the next forward is for; keys are int64 (B,)."""
+    """Set the sample keys, int64 (B,), of the next forward in every Dropout."""
     for module in model.modules():
         if isinstance(module, Dropout):
             module.keys = keys

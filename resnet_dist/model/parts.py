@@ -1,4 +1,4 @@
-"""A network cut in two before a stage: the frozen first part, whose outputs can be kept, and the part that learns."""
+"""Cut a network in two before a stage: the frozen part, whose outputs can be cached, and the part that learns."""
 
 from torch import nn
 
@@ -12,18 +12,18 @@ _FIRST = {"layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7, "head": 9}
 
 
 def first_changing_stage(model: nn.Module, phase: Phase) -> str:
-    """The first stage of which a parameter learns, or whose BatchNorm statistics update, in a phase.
+    """The first stage with a parameter that learns, or with BatchNorm statistics that update, in a phase.
 
-    What comes before it gives the same output for the same input throughout the phase: dropout is in the head only.
+    The stages before it give the same output for the same input throughout the phase: only the head has dropout.
     """
     changing = {stage_of(name) for name in (*select(model, phase.trainable), *updating_batch_norms(model, phase))}
     return next(stage for stage in STAGES if stage in changing)
 
 
 def cut(model: nn.Module, stage: str) -> tuple[nn.Sequential, nn.Sequential]:
-    """The network before `stage` (layer1..layer4 or head) and from there on; both share the model's modules.
+    """The network before `stage` (layer1..layer4 or head), and the rest of it. Both share the model's modules.
 
-    The first gives (B, C, H, W), before the head the pooled and flattened features (B, F).
+    The first part gives (B, C, H, W) or, before the head, the pooled and flattened features (B, F).
     """
     children = dict(model.named_children())
     modules: list[nn.Module] = [children[name] for name in _ORDER]

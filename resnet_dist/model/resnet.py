@@ -1,4 +1,4 @@
-"""Build a torchvision ResNet with one of our heads and stems, and say which stage a parameter belongs to."""
+"""Build a torchvision ResNet with one of our heads and stems; the stage of a parameter."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from resnet_dist.model.head import ConcatPool, LinearHead, deep_head, mlp
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a network is made of: enough to build it again. Stored in every checkpoint."""
+    """Everything that is needed to build a network again. Stored in every checkpoint."""
 
     name: str
     stem: str
@@ -25,7 +25,7 @@ class Architecture:
 
     @classmethod
     def of(cls, cfg: ModelConfig, num_classes: int) -> "Architecture":
-        """The architecture that the settings ask for."""
+        """The architecture of the settings."""
         hidden = () if cfg.head == "linear" else cfg.head_hidden
         return cls(
             name=cfg.model,
@@ -43,7 +43,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], num_classes: int) -> "Architecture":
-        """From the stored form. Raises ValueError where it is not one that can be built."""
+        """From the stored form. Raises ValueError if it cannot be built."""
         head = values.get("head")
         if values.get("architecture") not in ARCHITECTURES or values.get("stem") not in ("standard", "small"):
             raise ValueError(f"unknown architecture {values.get('architecture')!r} or stem {values.get('stem')!r}")
@@ -55,9 +55,9 @@ class Architecture:
             or not all(type(n) is int and 0 < n <= 65536 for n in hidden)
             or len(hidden) > 16
         ):
-            raise ValueError(f"hidden widths of the head {hidden!r} are not a short list of whole numbers")
+            raise ValueError(f"the hidden widths of the head must be at most 16 integers in 1..65536, not {hidden!r}")
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout {dropout!r} is not in 0..1")
+            raise ValueError(f"dropout must be in 0..1 (below 1), not {dropout!r}")
         return cls(
             name=values["architecture"],
             stem=values["stem"],
@@ -92,7 +92,7 @@ def build(architecture: Architecture) -> nn.Module:
 
 
 def empty(architecture: Architecture) -> nn.Module:
-    """The same network without memory for its weights: for names, shapes and counting."""
+    """The network on the meta device, without memory for its weights: for names, shapes and counting."""
     with torch.device("meta"):
         return build(architecture)
 

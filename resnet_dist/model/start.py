@@ -1,4 +1,4 @@
-"""Where the weights of a run start from, as one value that everything which depends on it asks."""
+"""Where the weights of a run come from: random, ImageNet, a file or another run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class StartingPoint:
 
     @classmethod
     def of(cls, weights: str, init_from: str | None) -> "StartingPoint":
-        """What the settings `--weights` and `--init-from` mean together."""
+        """From the settings `--weights` and `--init-from`."""
         if init_from is not None:
             return cls("run", init_from)
         if weights == "none":
@@ -30,17 +30,17 @@ class StartingPoint:
 
     @property
     def pretrained(self) -> bool:
-        """Whether training fine-tunes weights that have learnt something."""
+        """Whether the weights have been trained."""
         return self.kind != "random"
 
     @property
     def file(self) -> Path | None:
-        """The file of the user's that holds the weights; None for random and for torchvision's."""
+        """The user's file with the weights; None for random and for torchvision's weights."""
         if self.kind == "run":
             return best_of(self.source)
         return Path(self.source) if self.kind == "file" else None
 
     def __str__(self) -> str:
-        """In words."""
+        """For messages."""
         words = {"random": "random weights", "imagenet": f"torchvision's {self.source}", "file": self.source}
         return words.get(self.kind, f"the run {self.source}")

@@ -1,4 +1,4 @@
-"""What a network consists of: layers, output shapes, parameters, and FLOPs as torch's own counter counts them."""
+"""The layers of a network: output shapes, parameters, and FLOPs counted by torch's own counter."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer that does something.
+    """A layer that computes something.
 
-    `shape` is its output without the batch, `flops` those of a forward of one image (2 per multiply-add).
+    `shape`: of its output, without the batch. `flops`: of the forward of one image (2 per multiply-add).
     """
 
     name: str
@@ -27,7 +27,7 @@ class Layer:
 def summarise(model: nn.Module, img_size: int) -> list[Layer]:
     """The layers of a network in the order in which they run, for one image of (3, img_size, img_size).
 
-    Nothing is computed if the model is on the meta device; its mode is left as it was.
+    On the meta device nothing is computed. The training mode of the model is restored.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     names = {module: name for name, module in _leaves(model)}
@@ -62,6 +62,6 @@ def _flops_by_layer(counter: FlopCounterMode) -> dict[str, int]:
 
 
 def _layer(name: str, module: nn.Module, shape: tuple[int, ...], flops: int) -> Layer:
-    own = list(module.parameters(recurse=False))
-    trainable = sum(p.numel() for p in own if p.requires_grad)
-    return Layer(name, type(module).__name__, shape, sum(p.numel() for p in own), trainable, flops)
+    parameters = list(module.parameters(recurse=False))
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return Layer(name, type(module).__name__, shape, sum(p.numel() for p in parameters), trainable, flops)

@@ -1,4 +1,4 @@
-"""What learns: two axes, the parameters that take gradients and the BatchNorm statistics that update."""
+"""What learns in a phase: the parameters that get gradients, and the BatchNorm statistics that update."""
 
 from fnmatch import fnmatchcase
 
@@ -12,22 +12,22 @@ from resnet_dist.model.resnet import stage_of
 
 
 def select(model: nn.Module, text: str) -> list[str]:
-    """The names of the parameters that a selection means, in the model's order.
+    """The names of the parameters that a selection matches, in the model's order.
 
-    `text` holds words, taken from left to right, each adding or, with a leading -, taking away: `all`, a stage (head,
-    stem, layer1..layer4), `batchnorm` (weights and biases of the backbone's BatchNorm), or a pattern of parameter
-    names such as `layer4.1.*`. Raises UsageError for a word that means nothing and for an empty result.
+    `text` is a list of words, read from left to right. Each adds parameters or, with a leading -, removes them. A word
+    is `all`, a stage (head, stem, layer1..layer4), `batchnorm` (weights and biases of the backbone's BatchNorm), or a
+    pattern of parameter names such as `layer4.1.*`. Raises UsageError if a word or the whole text matches nothing.
     """
     chosen: set[str] = set()
     for word in text.replace(",", " ").split():
-        named = _meant(model, word.removeprefix("-"))
+        named = _matching(model, word.removeprefix("-"))
         chosen = chosen - named if word.startswith("-") else chosen | named
     if not chosen:
-        raise UsageError(f"--trainable '{text}' leaves nothing to learn")
+        raise UsageError(f"--trainable '{text}' selects no parameters")
     return [name for name, _ in model.named_parameters() if name in chosen]
 
 
-def _meant(model: nn.Module, word: str) -> set[str]:
+def _matching(model: nn.Module, word: str) -> set[str]:
     names = [name for name, _ in model.named_parameters()]
     if word == "all":
         return set(names)
@@ -37,13 +37,13 @@ def _meant(model: nn.Module, word: str) -> set[str]:
         return {f"{layer}.{kind}" for layer, _ in backbone_batch_norms(model) for kind in ("weight", "bias")}
     matching = {name for name in names if fnmatchcase(name, word) or fnmatchcase(name, f"{word}.*")}
     if not matching:
-        known = ", ".join(["all", *STAGES, "batchnorm"])
-        raise UsageError(f"--trainable: '{word}' matches nothing; there are {known} and names such as {names[3]}")
+        words = ", ".join(["all", *STAGES, "batchnorm"])
+        raise UsageError(f"--trainable: '{word}' matches nothing; use {words} or names such as {names[3]}")
     return matching
 
 
 def set_trainable(model: nn.Module, phase: Phase) -> None:
-    """Let exactly the parameters that the phase names take gradients."""
+    """Enable gradients for exactly the parameters that the phase selects."""
     chosen = set(select(model, phase.trainable))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
@@ -53,8 +53,8 @@ def set_trainable(model: nn.Module, phase: Phase) -> None:
 def updating_batch_norms(model: nn.Module, phase: Phase) -> list[str]:
     """The BatchNorm layers of the backbone whose statistics update in the phase.
 
-    All of them, none, or (where the phase does not say) those in stages of which something learns: the statistics of
-    a stage that is frozen would otherwise drift away under weights that cannot follow.
+    All of them, none, or (by default) those of stages with a parameter that learns: in a frozen stage, statistics that
+    update would drift away from the weights.
     """
     layers = [name for name, _ in backbone_batch_norms(model)]
     if phase.batch_norm_stats is not None:
@@ -64,7 +64,7 @@ def updating_batch_norms(model: nn.Module, phase: Phase) -> list[str]:
 
 
 def train_mode(model: nn.Module, phase: Phase) -> None:
-    """Training mode, but evaluation mode for the BatchNorm layers whose statistics are frozen in this phase."""
+    """Set training mode, but evaluation mode for BatchNorm layers whose statistics are frozen in this phase."""
     updating = set(updating_batch_norms(model, phase))
     model.train()
     for name, layer in backbone_batch_norms(model):
@@ -73,21 +73,21 @@ def train_mode(model: nn.Module, phase: Phase) -> None:
 
 @torch.no_grad()
 def batch_norm_of_one_value(model: nn.Module, phase: Phase, shape: tuple[int, int, int, int]) -> str | None:
-    """The first BatchNorm layer that would train on one value per channel for inputs of `shape` (B, 3, H, W), if any.
+    """The first BatchNorm layer that would train on one value per channel, for inputs of `shape` (B, 3, H, W), or None.
 
-    `model` is on the meta device, so nothing is computed; it is left in another mode.
+    `model` must be on the meta device, so that nothing is computed. Its training mode changes.
     """
-    found = []
+    offenders = []
     names = {module: name for name, module in model.named_modules()}
 
     def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if module.training and inputs[0].numel() == inputs[0].shape[1]:
-            found.append(names[module])
-            module.eval()  # torch would refuse it
+            offenders.append(names[module])
+            module.eval()  # in training mode torch would raise an error
 
     train_mode(model, phase)
     for module in names:
         if isinstance(module, BatchNorm):
             module.register_forward_pre_hook(look)
     model(torch.empty(*shape, device="meta"))
-    return next(iter(found), None)
+    return next(iter(offenders), None)

@@ -1,4 +1,4 @@
-"""Where weights come from: torchvision's, by name, checked by hash; or the user's file, never unpickled unsafely."""
+"""Pretrained weights: torchvision's, checked by hash, or the user's file, loaded without unpickling code."""
 
 import hashlib
 import http.client
@@ -23,13 +23,13 @@ from resnet_dist.errors import ArtifactError, MachineError, UsageError
 from resnet_dist.files.header import description_in
 from resnet_dist.model.resnet import Architecture, empty, stage_of
 
-MAX_WEIGHTS = 1 << 32  # bytes; a resnet152 with an optimizer's state beside it has a quarter of that
+MAX_WEIGHTS = 1 << 32  # bytes; four times a resnet152 with its optimizer state
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
-HOLDERS = ("state_dict", "model_state_dict", "model")  # what checkpoints of trainers call the tensors of the network
-WRAPPERS = ("module", "_orig_mod", "model")  # put before names by DDP, torch.compile, and trainers
+HOLDERS = ("state_dict", "model_state_dict", "model")  # where other trainers' checkpoints store the state dict
+WRAPPERS = ("module", "_orig_mod", "model")  # prefixes that DDP, torch.compile and trainers put before names
 NAMES = ("DEFAULT", "IMAGENET1K_V1", "IMAGENET1K_V2")
 Tensors = Mapping[str, torch.Tensor]
-DTYPES = {  # by their names in the header of a .safetensors file
+DTYPES = {  # by their names in the header of a safetensors file
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool, "C64": torch.complex64},
@@ -41,34 +41,34 @@ DAMAGED = (*_DAMAGED_PICKLE, RuntimeError, ValueError, TypeError, OSError)
 
 
 def named_weights(cfg: ModelConfig) -> torchvision.models.WeightsEnum | None:
-    """torchvision's entry for the weights that are asked for; None for `none` and for a file.
+    """torchvision's entry of the weights in `cfg`; None for `none` and for a file.
 
-    Raises UsageError where this architecture has no such weights.
+    Raises UsageError if this architecture has no such weights.
     """
     if cfg.weights not in NAMES:
         return None
-    known = torchvision.models.get_model_weights(cfg.model)
-    if cfg.weights not in known.__members__:
-        raise UsageError(f"--weights {cfg.weights}: {cfg.model} has {', '.join(known.__members__)}")
-    return known[cfg.weights]
+    available = torchvision.models.get_model_weights(cfg.model)
+    if cfg.weights not in available.__members__:
+        raise UsageError(f"--weights {cfg.weights}: {cfg.model} has {', '.join(available.__members__)}")
+    return available[cfg.weights]
 
 
 def preprocessing_of(weights: torchvision.models.WeightsEnum | None) -> Preprocessing:
-    """The preprocessing that the weights were trained for; ImageNet's usual one where that is not known."""
+    """The preprocessing that the weights were trained for; ImageNet's usual one if that is unknown."""
     if weights is None:
         return Preprocessing()
-    made = weights.transforms()
+    transforms = weights.transforms()
     return Preprocessing(
-        img_size=made.crop_size[0],
-        resize=made.resize_size[0],
-        interpolation=made.interpolation.value,
-        mean=tuple(made.mean),
-        std=tuple(made.std),
+        img_size=transforms.crop_size[0],
+        resize=transforms.resize_size[0],
+        interpolation=transforms.interpolation.value,
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
     )
 
 
 def preprocessing_in(file: Path) -> Preprocessing:
-    """The preprocessing that a checkpoint of resnet-dist names in its metadata; ImageNet's for any other file."""
+    """The preprocessing in the metadata of a resnet-dist checkpoint; ImageNet's for any other file."""
     described = description_in(file) if file.suffix == ".safetensors" else None
     if described is None:
         return Preprocessing()
@@ -79,15 +79,15 @@ def preprocessing_in(file: Path) -> Preprocessing:
 
 
 def cached_file(url: str) -> Path:
-    """Where torch keeps the download of `url` (TORCH_HOME is honoured)."""
+    """The file in torch's cache for the download of `url`. Follows TORCH_HOME."""
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
 
 
 def download(url: str) -> Path:
-    """The file behind `url`, from torch's cache or downloaded into it; its hash is checked either way.
+    """The file of `url`, from torch's cache or downloaded into it. Its hash is checked in both cases.
 
-    torchvision puts the first 8 hex digits of the sha256 into the name. Raises MachineError in one line that names the
-    way out where the network or the disk does not let it, and ArtifactError where the cached file is not that file.
+    The file name contains the first 8 hex digits of the sha256. Raises MachineError, with what to do instead, if
+    network or disk fail, and ArtifactError if the hash does not match.
     """
     file = cached_file(url)
     match = re.search(r"-([0-9a-f]{8,})\.", file.name)
@@ -101,15 +101,15 @@ def download(url: str) -> Path:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), hash_prefix=prefix, progress=False)
-    except RuntimeError as error:  # torch's word for a hash that does not fit
+    except RuntimeError as error:  # torch's error for a wrong hash
         raise ArtifactError(f"{url}: {error}") from None
     except (http.client.HTTPException, OSError) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
         reason = str(getattr(error, "reason", None) or error).strip()
         raise MachineError(
-            f"cannot download {url} ({reason}); put the file there by hand as {file}, "
-            f"or give --weights FILE, or --weights none"
+            f"cannot download {url} ({reason}); download it elsewhere and save it as {file}, "
+            f"or use --weights FILE or --weights none"
         ) from None
     finally:
         socket.setdefaulttimeout(old_timeout)
@@ -123,10 +123,10 @@ def sha256_of(file: Path) -> str:
 
 
 def read_tensors(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or .pth file, by their plain names; on the device "meta" without their values.
+    """The tensors of a .safetensors or .pth file, by their plain names; on the device "meta" without values.
 
-    A .pth is read with `weights_only=True` and may hold them under one of HOLDERS, or one in another. Names may have
-    any number of WRAPPERS before them. Raises ArtifactError.
+    A .pth is read with `weights_only=True`. It may be a state dict or hold one under keys of HOLDERS, also nested.
+    Names may have prefixes of WRAPPERS. Raises ArtifactError.
     """
     if not file.is_file():
         raise ArtifactError(f"{file}: there is no such weights file")
@@ -134,7 +134,7 @@ def read_tensors(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
         raise ArtifactError(f"{file}: larger than {MAX_WEIGHTS >> 30} GiB, not the weights of a ResNet")
     try:
         if file.suffix == ".safetensors":
-            return _unwrapped(file, _described(file) if device == "meta" else load_file(file, device))
+            return _unwrapped(file, _tensors_in_header(file) if device == "meta" else load_file(file, device))
         loaded = torch.load(file, map_location=device, weights_only=True)
     except SafetensorError as error:
         raise ArtifactError(f"{file}: not a safetensors file ({error})") from None
@@ -151,17 +151,17 @@ def read_tensors(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     return _unwrapped(file, loaded)
 
 
-def _described(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file without their values, from its header alone."""
-    found = {}
+def _tensors_in_header(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file on the meta device, from its header alone."""
+    tensors = {}
     with safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118 - no mapping
             part = opened.get_slice(name)
             kind = DTYPES.get(part.get_dtype())
             if kind is None:
                 raise ValueError(f"{name} has the type {part.get_dtype()}")
-            found[name] = torch.empty(part.get_shape(), dtype=kind, device="meta")
-    return found
+            tensors[name] = torch.empty(part.get_shape(), dtype=kind, device="meta")
+    return tensors
 
 
 def _unwrapped(file: Path, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -174,7 +174,7 @@ def _unwrapped(file: Path, tensors: Tensors) -> dict[str, torch.Tensor]:
 
 
 def _plain_name(name: str) -> str:
-    """Without wrappers before it, and without torch.compile's in it, which parts compiled by themselves have."""
+    """The name without prefixes, and without torch.compile's `_orig_mod` anywhere in it."""
     parts = name.split(".")
     while parts[0] in WRAPPERS and len(parts) > 1:
         parts.pop(0)
@@ -182,7 +182,7 @@ def _plain_name(name: str) -> str:
 
 
 def _unpacked_bytes(file: Path) -> int:
-    """What reading the file takes: a .pth is a zip archive, whose parts may be packed."""
+    """The bytes that reading the file takes. A .pth is a zip archive, which may be compressed."""
     size = file.stat().st_size
     try:
         with zipfile.ZipFile(file) as archive:
@@ -192,7 +192,7 @@ def _unpacked_bytes(file: Path) -> int:
 
 
 def load_backbone(model: nn.Module, tensors: Tensors, architecture: Architecture, source: str) -> None:
-    """Copy everything but the head from `tensors` into the model. Raises ArtifactError that says what does not fit."""
+    """Copy everything but the head from `tensors` into the model. Raises ArtifactError with what does not fit."""
     given = check_backbone(tensors, architecture, source)
     damaged = [name for name, value in given.items() if not torch.isfinite(value).all()]
     if damaged:
@@ -201,7 +201,7 @@ def load_backbone(model: nn.Module, tensors: Tensors, architecture: Architecture
 
 
 def check_backbone(tensors: Tensors, architecture: Architecture, source: str) -> Tensors:
-    """Those of the tensors that are not the head's, on any device. Raises ArtifactError that says what does not fit."""
+    """The tensors that do not belong to the head, on any device. Raises ArtifactError with what does not fit."""
     wanted = {name: value for name, value in empty(architecture).state_dict().items() if stage_of(name) != "head"}
     given = {name: value for name, value in tensors.items() if stage_of(name) != "head"}
     problems = _misfits(wanted, given)
@@ -230,7 +230,7 @@ def _misfits(wanted: Tensors, given: Tensors) -> list[str]:
 
 
 def _kind_of(tensor: torch.Tensor) -> str:
-    """What a tensor holds, whatever its precision."""
+    """The kind of values in a tensor, of any precision."""
     plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_complex()
     return ("real" if tensor.is_floating_point() else "whole") + " numbers" if plain else "another kind of tensor"
 
@@ -240,7 +240,7 @@ def _more(problems: list[str]) -> str:
 
 
 def _fitting(given: Tensors) -> str:
-    """`; it fits resnet34` where one of the architectures has just these names and shapes."""
+    """`; it fits --model resnet34` if one of the architectures has exactly these names and shapes."""
     for name in ARCHITECTURES:
         for stem in ("standard", "small"):
             other = empty(

@@ -77,7 +77,7 @@ def test_other_classes_bring_the_backbone_and_a_new_head(old: Path, tmp_path: Pa
     job = started(old, data, tmp_path / "new")
     assert equal(weights_of(job), load_file(old / BEST), head=False)
     assert weights_of(job)["fc.3.weight"].shape == (4, 7)
-    assert said_of(job, old).endswith("new head (of its 3 classes 2 are here too)")
+    assert said_of(job, old).endswith("new head (2 of its 3 classes are also here)")
 
 
 def test_as_many_other_classes_do_not_bring_the_head(old: Path, tmp_path: Path) -> None:
