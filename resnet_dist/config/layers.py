@@ -321,7 +321,9 @@ def below(cls: type, typed: dict[str, Any]) -> tuple[Layer, list[str]]:
     layer = merge(stored, read_toml(file) if file else {})
     old = None if stored else typed.get("init_from") or _value(layer, "run", "init_from")
     if old is not None and "weights" in typed:
-        problems.append(f"--weights {typed['weights']} and --init-from {old} both say where to start: give one of them")
+        problems.append(
+            f"--weights {typed['weights']} and --init-from {old} both set the initial weights: give one of them"
+        )
     if stored and recipe is not None and recipe != stored.get("recipe"):
         problems.append(f"--recipe {recipe}: a resumed run keeps its recipe ({stored.get('recipe', 'none')})")
     name = layer.get("recipe") if stored else recipe or layer.get("recipe")
@@ -364,9 +366,8 @@ def _set_phases(cls: type, layer: Layer, typed: Mapping[str, Any], settings: Seq
         if len(phases) == 1:
             phases[0][option.name], changed = typed[option.name], True
         else:
-            problems.append(
-                f"{option.flag} is unclear with {len(phases)} phases: say --phase N.{option.name}={typed[option.name]}"
-            )
+            setting = f"--phase N.{option.name}={typed[option.name]}"
+            problems.append(f"{option.flag} is ambiguous with {len(phases)} phases: give {setting}")
     for text in settings:
         place, _, value = text.partition("=")
         number, _, name = place.partition(".")

@@ -1,7 +1,7 @@
-"""Every setting, as frozen dataclasses. The string under a field is its help text; `problems()` lists what is wrong.
+"""Every setting, as frozen dataclasses. The string below a field is its help text; `problems()` lists what is wrong.
 
-A setting's way is one way: recipe < TOML file < command line -> these classes -> one reader in the code. A value of
-None means automatic: it is decided later, from what is known then, and printed with its reason.
+Settings come from recipe < TOML file < command line or Python keywords, end up in these classes, and each has one
+reader in the code. None means automatic: the value is decided later and printed with its reason.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Literal
 
 from resnet_dist.config.duration import Duration
 from resnet_dist.config.fields import option, out_of_range
+from resnet_dist.runtime.wording import counted
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BEST_METRICS = {"top1": "max", "top5": "max", "macro_f1": "max", "loss": "min"}
@@ -21,39 +22,40 @@ STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to learn from: images, split and batches."""
+    """The images, their split and the batches."""
 
     data: str | None = option(None, "--data", "--train-dir", positional=True)
-    """A folder with train/ and val/, or one folder of class folders, or a CSV manifest (path,label[,split])."""
+    """A folder with train/ and val/, a folder of class folders, or a CSV manifest (path,label[,split])."""
     val_dir: str | None = option(None, "--validation-dir")
     """A separate folder of class folders for validation."""
     val_split: float = option(0.2, "--train-val-split")
-    """Share of every class held out for validation where DATA is not split already."""
+    """Share of each class to hold out for validation, if DATA is not split already."""
     split_seed: int = 0
     """Seed of that split."""
     group_by: str | None = None
-    """Regular expression on the relative path; images whose matches are equal stay on one side of the split."""
+    """Regular expression on the relative path; images with the same match stay on the same side of the split."""
     exclude_list: str | None = None
-    """Images to leave out: a CSV with a column path, or one path per line, relative to DATA as in predictions.csv."""
+    """File that lists images to leave out: a CSV with a column path, or one path per line, relative to DATA."""
     check: Literal["headers", "full"] = "headers"
-    """Before training, look at the header of every image, or decode them all."""
+    """What to check before training: the header of every image, or the whole image (it is decoded)."""
     bad_images: Literal["error", "skip"] = "error"
-    """What to do with images that this finds unusable; skipped ones are listed in bad_images.txt."""
+    """What to do with unusable images; skipped ones are listed in bad_images.txt."""
     max_bad_share: float = 0.01
-    """More than this share of unusable images is an error even with --bad-images skip."""
+    """Largest share of unusable images that --bad-images skip accepts."""
     batch_size: int = option(32, "-b", "--per-device-train-batch-size")
-    """Images in a batch, per process."""
+    """Images per batch and process."""
     global_batch_size: int | None = None
-    """Images in an optimizer step, over processes and accumulated batches; replaces --batch-size; a resume keeps it."""
+    """Images per optimizer step, over all processes and accumulated batches; replaces --batch-size."""
     eval_batch_size: int | None = option(None, "--per-device-eval-batch-size", "--val-batch-size")
-    """Images in an evaluation batch, per process (default: --batch-size)."""
+    """Images per evaluation batch and process (default: --batch-size)."""
     drop_last: bool = False
-    """Leave the last, incomplete global batch of an epoch out; otherwise it is filled up from the epoch's start."""
+    """Drop the last global batch of an epoch if it is incomplete; without this, images from the start of the epoch fill
+    it up."""
     workers: int | None = option(None, "-j", "--num-workers", "--dataloader-num-workers")
-    """Loader processes per training process (default: from cores and processes)."""
+    """Data loading processes per training process (default: from the number of cores)."""
     cache: Literal["none", "ram", "disk", "device", "auto"] = "auto"
-    """Keep decoded images (the same pixels): ram; disk; device (a GPU keeps those without random changes; else as ram);
-    auto (ram where they fit in half of what is free)."""
+    """Where to cache decoded images: ram, disk, or device (GPU memory, if the images have no random changes on the CPU;
+    otherwise ram); auto: ram, if the images fit in half of the free memory. The pixels are the same."""
     cache_dir: str | None = None
     """Folder of --cache disk (default: resnet-dist in the user's cache folder)."""
 
@@ -67,7 +69,7 @@ class DataConfig:
         yield from out_of_range(self, 0, 1024, "workers")
         yield from out_of_range(self, 0, 1, "max_bad_share")
         if self.cache_dir is not None and self.cache != "disk":
-            yield f"--cache-dir applies to --cache disk only, not to {self.cache}"
+            yield f"--cache-dir needs --cache disk, not {self.cache}"
         if self.group_by is not None:
             try:
                 re.compile(self.group_by)
@@ -77,15 +79,15 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """From a decoded image to the network's input, in training, evaluation and prediction alike."""
+    """How a decoded image becomes the input of the network, in training, evaluation and prediction alike."""
 
     img_size: int | None = option(None, "--imgsz", "--image-size")
-    """Side of the square input in pixels (default: what the weights were trained for, 224)."""
+    """Side of the square input in pixels (default: from the weights, 224)."""
     resize: int | None = option(None, "--eval-resize", "--val-resize-size")
-    """Short side before the central crop, for --resize-mode crop (default: from the weights)."""
+    """Length of the short side before the central crop, for --resize-mode crop (default: from the weights)."""
     resize_mode: Literal["crop", "squash", "pad"] | None = None
-    """crop: resize the short side and cut the centre; squash: ignore the aspect ratio; pad: fit the long side
-    (default: from the weights, crop)."""
+    """crop: resize the short side, then crop the centre; squash: resize both sides, ignoring the aspect ratio; pad:
+    resize the long side, then pad the short one (default: from the weights, crop)."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """Filter of the (antialiased) resize (default: from the weights, bilinear)."""
     mean: tuple[float, ...] | None = None
@@ -99,41 +101,44 @@ class PreprocessConfig:
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != 3:
-                yield f"--{name} has {len(values)} values: three are needed, one per channel"
+                yield f"--{name}: three values are needed, one per channel, not {len(values)}"
         yield from out_of_range(self, 0, 1, "mean")
         yield from out_of_range(self, 0, 1, "std", open_low=True)
         if self.resize is not None and self.resize_mode not in (None, "crop"):
-            yield f"--resize applies to --resize-mode crop only, not to {self.resize_mode}"
+            yield f"--resize needs --resize-mode crop, not {self.resize_mode}"
         if self.resize is not None and self.img_size is not None and self.resize < self.img_size:
-            yield f"--resize {self.resize} is below --img-size {self.img_size}: the crop would not fit"
+            yield f"--resize {self.resize} is smaller than --img-size {self.img_size}: the crop would not fit"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes to the training images; a pure function of seed, epoch and image."""
+    """Random changes to the training images. They depend on the seed, the epoch and the image only."""
 
     aug: Literal["none", "basic", "trivial", "randaug"] = option("basic", "--augment", "--aa")
-    """none: the evaluation geometry; basic: crop, flip and what is set below; trivial, randaug: that policy too."""
+    """none: as in evaluation; basic: random crop and flip, and the options below; trivial (TrivialAugment) and randaug
+    (RandAugment) add their policy."""
     crop: Literal["random-resized", "random-pad"] = "random-resized"
-    """random-resized: a random area and aspect ratio; random-pad: resize, pad by --crop-padding, cut at random."""
+    """random-resized: a crop of random area and aspect ratio; random-pad: resize, pad by --crop-padding, crop at
+    random."""
     crop_scale: tuple[float, ...] = (0.08, 1.0)
-    """Smallest and largest share of the area for random-resized."""
+    """Smallest and largest share of the image area for --crop random-resized."""
     scaled_decode: bool = False
-    """For random-resized, decode large JPEGs at 1/2, 1/4 or 1/8, down to twice --img-size (faster; other pixels)."""
+    """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size, down to twice --img-size, for --crop random-resized: faster,
+    but the pixels differ slightly."""
     crop_padding: int = 4
-    """Pixels of black added on every side for random-pad."""
+    """Black pixels added on every side for --crop random-pad."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     rotation: float = 0.0
-    """Largest rotation to either side, in degrees."""
+    """Largest random rotation to either side, in degrees."""
     color_jitter: float = 0.0
     """Strength of brightness, contrast and saturation jitter, 0..1."""
     erasing: float = option(0.0, "--random-erase", "--reprob")
-    """Probability of erasing a random rectangle (filled with the mean colour)."""
+    """Probability of erasing a random rectangle; it is filled with the mean colour."""
     mixup: float = option(0.0, "--mixup-alpha")
     """MixUp: parameter of Beta(a, a); 0 is off."""
     cutmix: float = option(0.0, "--cutmix-alpha")
-    """CutMix: parameter of Beta(a, a); 0 is off. With MixUp also on, each pair takes one of the two."""
+    """CutMix: parameter of Beta(a, a); 0 is off. If MixUp is on too, each pair of images takes one of the two."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
@@ -143,7 +148,7 @@ class AugmentConfig:
         yield from out_of_range(self, 0, 512, "crop_padding")
         scale = self.crop_scale
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-            yield "--crop-scale needs two shares of the area such as 0.08,1.0"
+            yield "--crop-scale needs two shares of the area, such as 0.08,1.0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,17 +156,19 @@ class ModelConfig:
     """The network."""
 
     model: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = option("resnet50", "--arch")
-    """Which torchvision ResNet."""
+    """The torchvision ResNet to train."""
     weights: str = "DEFAULT"
     """Pretrained weights: DEFAULT, IMAGENET1K_V1, IMAGENET1K_V2, none, or a .safetensors or .pth file."""
     head: Literal["linear", "mlp", "concat-pool"] = "linear"
-    """linear; mlp (hidden layers with ReLU and dropout); concat-pool (average and max pooling, the deeper head)."""
+    """linear: one layer; mlp: hidden layers with ReLU and dropout; concat-pool: average and max pooling, then hidden
+    blocks."""
     head_hidden: tuple[int, ...] = (512,)
     """Widths of the hidden layers of the heads mlp and concat-pool."""
     dropout: float = option(0.0, "--drop")
-    """Dropout before the last layer (and in the hidden blocks of the deeper heads)."""
+    """Dropout before the last layer, and in the hidden layers of the heads mlp and concat-pool."""
     stem: Literal["standard", "small"] = "standard"
-    """standard: 7x7 stride 2 and max pooling; small: 3x3 stride 1, for images of about 32 pixels."""
+    """standard: 7x7 convolution with stride 2 and max pooling; small: 3x3 with stride 1, for images of about 32
+    pixels."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
@@ -181,15 +188,16 @@ class OptimConfig:
     opt: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"] = option("sgd", "--optimizer")
     """Optimizer."""
     lr: float | None = option(None, "--learning-rate")
-    """Base learning rate, that of the head (default: by optimizer and by what learns)."""
+    """Base learning rate, used for the head (default: depends on the optimizer and on what learns)."""
     lr_base_size: int | None = None
-    """Scale the learning rates linearly, by the global batch over this number (default: not at all)."""
+    """Multiply the learning rates by the global batch size divided by this number (default: no scaling)."""
     lr_backbone: float | None = None
-    """Learning rate of everything but the head."""
+    """Learning rate of the backbone: everything but the head."""
     lr_decay_per_stage: float | None = option(None, "--layer-decay")
-    """Factor from one stage to the next, from the head down to the stem."""
+    """Layer-wise decay: factor of the learning rate from each stage to the next one below, from the head to the
+    stem."""
     lr_groups: dict[str, float] | None = None
-    """Learning rates by stage, such as "stem=1e-5 layer4=1e-4 head=1e-3"; a stage left out has --lr."""
+    """Learning rates by stage, such as "stem=1e-5 layer4=1e-4 head=1e-3"; other stages use --lr."""
     momentum: float | None = None
     """Momentum of sgd and rmsprop (default: 0.9 for sgd, 0 for rmsprop)."""
     nesterov: bool = False
@@ -199,9 +207,9 @@ class OptimConfig:
     decay_norm_and_bias: bool = False
     """Apply the weight decay to BatchNorm and biases too."""
     clip_grad: float | None = option(None, "--clip-grad-norm", "--max-grad-norm")
-    """Clip the norm of the gradient to this."""
+    """Largest norm of the gradient; a larger one is scaled down to it (default: no clipping)."""
     grad_accum: int = option(1, "--gradient-accumulation-steps", "--accumulate")
-    """Batches whose gradients are added up before an optimizer step."""
+    """Gradient accumulation: batches per optimizer step."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
@@ -216,30 +224,30 @@ class OptimConfig:
         ways = {"lr_backbone", "lr_decay_per_stage", "lr_groups"}
         given = sorted(f"--{w.replace('_', '-')}" for w in ways if getattr(self, w) is not None)
         if len(given) > 1:
-            yield f"{' and '.join(given)} say the same thing in different ways: give one of them"
+            yield f"{' and '.join(given)} both set the learning rate of the backbone: give one of them"
         for stage, lr in (self.lr_groups or {}).items():
             if stage not in STAGES:
-                yield f"--lr-groups: no stage '{stage}'; there are {', '.join(STAGES)}"
+                yield f"--lr-groups: there is no stage '{stage}'; the stages are {', '.join(STAGES)}"
             if not lr >= 0:
                 yield f"--lr-groups: {stage}={lr:g} must be at least 0"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """How the learning rates change; counted in epochs or optimizer steps, within each phase."""
+    """How the learning rates change within each phase, by epochs or optimizer steps."""
 
     sched: Literal["step", "multistep", "cosine", "onecycle", "plateau", "constant"] = option("step", "--lr-scheduler")
-    """Schedule."""
+    """Learning rate schedule."""
     lr_step_size: Duration = option(Duration(7), "--step-size", "--decay-epochs")
-    """step: length of a stair (7, or 200steps)."""
+    """For step: epochs or steps between two reductions (7, or 200steps)."""
     lr_gamma: float = option(0.1, "--gamma", "--decay-rate")
-    """step, multistep, plateau: factor at each stair."""
+    """For step, multistep and plateau: factor of each reduction."""
     lr_milestones: tuple[Duration, ...] = option((Duration(30), Duration(60), Duration(90)), "--decay-milestones")
-    """multistep: when the stairs come."""
+    """For multistep: when the rate is reduced."""
     plateau_patience: int = option(2, "--patience-epochs")
-    """plateau: epochs without a lower validation loss before the rate falls."""
+    """For plateau: epochs without a lower validation loss before the rate is reduced."""
     warmup: Duration = option(Duration(0), "--warmup-epochs", "--lr-warmup-epochs")
-    """Linear warm-up at the start of each phase, before the schedule (0.5, or 100steps)."""
+    """Length of the linear warmup at the start of each phase (0.5, or 100steps)."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
@@ -250,7 +258,7 @@ class ScheduleConfig:
         if self.sched == "multistep" and not self.lr_milestones:
             yield "--sched multistep needs --lr-milestones such as 5,8"
         if self.sched == "onecycle" and self.warmup.value > 0:
-            yield "--sched onecycle warms up by itself: leave --warmup out"
+            yield "--sched onecycle has its own warmup: leave --warmup out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,63 +266,64 @@ class LossConfig:
     """The loss."""
 
     loss: Literal["ce", "focal"] = "ce"
-    """ce: cross-entropy; focal: focal loss, which turns from easy samples to hard ones."""
+    """ce: cross-entropy; focal: focal loss, which gives hard samples more weight."""
     focal_gamma: float = 2.0
     """Focusing parameter of the focal loss."""
     label_smoothing: float = option(0.0, "--smoothing")
     """Label smoothing of the cross-entropy, 0..1."""
     class_weights: str = "none"
-    """none; balanced (inverse class frequency); or a TOML file with a weight for every class name."""
+    """none, balanced (by inverse class frequency), or a TOML file with a weight for each class name."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
         yield from out_of_range(self, 0, 1, "label_smoothing")
         yield from out_of_range(self, 0, 100, "focal_gamma")
         if self.loss == "focal" and self.label_smoothing:
-            yield "--label-smoothing belongs to --loss ce, not to focal"
+            yield "--label-smoothing needs --loss ce, not focal"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The length of the run, its seed and what it keeps."""
+    """The length of the run, its seed, and what it writes."""
 
     epochs: int = option(10, "--num-train-epochs")
-    """Epochs in all; the last phase takes what the phases before it leave."""
+    """Number of epochs over all phases; the last phase takes the rest."""
     seed: int = 0
-    """Seed of initialisation, order, augmentation and dropout."""
+    """Seed of initialisation, data order, augmentation and dropout."""
     best_metric: Literal["top1", "top5", "loss", "macro_f1"] = "top1"
-    """What decides which checkpoint is the best."""
+    """Validation metric that selects the best checkpoint."""
     ema: bool = option(False, "--model-ema")
-    """Keep an exponential moving average of the weights and evaluate it too."""
+    """Also keep and evaluate an exponential moving average of the weights."""
     ema_decay: float = option(0.999, "--model-ema-decay")
-    """Decay of that average per optimizer step, warmed up as min(decay, (1 + step) / (10 + step))."""
+    """Decay of the average per optimizer step; it warms up as min(decay, (1 + step) / (10 + step))."""
     patience: int = option(0, "--early-stopping-patience")
-    """End the phase after so many epochs without a better score; 0 is off."""
+    """Early stopping: end the phase after this many epochs without a better score; 0 is off."""
     tracker: tuple[str, ...] = option((), "--report-to", "--log-with")
-    """Send metrics to trackers that Accelerate knows, such as tensorboard,wandb,mlflow."""
+    """Experiment trackers that Accelerate supports, such as tensorboard,wandb,mlflow."""
     time_limit: float | None = None
-    """Stop after so many minutes, with everything written."""
+    """Stop after this many minutes; the best checkpoint and the report are written as usual."""
     save_every: Duration = option(Duration(1), "--checkpoint-every", "--save-steps")
-    """How often a checkpoint to resume from is written (1epochs, or 200steps)."""
+    """How often to write a checkpoint to resume from (1epochs, or 200steps)."""
     keep_last: int = option(2, "--save-total-limit", "--checkpoint-hist")
-    """How many of those checkpoints are kept; the best one is apart from them."""
+    """Number of these checkpoints to keep; the best checkpoint is kept in addition."""
     log_every: int = option(10, "--log-interval", "--logging-steps", "--print-freq")
     """Optimizer steps between two lines of metrics.jsonl."""
     report: bool = True
-    """Draw the plots and write report.html when training ends; `resnet-dist report RUN` does so later."""
+    """Draw the plots and write report.html at the end; `resnet-dist report RUN` does it later."""
     output_dir: str | None = option(None, "-o", "--output")
     """The run folder (default: runs/<model>-<recipe>-<time>)."""
     random_stream: int | None = None
-    """Which of the seed's random streams orders and augments (default: 0; with --init-from one after the old run's)."""
+    """Random stream of data order and augmentation for this seed (default: 0; with --init-from, the old run's plus
+    1)."""
     init_from: str | None = None
-    """A new run from the best weights of an old one: its folder, or a checkpoint (.safetensors); replaces --weights."""
+    """Start a new run from the best weights of this run folder or checkpoint (.safetensors); replaces --weights."""
     resume: str | None = option(None, "--resume-from-checkpoint")
-    """Go on with an interrupted run: its folder, or auto (the run that --output-dir holds, or a new one). A
+    """Continue an interrupted run: its folder, or auto (the run in --output-dir, or a new run if there is none). A
     finished run is never replaced."""
     overwrite: bool = option(False, "--overwrite-output-dir")
-    """Replace the run that --output-dir holds; files that the program did not write stay."""
+    """Replace the run in --output-dir; files that this program did not write are kept."""
     dry_run: bool = False
-    """Print the plan (what learns, learning rates, steps, batches) and stop."""
+    """Print the plan (what learns, learning rates, steps, batches), then stop."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
@@ -325,9 +334,9 @@ class RunConfig:
             yield f"--save-every {self.save_every}: must be whole epochs or steps, at least 1"
         yield from out_of_range(self, 1, math.inf, "keep_last")
         if self.resume == "auto" and self.output_dir is None:
-            yield "--resume auto needs --output-dir, to know which run"
+            yield "--resume auto needs --output-dir, the folder of the run"
         if self.resume is not None and self.overwrite:
-            yield "--resume and --overwrite contradict each other"
+            yield "--resume and --overwrite contradict each other: give one of them"
         if not 0 <= self.ema_decay < 1:
             yield f"--ema-decay {self.ema_decay:g}: must be at least 0 and below 1"
         if not 0 <= self.seed < 2**63:
@@ -336,30 +345,34 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SystemConfig:
-    """How the machine is used; nothing here is meant to change what is learnt."""
+    """How the machine is used: precision, threads, memory, compilation."""
 
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = option("auto", "--amp-dtype")
-    """auto: what the launcher says, else bf16 where the hardware has it, fp16 on older GPUs, no on other CPUs."""
+    """auto: the launcher's choice; without one bf16 if the hardware has it, fp16 on older GPUs, and no on other
+    CPUs."""
     tf32: bool = True
-    """Let GPUs use TF32 in float32 products while training (written-down evaluations never do)."""
+    """Let GPUs use TF32 for float32 matrix products in training; the reported evaluation never does."""
     threads: int | None = None
-    """CPU threads per process (default: cores divided by the processes of this machine)."""
+    """CPU threads per process (default: the cores of this machine divided by its processes)."""
     keep_memory: bool = True
-    """On a CPU, keep the memory that tensors free for the next ones: faster, up to a fifth more of it at the peak."""
+    """On a CPU, reuse the memory of freed tensors: faster, but the peak is up to a fifth higher."""
     sync_bn: Literal["auto", "on", "off"] = "auto"
-    """BatchNorm over the batches of all processes; auto: on GPUs when it trains on under 16 images per process."""
+    """Synchronise BatchNorm over all processes; auto: on GPUs, if BatchNorm trains on fewer than 16 images per
+    process."""
     ddp_comm_hook: Literal["none", "bf16"] = "none"
-    """bf16: send gradients between processes in 16 bits (for slow networks)."""
+    """bf16: exchange gradients between processes in 16 bits, for slow networks."""
     autotune: bool = False
-    """Before training, try for some seconds which precision and how many loader processes are fastest here."""
+    """Before training, measure for some seconds which precision and how many loading processes are fastest here."""
     compile: Literal["auto", "on", "off"] = option("auto", "--torchcompile")
-    """Compile the network for training; auto: on GPUs, once enough steps are left to win the time back."""
+    """torch.compile the network for training; auto: on GPUs, if enough steps are left to make up for the compile
+    time."""
     cache_features: str = "auto"
-    """auto: keep what frozen stages make of images that never change; off; or a number of random views to keep."""
+    """Cache the output of the frozen stages: auto (if no augmentation changes the images), off, or a number of
+    augmented views per image."""
     dist_timeout: float = 30.0
-    """Minutes after which a process that waits for another gives up."""
+    """Minutes that a process waits for another one before it gives up."""
     deterministic: bool = False
-    """Ask torch for deterministic algorithms (slower on GPUs)."""
+    """Use deterministic algorithms (slower on GPUs)."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
@@ -372,18 +385,18 @@ class SystemConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One stretch of training in which the same parameters learn."""
+    """A part of the run in which the same parameters learn."""
 
     epochs: int | None = None
-    """Length; the last phase takes the rest of --epochs."""
+    """Number of epochs; the last phase takes the rest of --epochs."""
     trainable: str = "all"
-    """What learns: all, head, stem, layer1..layer4, batchnorm, or patterns of parameter names; -NAME takes away."""
+    """What learns: all, head, stem, layer1..layer4, batchnorm, or patterns of parameter names; -NAME excludes."""
     batch_norm_stats: Literal["update", "frozen"] | None = None
-    """BatchNorm statistics of the backbone (default: they update in the stages that learn)."""
+    """BatchNorm statistics of the backbone (default: update in the stages that learn)."""
     lr_scale: float = 1.0
-    """Factor on every learning rate of this phase."""
+    """Factor of all learning rates in this phase."""
     backbone_lr_scale: float | None = None
-    """Learning rate of everything but the head, as a share of the head's."""
+    """Learning rate of the backbone divided by that of the head."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
@@ -421,31 +434,32 @@ class TrainConfig:
 
     def _across_sections(self) -> Iterator[str]:
         if not self.phase:
-            yield "no [[phase]]: at least one is needed"
+            yield "there is no [[phase]]: at least one is needed"
         *earlier, last = self.phase or (Phase(),)
         for number, phase in enumerate(earlier, 1):
             if phase.epochs is None:
-                yield f"phase {number}: only the last phase may leave its epochs out"
+                yield f"phase {number}: epochs are missing; only the last phase may leave them out"
         before = sum(phase.epochs or 0 for phase in earlier)
         if earlier and before >= self.run.epochs:
-            yield f"--epochs {self.run.epochs}: the phases before the last take {before}, so at least {before + 1}"
+            lowest = f"must be at least {before + 1}, as the phases before the last take {before}"
+            yield f"--epochs {self.run.epochs}: {lowest}"
         elif last.epochs not in (None, self.run.epochs - before):
-            rest = self.run.epochs - before
-            yield f"phase {len(self.phase)}: {last.epochs} epochs, but --epochs {self.run.epochs} leaves it {rest}"
+            rest = f"--epochs {self.run.epochs} leaves {self.run.epochs - before} for it"
+            yield f"phase {len(self.phase)}: {counted(last.epochs or 0, 'epoch')}, but {rest}"
         if self.system.cache_features.isdecimal() and (self.augment.mixup or self.augment.cutmix):
-            yield f"--cache-features {self.system.cache_features}: MixUp and CutMix mix pixels, not features"
+            yield f"--cache-features {self.system.cache_features} does not work with MixUp and CutMix, which mix pixels"
         if self.run.init_from is not None and self.model.weights != "none":
-            yield f"--init-from and --weights {self.model.weights} both say where to start: give one of them"
+            yield f"--init-from and --weights {self.model.weights} both set the initial weights: give one of them"
         if self.data.global_batch_size is None:
             yield from self.problems_of_batch(self.data.batch_size)
 
     def problems_of_batch(self, batch_size: int) -> Iterator[str]:
-        """What is wrong with that many images per process."""
+        """What is wrong with this batch size per process."""
         if (self.augment.mixup or self.augment.cutmix) and batch_size % 2:
-            yield f"--batch-size {batch_size}: MixUp and CutMix pair images, so it must be even"
+            yield f"--batch-size {batch_size}: must be even, as MixUp and CutMix pair images"
 
     def with_phase_epochs(self) -> "TrainConfig":
-        """The same with the length of every phase written out."""
+        """The same config with the epochs of every phase filled in."""
         *earlier, last = self.phase
         rest = self.run.epochs - sum(phase.epochs or 0 for phase in earlier)
         return dataclasses.replace(self, phase=(*earlier, dataclasses.replace(last, epochs=rest)))

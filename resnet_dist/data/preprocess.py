@@ -14,10 +14,12 @@ def preprocessing(cfg: PreprocessConfig, base: Preprocessing | None = None) -> P
     img_size = cfg.img_size or base.img_size
     mode = cfg.resize_mode or base.resize_mode
     if cfg.resize is not None and mode != "crop":
-        raise UsageError(f"--resize applies to --resize-mode crop only, and these weights have {mode}")
+        raise UsageError(f"--resize needs --resize-mode crop, and these weights have {mode}")
     resize = cfg.resize or round(base.resize * img_size / base.img_size)
     if mode == "crop" and resize < img_size:
-        raise UsageError(f"--resize {resize} is below the image size {img_size} of the weights: the crop would not fit")
+        raise UsageError(
+            f"--resize {resize} is smaller than the image size {img_size} of the weights: the crop would not fit"
+        )
     mean, std = (cfg.mean or base.mean), (cfg.std or base.std)
     return Preprocessing(
         img_size=img_size,

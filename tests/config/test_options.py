@@ -256,15 +256,18 @@ def test_every_switch_can_be_turned_off(toml: Write) -> None:
         (["--warmup", "long"], "'long' is not a duration such as 7, 0.5epochs or 200steps"),
         (["--lr-milestones", "3,x"], "'x' is not a duration"),
         (["--lr-groups", "head"], 'must be pairs such as "layer4=1e-4 head=1e-3"'),
-        (["--lr-groups", "neck=1"], "no stage 'neck'; there are stem, layer1"),
-        (["--mean", "0.5"], "--mean has 1 values: three are needed"),
+        (["--lr-groups", "neck=1"], "there is no stage 'neck'; the stages are stem, layer1"),
+        (["--mean", "0.5"], "--mean: three values are needed, one per channel, not 1"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--hflip", "1.5"], "--hflip 1.5: must be at least 0 and at most 1"),
         (["--lr"], "--lr"),
         (["-c", "nowhere.toml"], "nowhere.toml: cannot be read (No such file or directory)"),
-        (["--lr-backbone", "1", "--layer-decay", "0.5"], "--lr-backbone and --lr-decay-per-stage say the same"),
+        (
+            ["--lr-backbone", "1", "--layer-decay", "0.5"],
+            "--lr-backbone and --lr-decay-per-stage both set the learning rate",
+        ),
         (["--stem", "small"], "--stem small has no pretrained weights DEFAULT: add --weights none"),
-        (["--recipe", "discriminative", "--epochs", "1"], "the phases before the last take 1, so at least 2"),
+        (["--recipe", "discriminative", "--epochs", "1"], "must be at least 2, as the phases before the last take 1"),
         (["--mixup", "0.2", "--batch-size", "7"], "must be even"),
         (["--group-by", "("], "is not a regular expression"),
     ],
@@ -368,7 +371,7 @@ def test_phase_options_are_for_one_phase(option: str, value: str, field: str) ->
     for arguments in ([], ["--recipe", "bn-only"]):
         assert str(getattr(config(*arguments, option, value).phase[0], field)) == value
     (line,) = problems("--recipe", "discriminative", option, value)
-    assert line == f"{option} is unclear with 2 phases: say --phase N.{field}={value}"
+    assert line == f"{option} is ambiguous with 2 phases: give --phase N.{field}={value}"
 
 
 def test_the_last_phase_takes_the_rest() -> None:
@@ -378,7 +381,7 @@ def test_the_last_phase_takes_the_rest() -> None:
 
 def test_only_the_last_phase_may_leave_its_length_out(toml: Write) -> None:
     (line,) = problems("-c", toml('[[phase]]\ntrainable = "head"\n[[phase]]\n'))
-    assert line == "phase 1: only the last phase may leave its epochs out"
+    assert line == "phase 1: epochs are missing; only the last phase may leave them out"
 
 
 def test_length_of_the_last_phase_is_not_overridden_in_silence() -> None:

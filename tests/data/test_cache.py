@@ -370,7 +370,7 @@ def test_a_cache_dir_must_be_a_folder_and_go_with_disk(few: Path, tmp_path: Path
     said = refused(4, *run(few, tmp_path / "run", "--cache", "disk", "--cache-dir", str(tmp_path / "file")))
     assert f"{tmp_path / 'file'}: cannot be made" in said
     said = refused(2, *run(few, tmp_path / "two", "--cache-dir", str(tmp_path)))
-    assert "--cache-dir applies to --cache disk only, not to auto" in said
+    assert "--cache-dir needs --cache disk, not auto" in said
 
 
 @pytest.mark.matrix

@@ -140,7 +140,7 @@ def test_phase_by_phase(folder: Path, tmp_path: Path) -> None:
 
 def test_views_and_mixup_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(folder), *FROZEN, "--cache-features", "2", "--mixup", "0.2"]) == 2
-    assert "mix pixels, not features" in capsys.readouterr().err
+    assert "does not work with MixUp and CutMix" in capsys.readouterr().err
     assert main(["train", str(folder), *FROZEN, "--cache-features", "some"]) == 2
     assert "--cache-features some: must be" in capsys.readouterr().err
 

@@ -196,7 +196,7 @@ def test_what_contradicts_it_is_refused(old: Path, folder: Path, tmp_path: Path)
     file = tmp_path / "both.toml"
     file.write_text('[model]\nweights = "IMAGENET1K_V1"\n')
     for typed in (["--weights", "none"], ["--weights", "w.pth"], ["-c", str(file), "--stem", "standard"]):
-        with pytest.raises(UsageError, match=r"both say where to start: give one of them"):
+        with pytest.raises(UsageError, match=r"both set the initial weights: give one of them"):
             parse(TrainConfig, [str(folder), "--init-from", str(old), *typed], "train")
 
 
