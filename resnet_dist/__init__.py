@@ -26,7 +26,12 @@ if TYPE_CHECKING:
         ResnetDistError,
         UsageError,
     )
+    from resnet_dist.evaluation.result import Evaluation
+    from resnet_dist.evaluation.run import evaluate
     from resnet_dist.model.loading import Checkpoint, load_checkpoint
+    from resnet_dist.report.compare import Comparison
+    from resnet_dist.training.comparison import compare
+    from resnet_dist.training.lr_find import LearningRates, lr_find
     from resnet_dist.training.result import Run, load_run
     from resnet_dist.training.run import train
 
@@ -34,7 +39,12 @@ __version__ = "0.1.0"
 
 _MODULES = {  # what is public, by the module that has it
     "resnet_dist.training.run": ("train",),
+    "resnet_dist.training.lr_find": ("LearningRates", "lr_find"),
+    "resnet_dist.training.comparison": ("compare",),
+    "resnet_dist.report.compare": ("Comparison",),
     "resnet_dist.training.result": ("Run", "load_run"),
+    "resnet_dist.evaluation.result": ("Evaluation",),
+    "resnet_dist.evaluation.run": ("evaluate",),
     "resnet_dist.model.loading": ("Checkpoint", "load_checkpoint"),
     "resnet_dist.data.check_report": ("CheckReport", "check"),
     "resnet_dist.data.split_files": ("Split", "split"),
@@ -56,7 +66,10 @@ __all__ = [
     "ArtifactError",
     "CheckReport",
     "Checkpoint",
+    "Comparison",
     "DataError",
+    "Evaluation",
+    "LearningRates",
     "MachineError",
     "NonFiniteError",
     "Prediction",
@@ -68,8 +81,11 @@ __all__ = [
     "UsageError",
     "__version__",
     "check",
+    "compare",
+    "evaluate",
     "load_checkpoint",
     "load_run",
+    "lr_find",
     "predict",
     "split",
     "train",

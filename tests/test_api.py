@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import inspect
 import signal
 import subprocess
 import sys
@@ -64,7 +65,9 @@ def test_type_checkers_see_the_same_names() -> None:
 
 
 def test_importing_it_imports_nothing_heavy() -> None:
-    code = "import sys, resnet_dist as rd; rd.train, rd.Run, rd.UsageError; print(sorted(sys.modules))"
+    code = (
+        "import sys, resnet_dist as rd; rd.train, rd.lr_find, rd.compare, rd.check, rd.Run; print(sorted(sys.modules))"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "torchvision", "numpy", "accelerate", "rich", "PIL"} & set(ast.literal_eval(loaded))
 
@@ -72,6 +75,13 @@ def test_importing_it_imports_nothing_heavy() -> None:
 def test_public_functions_have_a_docstring_and_name_their_errors() -> None:
     functions = [getattr(rd, name) for name in rd.__all__ if name[0].islower()]
     assert [f.__name__ for f in functions if "Raises " not in (f.__doc__ or "")] == []
+
+
+def test_signatures_show_the_options() -> None:
+    for function in (rd.train, rd.lr_find, rd.compare, rd.evaluate):
+        names = list(inspect.signature(function).parameters)
+        assert names[0] in ("data", "run") and {"verbose", "batch_size", "output_dir"} <= set(names), function
+    assert not {"recipe", "resume", "overwrite"} & set(inspect.signature(rd.compare).parameters)
 
 
 # What a training does, and does not
@@ -177,3 +187,32 @@ def test_a_data_set_is_checked_and_split(folder: Path, tmp_path: Path, capfd: py
     assert "4 images, 4 that cannot be used" in capfd.readouterr().out
     with pytest.raises(rd.UsageError, match="val=2: must be at least 0 and at most 1"):
         rd.split(folder / "train", tmp_path / "more.csv", val=2.0)
+
+
+def test_what_lr_find_suggests_can_be_given_to_train(folder: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, "epochs": 1, "sched": "constant"}
+    found = rd.lr_find(folder, **settings, steps=10, lr_start=1e-5, lr_end=1.0, output_dir=tmp_path / "rates")
+    assert len(found.test.rates) == len(found.test.losses) > 0 and "<table>" in found._repr_html_()
+    for name, rate in found.suggested.items():
+        assert found.settings[name]["lr"] == pytest.approx(rate)
+        assert rd.train(folder, **settings, **found.settings[name], output_dir=tmp_path / "run", dry_run=True) is None
+
+
+def test_techniques_are_compared(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = {**SMALL, "epochs": 1, "output_dir": tmp_path / "both"}
+    comparison = rd.compare(folder, recipes=["feature-extractor", "bn-only"], **settings)
+    assert capfd.readouterr() == ("", "")
+    assert comparison is not None and {t.name for t in comparison.techniques} == {"feature-extractor", "bn-only"}
+    assert len(comparison.pairs) == 1 and "<table>" in comparison._repr_html_()
+    assert (tmp_path / "both/compare.md").read_text().count(comparison.lines()[0]) == 1
+    ours = [rd.load_run(path) for paths in comparison.runs.values() for path in paths]
+    again = rd.compare(runs=ours, output_dir=tmp_path / "again")
+    assert again is not None and [t.top1 for t in again.techniques] == [t.top1 for t in comparison.techniques]
+    with pytest.raises(rd.UsageError, match="recipe: compare takes recipes"):
+        rd.compare(folder, recipe="bn-only")
+
+
+def test_a_run_is_evaluated(run: rd.Run, capfd: pytest.CaptureFixture[str]) -> None:
+    evaluation = rd.evaluate(run, save=False, workers=0, threads=1)
+    assert {name: m.value for name, m in evaluation.metrics.items()} == {n: m.value for n, m in run.metrics.items()}
+    assert capfd.readouterr() == ("", "")

@@ -20,7 +20,14 @@ HEAVY = ("torch", "torchvision", "accelerate", "safetensors", "sklearn", "matplo
 
 # A module that does the whole work of a verb, from its settings to the files that it writes, is above the package that
 # it is in: it computes, then has the result reported.
-WHOLE = {"evaluation.run", "training.run", "training.finish", "report.run"}
+WHOLE = {
+    "evaluation.run",
+    "report.run",
+    "training.comparison",
+    "training.finish",
+    "training.lr_find",
+    "training.run",
+}
 
 # Each layer may import those before it; packages of one layer do not know each other, but for the lowest.
 LAYERS = (

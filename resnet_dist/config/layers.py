@@ -261,13 +261,14 @@ def keyword_signature(kind: type, **own: Any) -> inspect.Signature:
     `own` are further keywords of the function, with their defaults.
     """
     keyword = inspect.Parameter.KEYWORD_ONLY
-    options = [option for option in options_of(kind) if not option.positional]
+    refused = getattr(kind, "REFUSED", ())
+    options = [option for option in options_of(kind) if not option.positional and option.name not in refused]
     first = [
         inspect.Parameter(option.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=option.default)
         for option in options_of(kind)
         if option.positional
     ]
-    special = ("recipe", "config", "phase") if has_recipes(kind) else ()
+    special = [name for name in ("recipe", "config", "phase") if has_recipes(kind) and name not in refused]
     rest = [inspect.Parameter(name, keyword, default=default) for name, default in own.items()]
     rest += [inspect.Parameter(name, keyword, default=None) for name in special]
     rest += [inspect.Parameter(o.name, keyword, default=o.default, annotation=o.kind) for o in options]

@@ -17,6 +17,7 @@ from resnet_dist.evaluation.significance import LEVEL, SignTest, holm, sign_test
 from resnet_dist.files.outputs import Kind, json_with
 from resnet_dist.files.run import read_facts, to_csv, to_json, write_atomically
 from resnet_dist.report import plots
+from resnet_dist.runtime.notebook import html_table
 
 COMPARISON = Kind("a comparison", "compare.json", json_with("images", "techniques", "pairs"))
 
@@ -154,22 +155,51 @@ def _right_by_image(group: Sequence[FinishedRun]) -> np.ndarray:
     return np.stack([run.right[sorted(range(len(run.images)), key=run.images.__getitem__)] for run in group])
 
 
-def write_comparison(folder: Path, groups: Mapping[str, Sequence[FinishedRun]]) -> list[str]:
-    """compare.md, compare.csv, compare.json and compare.png; returns the table and the findings, as lines of text.
+@dataclass(frozen=True)
+class Comparison:
+    """Techniques compared on the same validation images.
 
-    Raises UsageError where the runs were not evaluated on the same images.
+    Attributes:
+        path: the folder with compare.md, compare.csv, compare.json and compare.png.
+        images: the number of validation images.
+        techniques: one row each, the best first.
+        pairs: every pair of techniques, and whether their difference is real.
+        runs: the run folders of each technique.
     """
+
+    path: Path
+    images: int
+    techniques: Sequence[Technique]
+    pairs: Sequence[Pair]
+    runs: Mapping[str, Sequence[Path]]
+
+    def lines(self) -> list[str]:
+        """The table and the findings as lines of Markdown."""
+        return [*table_lines(self.techniques), "", *findings(self.techniques, self.pairs, self.images)]
+
+    def _repr_html_(self) -> str:
+        rows = [(t.name, "top-1 {:.4f} [{:.4f}, {:.4f}]".format(t.top1, *t.interval)) for t in self.techniques]
+        real = f"{sum(pair.is_real for pair in self.pairs)} of {len(self.pairs)} pairs"
+        return html_table(f"Comparison {self.path}", [*rows, ("real differences", real)])
+
+
+def compared(folder: Path, groups: Mapping[str, Sequence[FinishedRun]]) -> Comparison:
+    """Compare the runs of each technique. Raises UsageError if they were not evaluated on the same images."""
     check_same_images(groups)
     techniques = sorted((summed_up(name, group) for name, group in groups.items()), key=lambda t: -t.top1)
-    pairs = pairs_of(techniques, groups)
     images = len(next(iter(groups.values()))[0].images)
-    table, words = table_lines(techniques), findings(techniques, pairs, images)
-    write_atomically(folder / COMPARISON.mark, to_json(as_json(techniques, pairs, groups, images)))
-    write_atomically(folder / "compare.csv", to_csv(COLUMNS, [_cells(t) for t in techniques]))
+    runs = {name: [run.path for run in group] for name, group in groups.items()}
+    return Comparison(folder, images, techniques, pairs_of(techniques, groups), runs)
+
+
+def write_comparison(comparison: Comparison, groups: Mapping[str, Sequence[FinishedRun]]) -> None:
+    """Write compare.md, compare.csv, compare.json and compare.png. Raises MachineError."""
+    folder = comparison.path
+    write_atomically(folder / COMPARISON.mark, to_json(as_json(comparison)))
+    write_atomically(folder / "compare.csv", to_csv(COLUMNS, [_cells(t) for t in comparison.techniques]))
     plots.compared_curves(folder / "compare.png", {name: [r.epochs for r in group] for name, group in groups.items()})
-    text = "\n".join(["# Techniques compared", "", *table, "", *words, "", HOW, "", "![curves](compare.png)", ""])
+    text = "\n".join(["# Techniques compared", "", *comparison.lines(), "", HOW, "", "![curves](compare.png)", ""])
     write_atomically(folder / "compare.md", text)
-    return [*table, "", *words]
 
 
 COLUMNS = ("technique", "seeds", "top1", "low", "high", "macro_f1", "minutes", "peak_mib", "trainable_parameters")
@@ -224,15 +254,13 @@ def findings(techniques: Sequence[Technique], pairs: Sequence[Pair], images: int
     return [line for line in lines if line]
 
 
-def as_json(
-    techniques: Sequence[Technique], pairs: Sequence[Pair], groups: Mapping[str, Sequence[FinishedRun]], images: int
-) -> dict[str, Any]:
+def as_json(comparison: Comparison) -> dict[str, Any]:
     """Everything that the table and the words are made from."""
     return {
-        "images": images,
+        "images": comparison.images,
         "techniques": [
-            dict(zip(COLUMNS, _cells(t), strict=True)) | {"runs": [str(run.path) for run in groups[t.name]]}
-            for t in techniques
+            dict(zip(COLUMNS, _cells(t), strict=True)) | {"runs": [str(path) for path in comparison.runs[t.name]]}
+            for t in comparison.techniques
         ],
         "pairs": [
             {
@@ -244,6 +272,6 @@ def as_json(
                 "p_corrected": pair.corrected,
                 "real": pair.is_real,
             }
-            for pair in pairs
+            for pair in comparison.pairs
         ],
     }

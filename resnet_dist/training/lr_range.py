@@ -5,8 +5,9 @@ It takes its steps with the loop's own `train_step`, on a network that is then t
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from resnet_dist.config.schema import OptimConfig, Phase
 from resnet_dist.data.transforms import Batch
@@ -129,16 +130,23 @@ def _trimmed(steps: int) -> tuple[int, int]:
     return steps // 10, steps
 
 
-def typed(optim: OptimConfig, rate: float, divide_by: float) -> str:
-    """The options that set the base rate to `rate` and every other rate in proportion.
+def rates_for(optim: OptimConfig, rate: float, divide_by: float) -> dict[str, Any]:
+    """The settings that make the base rate `rate` and every other rate that is set proportional: lr, and if they are
+    set lr_backbone and lr_groups.
 
     `optim` is resolved, with a base rate above 0; `divide_by` is what --lr-base-size will multiply them by again.
     """
     factor = rate / (optim.lr or 1.0) / divide_by
     new = scaled(dataclasses.replace(optim, lr_base_size=None), factor)
-    words = [f"--lr {new.lr:.1e}"]
-    if new.lr_backbone is not None:
-        words.append(f"--lr-backbone {new.lr_backbone:.1e}")
-    if new.lr_groups is not None:
-        words.append('--lr-groups "' + " ".join(f"{stage}={lr:.1e}" for stage, lr in new.lr_groups.items()) + '"')
+    found = {"lr": new.lr, "lr_backbone": new.lr_backbone, "lr_groups": new.lr_groups}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def typed(settings: Mapping[str, Any]) -> str:
+    """The settings of `rates_for` as command-line options."""
+    words = []
+    for name, value in settings.items():
+        pairs = value.items() if isinstance(value, Mapping) else ()
+        text = '"' + " ".join(f"{stage}={lr:.1e}" for stage, lr in pairs) + '"' if pairs else f"{value:.1e}"
+        words.append(f"--{name.replace('_', '-')} {text}")
     return " ".join(words)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from resnet_dist.cli import compare
+from resnet_dist.cli import compare as command
 from resnet_dist.cli.main import main
 from resnet_dist.cli.parser import parse
 from resnet_dist.config.schema import TrainConfig
@@ -19,6 +19,7 @@ from resnet_dist.errors import UsageError
 from resnet_dist.model.checkpoint import save_best, start_from
 from resnet_dist.model.start import StartingPoint
 from resnet_dist.runtime.accelerate import start
+from resnet_dist.training import comparison
 from resnet_dist.training.job import Job
 from resnet_dist.training.resume import Resumed, changes
 from resnet_dist.training.state import Best, State
@@ -133,14 +134,14 @@ def test_comparison_goes_on_with_the_stream_of_the_run(
     """The first, if an older version began the run; a run that is not begun yet has none so far."""
     options = ["--recipes", "bn-only", "--init-from", str(old), *MACHINE]
     options += [part for value in typed for part in ("--random-stream", value)]
-    (cfg,) = compare.read([str(folder), *options])
+    (cfg,) = command.read([str(folder), *options])
     accelerator, _ = start(cfg.system)
-    single = compare.training(cfg, 0, tmp_path)
-    assert compare.as_begun(accelerator, single) == single
+    single = comparison.training(cfg, 0, tmp_path)
+    assert comparison.as_begun(accelerator, single) == single
     run = tmp_path / "bn-only/seed-0"
     run.mkdir(parents=True)
     (run / "config.toml").write_text(f'[run]\ninit_from = "{old}"\n{stored}')
-    assert compare.as_begun(accelerator, single).run.random_stream == stream
+    assert comparison.as_begun(accelerator, single).run.random_stream == stream
 
 
 def samples_of(job: Job) -> list[tuple[int, list[int]]]:

@@ -14,7 +14,16 @@ from PIL import Image
 from resnet_dist.cli.main import main
 from resnet_dist.config.schema import OptimConfig
 from resnet_dist.training.loop import begin_phase, set_rates, train_step
-from resnet_dist.training.lr_range import RangeTest, longest_decrease, range_test, rising, steepest, typed, valley
+from resnet_dist.training.lr_range import (
+    RangeTest,
+    longest_decrease,
+    range_test,
+    rates_for,
+    rising,
+    steepest,
+    typed,
+    valley,
+)
 from resnet_dist.training.phases import scaled
 from tests.conftest import TINY
 from tests.runtime.test_program import ACCELERATE, program
@@ -70,10 +79,10 @@ def test_a_loss_that_never_falls_suggests_nothing() -> None:
 
 def test_suggestion_sets_every_rate() -> None:
     optim = OptimConfig(lr=0.1, lr_groups={"stem": 1e-3, "head": 0.2})
-    assert typed(optim, 0.01, 1.0) == '--lr 1.0e-02 --lr-groups "stem=1.0e-04 head=2.0e-02"'
-    assert typed(OptimConfig(lr=0.1, lr_backbone=1e-3), 0.2, 1.0) == "--lr 2.0e-01 --lr-backbone 2.0e-03"
+    assert typed(rates_for(optim, 0.01, 1.0)) == '--lr 1.0e-02 --lr-groups "stem=1.0e-04 head=2.0e-02"'
+    assert typed(rates_for(OptimConfig(lr=0.1, lr_backbone=1e-3), 0.2, 1.0)) == "--lr 2.0e-01 --lr-backbone 2.0e-03"
     # Typed below --lr-base-size, which multiplies it: 0.05 becomes the 0.2 that was tried.
-    again = scaled(OptimConfig(lr=float(typed(OptimConfig(lr=0.1), 0.2, 4.0).split()[1])), 4.0)
+    again = scaled(OptimConfig(lr=rates_for(OptimConfig(lr=0.1), 0.2, 4.0)["lr"]), 4.0)
     assert again.lr == pytest.approx(0.2)
 
 
