@@ -38,7 +38,7 @@ LAYERS = (
     {"evaluation"},
     {"training"},
     {"report"},
-    WHOLE,
+    WHOLE | {"export.run"},
     {"bench", "cli", "__main__"},
 )
 LOWEST = LAYERS[2]

@@ -23,7 +23,7 @@ VERBS = {  # verb: what it does; its module is resnet_dist.cli.<verb> unless MOD
     "reproduce": "do a run again, and say what differs",
     "compare": "train several techniques on your data: which differences are real",
     "eval": "evaluate a run or a checkpoint, exactly, with one line per image",
-    "export": "turn the best checkpoint into ONNX files that prove themselves",
+    "export": "export the best checkpoint to ONNX and verify it against PyTorch",
     "hub": "a folder of the best checkpoint that timm and the Hugging Face Hub read",
     "predict": "label images with an exported model, without torch",
     "explain": "where in an image the network sees what it says",
@@ -39,7 +39,7 @@ VERBS = {  # verb: what it does; its module is resnet_dist.cli.<verb> unless MOD
     "doctor": "what this machine has, and a proof that two processes equal one",
     "demo": "train on handwritten digits, offline, in two minutes",
 }
-MODULES = {"export": "export.command", "predict": "export.predict"}
+MODULES = {"predict": "export.predict"}
 
 
 def entry(argv: Sequence[str] | None = None) -> NoReturn:

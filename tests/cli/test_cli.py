@@ -85,7 +85,7 @@ def test_there_is_a_module_for_every_verb() -> None:
         for file in folder.glob("*.py")
         if file.stem not in ("__init__", "main", "parser", "help", "spellings")
     }
-    assert modules | {"export.command", "export.predict"} == {module_of(verb) for verb in VERBS}
+    assert modules | {"export.predict"} == {module_of(verb) for verb in VERBS}
 
 
 # Help

@@ -1,70 +1,73 @@
-"""`resnet-dist export`: from a checkpoint to a bundle that has proved itself."""
+"""Export a checkpoint to ONNX and verify it against PyTorch."""
 
 import math
+import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnet_dist.config.fields import option, out_of_range
-from resnet_dist.errors import ArtifactError, DataError, MachineError, UsageError
+from resnet_dist.config.layers import from_keywords, keyword_signature
+from resnet_dist.errors import ArtifactError, MachineError, python_errors
+from resnet_dist.runtime.notebook import html_table
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
     from torch import nn
 
-    from resnet_dist.data.index import ImageTable
     from resnet_dist.model.checkpoint import Description
 
+Say = Callable[[str], None]
 REPORT = "export_report.json"
 MIN_CALIBRATION = 64
 MIN_AGREEMENT = 90.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Export a run's best checkpoint to ONNX; a file gets its name only after it is proven equal to training."""
+class ExportConfig:
+    """Export a run's best checkpoint to ONNX, and verify every file against PyTorch before it gets its name."""
 
     run: str | None = option(None, positional=True)
     """A run folder, or a checkpoint (.safetensors) that resnet-dist wrote."""
     data: str | None = None
-    """Images for the gate, a folder or a manifest (default: the validation part of the run's own data)."""
+    """Images to verify on, a folder or a manifest (default: the validation part of the run's own data)."""
     output_dir: str | None = option(None, "-o", "--output")
-    """Where to (default: export in the run folder, or beside the checkpoint)."""
+    """The folder to write (default: export in the run folder, or next to the checkpoint)."""
     overwrite: bool = False
     """Replace the export that is there."""
     preprocess_in_graph: bool = option(False, "--with-preprocess")
-    """Take uint8 images and normalise in the graph; also puts out probabilities."""
+    """The graph takes uint8 images and normalises them itself; it also outputs probabilities."""
     embeddings: bool = False
-    """Also put out what the head takes of an image, for `predict --embed`."""
+    """The graph also outputs the features (the input of the head), for `predict --embed`."""
     fp16: bool = option(False, "--half")
     """Also write model.fp16.onnx."""
     int8: bool = False
     """Also write model.int8.onnx, calibrated on training images. It is kept only if it agrees with float32."""
     reduce_range: bool = True
-    """7-bit weights in int8, so that it gives the same on every CPU; without it, only on ARM and x86 with VNNI."""
+    """Use 7-bit weights in int8. Without it, x86 CPUs that lack VNNI can give other results."""
     calibration_images: int = 128
-    """Training images that int8's ranges are taken from."""
+    """Number of training images that the ranges of int8 are measured on."""
     images: int = 64
-    """Validation images for the gate on the float32 file."""
+    """Number of validation images that the float32 file is verified on."""
     full: bool = False
-    """All of them."""
+    """Verify the float32 file on all validation images."""
     min_agreement: float = MIN_AGREEMENT
-    """Percent of the validation images whose top-1 int8 must share with float32, at the interval's lower end."""
+    """Percent of the validation images on which int8 must predict the same class as float32, with 95 % confidence."""
     max_accuracy_drop: float = 1.0
-    """Points of top-1 that int8 may lose, beyond what the number of images can resolve."""
+    """Percentage points of top-1 accuracy that int8 may lose, beyond what the number of images can resolve."""
     time: bool = False
-    """Print the latency of every file for batches of 1 and 32."""
+    """Measure the latency of every file for batches of 1 and 32."""
     threads: int | None = None
     """CPU threads (default: all cores)."""
 
     def problems(self) -> Iterator[str]:
-        """What is wrong here, one line each."""
+        """What is wrong with the settings, one line each."""
         if self.run is None:
             yield "RUN is missing: a run folder or a checkpoint"
         yield from out_of_range(self, 1, math.inf, "images", "threads")
@@ -74,21 +77,91 @@ class Config:
             yield "--no-reduce-range belongs to --int8"
 
 
-def main(cfg: Config) -> int:
-    """Export, prove and put in place. Returns the exit code. Raises ResnetDistError; nothing half-written is left."""
+@dataclass(frozen=True)
+class Bundle:
+    """The folder that is deployed.
+
+    Attributes:
+        path: the folder.
+        model: the float32 file, model.onnx.
+        files: all model files with their size in MiB.
+        report: what was checked, as in export_report.json.
+        latency: if it was measured: file -> batch size -> median milliseconds per image.
+    """
+
+    path: Path
+    model: Path
+    files: Mapping[Path, float]
+    report: Mapping[str, Any]
+    latency: Mapping[str, Mapping[int, float]]
+
+    def __fspath__(self) -> str:
+        """The float32 file: a Bundle can be given wherever a model can."""
+        return str(self.model)
+
+    def _repr_html_(self) -> str:
+        rows = [(file.name, f"{size} MiB") for file, size in self.files.items()]
+        return html_table(f"Export {self.path}", [*rows, ("verified on", f"{self.report['gate_images']} images")])
+
+
+def export(run: str | os.PathLike[str], *, verbose: bool = False, **settings: Any) -> Bundle:
+    """Export the best checkpoint of a run to ONNX and verify it against PyTorch.
+
+    `run` is a Run, a run folder or a checkpoint (.safetensors). The keywords are the options of `resnet-dist export`,
+    with underscores: `export(run, int8=True)`. With `verbose`, the result of every check is printed. Raises
+    ArtifactError if a file is refused (files that passed are still written), UsageError, DataError or MachineError.
+    """
+    with python_errors():
+        return run_export(from_keywords(ExportConfig, {"run": run, **settings}), verbose)
+
+
+export.__signature__ = keyword_signature(ExportConfig, verbose=False)  # type: ignore[attr-defined]
+
+
+def run_export(cfg: ExportConfig, verbose: bool = True) -> Bundle:
+    """Export, verify and put in place; nothing half-written is left. With `verbose`, say what was checked.
+
+    Raises ResnetDistError: ArtifactError if a file is refused, after the files that passed are in place.
+    """
     import torch
 
-    from export.bundle import check_target, put_in_place
+    from export.bundle import check_target
     from resnet_dist.files.outputs import inside
     from resnet_dist.model.checkpoint import load_checkpoint
     from resnet_dist.runtime import environment as launcher
+    from resnet_dist.runtime.isolation import process_settings_restored
 
-    torch.set_num_threads(cfg.threads or launcher.cores())
+    say: Say = print if verbose else _say_nothing
+    threads = cfg.threads or launcher.cores()
     run = Path(cfg.run or "")
     checkpoint = run if run.is_file() or run.suffix == ".safetensors" else run / "checkpoints" / "best.safetensors"
     out = Path(cfg.output_dir) if cfg.output_dir else inside(run if run.is_dir() else run.parent, "export")
     check_target(out, cfg.overwrite)
-    model, description = load_checkpoint(checkpoint)
+    with process_settings_restored():
+        torch.set_num_threads(threads)
+        model, description = load_checkpoint(checkpoint)
+        report = write_bundle(out, lambda made: fill(made, cfg, checkpoint, model, description, say))
+        files = {name: size for name, size in report["files_mib"].items() if name not in report["refused"]}
+        say(f"written to {out}: {', '.join(f'{name} ({size} MiB)' for name, size in files.items())}")
+        if report["refused"]:
+            passed = ", ".join(files)
+            raise ArtifactError(f"the gate refused {report['problems'][0]}; {passed} passed and is in {out}")
+        latency = measure_latency(out, list(files), threads, say) if cfg.time else {}
+    return Bundle(out, out / "model.onnx", {out / name: size for name, size in files.items()}, report, latency)
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def write_bundle(out: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Let `fill` write a bundle into a temporary folder, and put it in place. Returns the report that `fill` returns.
+
+    Raises ArtifactError if model.onnx is refused, or another file is and an export that is there already stays;
+    MachineError.
+    """
+    from export.bundle import put_in_place
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=".tmp-export-", dir=out.parent))
@@ -96,7 +169,7 @@ def main(cfg: Config) -> int:
     except OSError as error:
         raise MachineError(f"{out}: cannot be written ({error.strerror})") from None
     try:
-        report = fill(made, cfg, checkpoint, model, description)
+        report = fill(made)
         can_stay = (out / "model.onnx").exists()  # an export that a refused one does not replace
         written = report["passed"] or not (can_stay or "model.onnx" in report["refused"])
         if written:
@@ -110,14 +183,7 @@ def main(cfg: Config) -> int:
     if not written:
         stays = "; the export that is there stays as it was" if report_file.name != REPORT else ""
         raise ArtifactError(f"the gate refused the export: {report['problems'][0]}{stays}; {report_file} has all")
-    kept = {name: size for name, size in report["files_mib"].items() if name not in report["refused"]}
-    print(f"written to {out}: {', '.join(f'{name} ({size} MiB)' for name, size in kept.items())}")
-    if report["refused"]:
-        passed = ", ".join(kept)
-        raise ArtifactError(f"the gate refused {report['problems'][0]}; {passed} passed and is in {out}")
-    if cfg.time:
-        print_times(out, list(kept), cfg.threads or launcher.cores())
-    return 0
+    return report
 
 
 def keep_report(made: Path, out: Path) -> Path:
@@ -128,12 +194,15 @@ def keep_report(made: Path, out: Path) -> Path:
     return file
 
 
-def fill(made: Path, cfg: Config, checkpoint: Path, model: "nn.Module", description: "Description") -> dict[str, Any]:
-    """Write the model files and prove them; those that are refused are removed. Returns the report.
+def fill(
+    made: Path, cfg: ExportConfig, checkpoint: Path, model: "nn.Module", description: "Description", say: Say
+) -> dict[str, Any]:
+    """Write the model files and verify them; those that are refused are removed. Returns the report.
 
     If model.onnx passes, the side files are written too. Raises ResnetDistError.
     """
     from export.bundle import sizes, write_side_files
+    from export.gate_images import calibration_inputs, first, gate_images
     from export.quantize import may_saturate
     from export.to_onnx import describe, graph_of, runtime_logits, self_test_logits
     from export.verify import check_equality, compare_smaller
@@ -144,10 +213,10 @@ def fill(made: Path, cfg: Config, checkpoint: Path, model: "nn.Module", descript
     with tempfile.TemporaryDirectory(prefix="resnet-dist-gate-") as folder:
         table, source = gate_images(cfg, description, Path(folder))
         labelled = source != "synthetic"
-        print(f"gate on {source} images, {len(table)} at hand" + ("" if labelled else ": give --data for real ones"))
+        say(f"gate on {source} images, {len(table)} at hand" + ("" if labelled else ": give --data for real ones"))
         calibration = read_calibration(checkpoint, len(description.classes))
         temperature = calibration.temperature if calibration else 1.0
-        print(f"temperature {temperature:.4f} (calibration.json)" if calibration else "not calibrated")
+        say(f"temperature {temperature:.4f} (calibration.json)" if calibration else "not calibrated")
         inputs = calibration_inputs(cfg, description) if cfg.int8 else []  # what is wrong with them is said first
         graph = graph_of(model, description.preprocessing, in_graph, temperature, cfg.embeddings)
         expected = self_test_logits(model, description.preprocessing)
@@ -157,16 +226,16 @@ def fill(made: Path, cfg: Config, checkpoint: Path, model: "nn.Module", descript
         reports: dict[str, Any] = {
             "model.onnx": check_equality(model, some, made / "model.onnx", labelled, temperature)
         }
-        print(f"{'model.onnx':<16} {reports['model.onnx']}")
+        say(f"{'model.onnx':<16} {reports['model.onnx']}")
         for name, small in smaller_graphs(cfg, graph, inputs):
             expected = runtime_logits(small, self_test_feed(made))[0]
             smaller = describe(description, checkpoint, name.split(".")[1], in_graph, expected, calibration)
             write_model(made / name, small, smaller)
             limits = (cfg.max_accuracy_drop, cfg.min_agreement)
             reports[name] = compare_smaller(made / "model.onnx", made / name, table, labelled, *limits)
-            print(f"{name:<16} {reports[name]}")
+            say(f"{name:<16} {reports[name]}")
             if may_saturate(small):
-                print(f"{name:<16} 8-bit weights: on x86 CPUs without VNNI it can give other classes than here")
+                say(f"{name:<16} 8-bit weights: on x86 CPUs without VNNI it can give other classes than here")
     problems = [f"{name}: {problem}" for name, part in reports.items() for problem in part.problems]
     refused = [name for name, part in reports.items() if part.problems]
     report: dict[str, Any] = {"passed": not refused, "refused": refused, "problems": problems, "gate_images": source}
@@ -195,7 +264,7 @@ def self_test_feed(made: Path) -> "dict[str, np.ndarray]":
 
 
 def smaller_graphs(
-    cfg: Config, graph: "onnx.ModelProto", inputs: "list[np.ndarray]"
+    cfg: ExportConfig, graph: "onnx.ModelProto", inputs: "list[np.ndarray]"
 ) -> "Iterator[tuple[str, onnx.ModelProto]]":
     """The fp16 and int8 graphs that were asked for, under their file names; int8's ranges are taken from `inputs`."""
     from export.quantize import to_fp16, to_int8
@@ -206,80 +275,17 @@ def smaller_graphs(
         yield "model.int8.onnx", to_int8(graph, inputs, cfg.reduce_range)
 
 
-def gate_images(cfg: Config, description: "Description", folder: Path) -> "tuple[ImageTable, str]":
-    """Validation images: of --data, of the run, or (in `folder`) synthetic ones; and which of these."""
-    from resnet_dist.data.index import read_part, read_run_part
-
-    if cfg.data is not None:
-        return read_part(Path(cfg.data), "val", description.classes), "given"
-    if Path(cfg.run or "").is_dir():
-        return read_run_part(Path(cfg.run or ""), "val", description.classes), "validation"
-    return synthetic_images(folder), "synthetic"
-
-
-def calibration_inputs(cfg: Config, description: "Description") -> "list[np.ndarray]":
-    """Training images, spread evenly, as inputs of the graph. Raises UsageError where there are none, DataError."""
-    import numpy as np
-
-    from export.predict import normalise
-    from resnet_dist.data.decode import load_fitted
-    from resnet_dist.data.index import read_part, read_run_part
-
-    run = Path(cfg.run or "")
-    if cfg.data is not None:
-        table = read_part(Path(cfg.data), "train", description.classes)
-    elif run.is_dir():
-        table = read_run_part(run, "train", description.classes)
-    else:
-        raise UsageError("--int8 needs training images to calibrate on: give --data")
-    if len(table) < MIN_CALIBRATION:
-        raise DataError(
-            f"--int8 needs at least {MIN_CALIBRATION} training images to calibrate on, there are {len(table)}"
-        )
-    chosen = np.unique(np.linspace(0, len(table) - 1, min(cfg.calibration_images, len(table))).round().astype(int))
-    spec = description.preprocessing
-    pixels = [load_fitted(table, int(i), spec) for i in chosen]
-    if cfg.preprocess_in_graph:
-        return pixels
-    return [np.ascontiguousarray(normalise(image, spec).transpose(2, 0, 1)) for image in pixels]
-
-
-def first(table: "ImageTable", count: int) -> "ImageTable":
-    """`count` images spread evenly over the table, or all if there are fewer."""
-    import numpy as np
-
-    from resnet_dist.data.index import ImageTable, PathTable
-
-    chosen = np.unique(np.linspace(0, len(table) - 1, min(count, len(table))).round().astype(int))
-    return ImageTable(table.root, PathTable([table.paths[int(i)] for i in chosen]), table.targets[chosen])
-
-
-def synthetic_images(folder: Path, count: int = MIN_CALIBRATION) -> "ImageTable":
-    """Noise and gradients of many sizes as PNG files: enough to compare pipelines, not to say how good a model is."""
-    import numpy as np
-    from PIL import Image
-
-    from resnet_dist.data.index import ImageTable, PathTable
-
-    random = np.random.default_rng(0)
-    for number in range(count):
-        height, width = (int(n) for n in random.integers(40, 500, 2))
-        ramp = np.linspace(0, 255, width)[None, :, None] * random.random(3)
-        noise = random.normal(0, 40, (height, width, 3))
-        Image.fromarray(np.clip(ramp + noise, 0, 255).astype(np.uint8)).save(folder / f"{number:03d}.png")
-    names = sorted(file.name for file in folder.iterdir())
-    return ImageTable(folder, PathTable(names), np.zeros(count, np.int64))
-
-
-def print_times(out: Path, names: list[str], threads: int) -> None:
-    """Median latency of each file and provider, per image."""
+def measure_latency(out: Path, names: Sequence[str], threads: int, say: Say) -> dict[str, dict[int, float]]:
+    """The median latency of each file in milliseconds per image, for batches of 1 and 32."""
     import numpy as np
 
     from export.predict import Predictor
 
+    latency: dict[str, dict[int, float]] = {}
     for name in names:
         predictor = Predictor(out / name, threads)
         size = predictor.preprocessing.img_size
+        latency[name] = {}
         for batch in (1, 32):
             pixels = np.zeros((batch, size, size, 3), np.uint8)
             seconds = []
@@ -287,7 +293,6 @@ def print_times(out: Path, names: list[str], threads: int) -> None:
                 started = time.perf_counter()
                 predictor.logits(pixels)
                 seconds.append(time.perf_counter() - started)
-            median = 1000 * statistics.median(seconds[3:]) / batch
-            print(
-                f"{name:<16} batch {batch:>2}: {median:7.2f} ms per image, {threads} threads, {predictor.providers[0]}"
-            )
+            median = latency[name][batch] = 1000 * statistics.median(seconds[3:]) / batch
+            say(f"{name:<16} batch {batch:>2}: {median:7.2f} ms per image, {threads} threads, {predictor.providers[0]}")
+    return latency

@@ -1,0 +1,61 @@
+"""The images that an export is verified on, and those that int8 is calibrated on."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from export.predict import normalise
+from export.run import MIN_CALIBRATION, ExportConfig
+from resnet_dist.data.decode import load_fitted
+from resnet_dist.data.index import ImageTable, PathTable, read_part, read_run_part
+from resnet_dist.errors import DataError, UsageError
+from resnet_dist.model.checkpoint import Description
+
+
+def gate_images(cfg: ExportConfig, description: Description, folder: Path) -> tuple[ImageTable, str]:
+    """Validation images: of --data, of the run, or (in `folder`) synthetic ones; and which of these."""
+    if cfg.data is not None:
+        return read_part(Path(cfg.data), "val", description.classes), "given"
+    if Path(cfg.run or "").is_dir():
+        return read_run_part(Path(cfg.run or ""), "val", description.classes), "validation"
+    return synthetic_images(folder), "synthetic"
+
+
+def calibration_inputs(cfg: ExportConfig, description: Description) -> list[np.ndarray]:
+    """Training images, spread evenly, as inputs of the graph. Raises UsageError where there are none, DataError."""
+    run = Path(cfg.run or "")
+    if cfg.data is not None:
+        table = read_part(Path(cfg.data), "train", description.classes)
+    elif run.is_dir():
+        table = read_run_part(run, "train", description.classes)
+    else:
+        raise UsageError("--int8 needs training images to calibrate on: give --data")
+    if len(table) < MIN_CALIBRATION:
+        raise DataError(
+            f"--int8 needs at least {MIN_CALIBRATION} training images to calibrate on, there are {len(table)}"
+        )
+    chosen = np.unique(np.linspace(0, len(table) - 1, min(cfg.calibration_images, len(table))).round().astype(int))
+    spec = description.preprocessing
+    pixels = [load_fitted(table, int(i), spec) for i in chosen]
+    if cfg.preprocess_in_graph:
+        return pixels
+    return [np.ascontiguousarray(normalise(image, spec).transpose(2, 0, 1)) for image in pixels]
+
+
+def first(table: ImageTable, count: int) -> ImageTable:
+    """`count` images spread evenly over the table, or all if there are fewer."""
+    chosen = np.unique(np.linspace(0, len(table) - 1, min(count, len(table))).round().astype(int))
+    return ImageTable(table.root, PathTable([table.paths[int(i)] for i in chosen]), table.targets[chosen])
+
+
+def synthetic_images(folder: Path, count: int = MIN_CALIBRATION) -> ImageTable:
+    """Noise and gradients of many sizes as PNG files: enough to compare pipelines, not to say how good a model is."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        height, width = (int(n) for n in random.integers(40, 500, 2))
+        ramp = np.linspace(0, 255, width)[None, :, None] * random.random(3)
+        noise = random.normal(0, 40, (height, width, 3))
+        Image.fromarray(np.clip(ramp + noise, 0, 255).astype(np.uint8)).save(folder / f"{number:03d}.png")
+    names = sorted(file.name for file in folder.iterdir())
+    return ImageTable(folder, PathTable(names), np.zeros(count, np.int64))

@@ -1,0 +1,11 @@
+"""`resnet-dist export`: export the best checkpoint to ONNX and verify it against PyTorch."""
+
+from export.run import ExportConfig, run_export
+
+Config = ExportConfig
+
+
+def main(cfg: ExportConfig) -> int:
+    """Export, and say what was checked. Returns the exit code."""
+    run_export(cfg)
+    return 0
