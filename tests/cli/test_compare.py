@@ -13,8 +13,8 @@ from PIL import Image
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
 
-from resnet_dist.cli.compare import SIX
 from resnet_dist.cli.main import main
+from resnet_dist.training.comparison import SIX
 from tests.conftest import TINY
 
 Refused = Callable[..., str]
