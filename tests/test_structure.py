@@ -21,6 +21,7 @@ HEAVY = ("torch", "torchvision", "accelerate", "safetensors", "sklearn", "matplo
 # A module that does the whole work of a verb, from its settings to the files that it writes, is above the package that
 # it is in: it computes, then has the result reported.
 WHOLE = {
+    "evaluation.explain",
     "evaluation.run",
     "report.run",
     "training.comparison",
@@ -185,6 +186,15 @@ def test_light_modules_import_nothing_heavy() -> None:
     light = [name for name in MODULES if package_of(name) in LIGHT or name in ("resnet_dist", "export")]
     offenders = {name: heavy for name in (*light, *LIGHT_RUNTIME) if (heavy := heavy_at_import(name))}
     assert offenders == {}
+
+
+def test_reports_need_no_torch() -> None:
+    """They are written from what was computed: only the model card knows networks."""
+    free = [name for name in MODULES if package_of(name) == "report" and not name.endswith((".card", ".hub_folder"))]
+    offenders = {
+        name: heavy for name in free if (heavy := heavy_at_import(name) & {"torch", "torchvision", "accelerate"})
+    }
+    assert len(free) > 8 and offenders == {}
 
 
 # Every setting is read

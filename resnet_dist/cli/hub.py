@@ -1,77 +1,16 @@
 """`resnet-dist hub`: the best checkpoint as a folder that timm and the Hugging Face Hub read, and its upload."""
 
-import importlib.util
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from resnet_dist.report.hub import HubConfig, push, run_hub
 
-from resnet_dist.config.fields import option
-from resnet_dist.errors import MachineError, UsageError
-from resnet_dist.files.outputs import inside
+Config = HubConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Write a folder with config.json, model.safetensors and README.md, as timm and the Hugging Face Hub read it."""
-
-    run: str | None = option(None, positional=True)
-    """A run folder whose training is done."""
-    output_dir: str | None = option(None, "-o", "--output")
-    """The folder to write (default: hub, in the run folder)."""
-    push_to_hub: str | None = None
-    """Upload it to this repository, such as you/ants (needs the extra hub, and a token: `hf auth login`, HF_TOKEN)."""
-    private: bool = False
-    """Make that repository private, where it does not exist yet."""
-
-    def problems(self) -> Iterator[str]:
-        """What is wrong here, one line each."""
-        if self.run is None:
-            yield "RUN is missing: a run folder"
-        if self.private and self.push_to_hub is None:
-            yield "--private needs --push-to-hub"
-        if self.push_to_hub is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.push_to_hub, re.ASCII):
-            yield f"--push-to-hub {self.push_to_hub}: not the name of a repository such as you/ants"
-
-
-def main(cfg: Config) -> int:
-    """Write the folder, and upload it where that is asked for. Returns the exit code."""
-    if cfg.push_to_hub is not None and importlib.util.find_spec("huggingface_hub") is None:
-        raise UsageError("--push-to-hub needs huggingface_hub: pip install 'resnet-dist[hub]'")
-
-    from resnet_dist.report.card import read_card_facts
-    from resnet_dist.report.hub import why_not, write_hub_folder
-
-    run = Path(cfg.run or "")
-    folder = Path(cfg.output_dir) if cfg.output_dir is not None else inside(run, "hub")
-    known = read_card_facts(run)
-    files = write_hub_folder(run, folder, known)
-    if known.is_plain:
-        print(f"{folder}: {', '.join(file.name for file in files)}; timm.create_model('local-dir:{folder}') loads it")
-    else:
-        print(f"{folder}: {', '.join(file.name for file in files)}; timm cannot load it ({why_not(known)})")
+def main(cfg: HubConfig) -> int:
+    """Write the folder, upload it if that is asked for, and say so. Returns the exit code."""
+    hub = run_hub(cfg)
+    names = ", ".join(file.name for file in hub.files)
+    how = f"timm cannot load it ({hub.reason})" if hub.reason else f"timm.create_model('local-dir:{hub.path}') loads it"
+    print(f"{hub.path}: {names}; {how}")
     if cfg.push_to_hub is not None:
-        print(f"uploaded: {push(files, cfg.push_to_hub, cfg.private)}")
+        print(f"uploaded: {push(hub.files, cfg.push_to_hub, cfg.private)}")
     return 0
-
-
-def push(files: Sequence[Path], repository: str, private: bool) -> str:
-    """Upload the files as one commit, into a repository that is made if need be. Returns its address.
-
-    Where and as whom is huggingface_hub's affair (HF_ENDPOINT, HF_TOKEN, `hf auth login`). Raises MachineError.
-    """
-    from httpx2 import HTTPError  # what huggingface_hub speaks HTTP through
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HFValidationError
-
-    api = HfApi(library_name="resnet-dist")
-    try:
-        made = api.create_repo(repository, private=private or None, exist_ok=True)
-        operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files]
-        api.create_commit(made.repo_id, operations, commit_message="Upload a classifier trained by resnet-dist")
-    except (HTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise MachineError(
-            f"--push-to-hub {repository}: {reason[:300] or type(error).__name__}; the folder is written, try again"
-        ) from None
-    return str(made)

@@ -1,162 +1,19 @@
 """`resnet-dist label-errors`: the training images of a run whose labels are probably wrong."""
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from resnet_dist.config.fields import option, out_of_range
-from resnet_dist.config.schema import ModelConfig, SystemConfig
-from resnet_dist.errors import UsageError
+from resnet_dist.evaluation.label_errors import LabelErrorsConfig, run_label_errors
+from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.wording import printable, shortened
 
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import nn
-
-    from resnet_dist.data.index import ImageTable
-    from resnet_dist.evaluation.label_errors import LabelErrors
-    from resnet_dist.model.checkpoint import Description
-    from resnet_dist.model.resnet import Architecture
-
 SHOWN = 10
-FILE = "label_errors.csv"
-COLUMNS = ("path", "label", "likely", "quality", "suspected")
+Config = LabelErrorsConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Rank the labels of a run's training images, the most doubtful first, into label_errors.csv of the run.
-
-    Each label is judged by a logistic regression that was fitted on the other folds, on features of the weights that
-    the run began with: nothing that judges a label has learnt it. Where these predict the labels too badly, that is
-    said and no label is suspected. `report RUN` then shows the images.
-    """
-
-    run: str | None = option(None, positional=True)
-    """A run folder."""
-    folds: int = 5
-    """Parts into which the images are divided; each is judged by what was fitted on the others."""
-    weights: str | None = None
-    """Pretrained weights for the features, as for train (default: those that the run began with)."""
-    batch_size: int = option(32, "-b")
-    """Images in a batch, per process."""
-    workers: int | None = option(None, "-j", "--num-workers")
-    """Loader processes per process (default: from cores and processes)."""
-    threads: int | None = None
-    """CPU threads per process (default: cores divided by the processes of this machine)."""
-
-    def problems(self) -> Iterator[str]:
-        """What is wrong here, one line each."""
-        if self.run is None:
-            yield "RUN is missing: a run folder"
-        if self.weights == "none":
-            yield "--weights none: random weights see nothing; give pretrained ones"
-        yield from out_of_range(self, 2, 100, "folds")
-        yield from out_of_range(self, 1, math.inf, "batch_size", "threads")
-        yield from out_of_range(self, 0, 1024, "workers")
-
-
-def main(cfg: Config) -> int:
+def main(cfg: LabelErrorsConfig) -> int:
     """Rank, write, and print the first. Returns the exit code."""
-    from resnet_dist.data.index import read_run_part
-    from resnet_dist.data.loader import EvalImages, EvalLoader, default_workers
-    from resnet_dist.data.transforms import ToInput
-    from resnet_dist.evaluation.collect import collect_records
-    from resnet_dist.evaluation.records import Keep
-    from resnet_dist.files.outputs import check_file, table_with
-    from resnet_dist.model.checkpoint import load_checkpoint
-    from resnet_dist.model.resnet import build
-    from resnet_dist.runtime import environment as launcher
-    from resnet_dist.runtime.accelerate import model_from_main, on_main, start
-
-    accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
-    run, device = Path(cfg.run or ""), accelerator.device
-    on_main(accelerator, lambda: check_file(run / FILE, table_with(*COLUMNS), "RUN") if run.is_dir() else None)
-    description = on_main(accelerator, lambda: load_checkpoint(run / "checkpoints" / "best.safetensors")[1])
-    spec, classes = description.preprocessing, description.classes
-    table = on_main(accelerator, lambda: read_run_part(run, "train", classes))
-    on_main(accelerator, lambda: check_folds(cfg.folds, table, classes))
-    model, _ = model_from_main(accelerator, lambda: pretrained(cfg, run, description), build)
-    workers = default_workers(device, launcher.local_world_size()) if cfg.workers is None else cfg.workers
-    world, rank = accelerator.num_processes, accelerator.process_index
-    loader = EvalLoader(EvalImages(table, spec), cfg.batch_size, workers, device.type == "cuda", world, rank)
-    to_input, keep = ToInput(spec, device), Keep(features=True)
-    features = collect_records(
-        accelerator, model, loader, to_input, len(classes), full_precision=True, keep=keep
-    ).features
-    assert features is not None
-    for line in on_main(accelerator, lambda: judge(cfg, run, table, features, classes)):
-        if accelerator.is_main_process:
-            print(printable(line))
+    ranking = run_label_errors(cfg)
+    if launcher.rank() == 0:
+        print(printable(ranking.sentence))
+        for path, label, likely in ranking.suspects[:SHOWN]:
+            print(printable(f"  {shortened(path, 60)}: labelled {label}, likely {likely}"))
+        print(printable(f"{ranking.file} has all, the most doubtful first; `resnet-dist report {cfg.run}` shows them"))
     return 0
-
-
-def check_folds(folds: int, table: "ImageTable", classes: tuple[str, ...]) -> None:
-    """Raises UsageError where a class has fewer images than there are folds."""
-    import numpy as np
-
-    counts = np.bincount(table.targets, minlength=len(classes))
-    if counts.min() < folds:
-        rarest = int(counts.argmin())
-        raise UsageError(
-            f"--folds {folds}: class '{classes[rarest]}' has {counts[rarest]} training images, and needs one per fold"
-        )
-
-
-def pretrained(cfg: Config, run: Path, description: "Description") -> tuple["nn.Module", "Architecture"]:
-    """A network with the weights that the run began with, and its architecture.
-
-    Raises UsageError, ArtifactError, MachineError.
-    """
-    from resnet_dist.config.stored import read_toml
-    from resnet_dist.model import weights
-    from resnet_dist.model.resnet import Architecture, build
-    from resnet_dist.model.start import StartingPoint
-
-    known = description.architecture
-    stored = read_toml(run / "config.toml")
-    begun = StartingPoint.of(stored.get("model", {}).get("weights", "none"), stored.get("run", {}).get("init_from"))
-    if cfg.weights is None and not begun.pretrained:
-        raise UsageError(
-            f"--weights is missing: {run} began from random weights, and features that learnt the labels cannot judge "
-            "them; give pretrained weights"
-        )
-    if cfg.weights is None and begun.kind == "run":
-        raise UsageError(
-            f"--weights is missing: {run} began from {begun}, and if that has learnt these labels, it cannot judge "
-            f"them; give pretrained weights, or {begun.file} if it was trained on other images"
-        )
-    settings: dict[str, Any] = {"model": known.name, "weights": cfg.weights or begun.source, "stem": known.stem}
-    model_cfg = ModelConfig(**settings)
-    architecture = Architecture.of(model_cfg, known.num_classes)
-    model = build(architecture)
-    named = weights.named_weights(model_cfg)
-    file = weights.download(named.url) if named is not None else Path(model_cfg.weights)
-    weights.load_backbone(model, weights.read_tensors(file), architecture, str(file))
-    return model, architecture
-
-
-def judge(cfg: Config, run: Path, table: "ImageTable", features: "np.ndarray", classes: tuple[str, ...]) -> list[str]:
-    """Write label_errors.csv and say what is in it. On the main process. Raises MachineError."""
-    from resnet_dist.evaluation.label_errors import OUT_OF_FOLD, find, out_of_fold
-    from resnet_dist.files.run import to_csv, write_atomically
-
-    probabilities = out_of_fold(features, table.targets, cfg.folds)
-    found = find(table.targets, probabilities)
-    rows = [label_row(table, found, classes, int(position)) for position in found.order]
-    write_atomically(run / FILE, to_csv(COLUMNS, rows))
-    suspected = int(found.suspected.sum())
-    shown = [f"  {shortened(str(path), 60)}: labelled {label}, likely {likely}" for path, label, likely, *_ in rows]
-    return [
-        found.judge.sentence(suspected, OUT_OF_FOLD),
-        *shown[: min(SHOWN, suspected)],
-        f"{run / FILE} has all, the most doubtful first; `resnet-dist report {run}` shows them",
-    ]
-
-
-def label_row(table: "ImageTable", found: "LabelErrors", classes: tuple[str, ...], position: int) -> list[object]:
-    """path, label, likely, quality, suspected (1 or 0) of one image."""
-    label, likely = classes[table.targets[position]], classes[found.likely[position]]
-    return [table.paths[position], label, likely, f"{found.quality[position]:.6f}", int(found.suspected[position])]

@@ -8,8 +8,8 @@ from torch import nn
 
 from export.predict import normalise
 from resnet_dist.errors import DataError
-from resnet_dist.evaluation.explain import grad_cam
 from resnet_dist.evaluation.result import Evaluation
+from resnet_dist.evaluation.saliency import grad_cam
 
 
 @dataclass(frozen=True)

@@ -1,135 +1,183 @@
-"""Where in an image the evidence for a class is: maps of (height, width), 0 for none and 1 for the strongest.
+"""Explain predictions: where in an image the evidence for a class is, for files or for a run's worst mistakes."""
 
-Grad-CAM (Selvaraju et al. 2017) is done here. Through captum: occlusion (Zeiler and Fergus 2014), integrated gradients
-(Sundararajan et al. 2017) and GradientShap (Lundberg and Lee 2017).
-"""
+import csv
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from collections.abc import Callable
+from resnet_dist.config.fields import option, out_of_range
+from resnet_dist.config.schema import SystemConfig
+from resnet_dist.errors import ArtifactError, DataError, UsageError
+from resnet_dist.runtime.wording import listed, suggestion
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-from resnet_dist.errors import UsageError
+    from resnet_dist.model.checkpoint import Description
+    from resnet_dist.report.explanations import Explanation
 
-Attribution = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+BATCH = 8
 
 
-def grad_cam(model: nn.Module, inputs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Grad-CAM at the last stage of a ResNet: float32 (B, H, W) in 0..1, as large as the images.
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig:
+    """Show where in images the network finds the evidence for a class: a saliency map for each image, and a sheet."""
 
-    inputs: float32 (B, 3, H, W), normalised; classes: int64 (B,), whose evidence is shown. A map is all zeros where
-    nothing in the image speaks for the class. The model is put into evaluation mode.
+    run: str | None = option(None, positional=True)
+    """A run folder, or a checkpoint (.safetensors) that resnet-dist wrote."""
+    images: tuple[str, ...] = option((), positional=True)
+    """Image files, folders or patterns (default: the worst mistakes of the run's last evaluation)."""
+    method: Literal["gradcam", "occlusion", "integrated-gradients", "gradientshap"] = "gradcam"
+    """The saliency method; all but gradcam need captum (pip install 'resnet-dist[explain]')."""
+    target: str | None = option(None, "--class")
+    """The class whose evidence is shown (default: the predicted one)."""
+    worst: int = 16
+    """The number of mistakes to explain, those with the largest loss, if no images are named."""
+    split: Literal["train", "val", "test"] = "val"
+    """The evaluation whose mistakes are explained."""
+    threads: int | None = None
+    """CPU threads (default: all cores)."""
+    output_dir: str | None = option(None, "-o", "--output")
+    """The folder to write (default: explain/<method> in the run folder)."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the settings, one line each."""
+        is_file = Path(self.run or "").suffix == ".safetensors"
+        if self.run is None:
+            yield "RUN is missing: a run folder or a checkpoint"
+        if is_file and not self.images:
+            yield "IMAGES are missing: a checkpoint alone knows no mistakes"
+        if is_file and self.output_dir is None:
+            yield "--output-dir is missing: a checkpoint alone has no run folder to write to"
+        yield from out_of_range(self, 1, math.inf, "worst", "threads")
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image to explain: its file, and its label or ""."""
+
+    file: str
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Where the explanations of how many images were written."""
+
+    folder: Path
+    images: int
+
+    @property
+    def sheet(self) -> Path:
+        """The picture that shows the first of them."""
+        return self.folder / "sheet.png"
+
+
+def run_explain(cfg: ExplainConfig, verbose: bool = True) -> Explained:
+    """Explain and write, on the main process; every process must call this. With `verbose`, print what is left out.
+
+    Raises UsageError, DataError, ArtifactError, MachineError.
     """
-    maps = class_activation(model, inputs, classes)
-    return scaled(F.interpolate(maps[:, None], inputs.shape[2:], mode="bilinear", align_corners=False)[:, 0])
+    from resnet_dist.runtime.accelerate import on_main, start
+    from resnet_dist.runtime.isolation import process_settings_restored
+
+    with process_settings_restored():
+        accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
+        return on_main(accelerator, lambda: explain_all(cfg, accelerator.device, print if verbose else _say_nothing))
 
 
-def class_activation(model: nn.Module, inputs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """The positive part of layer4's channels, each weighted by the mean gradient of the class's logit, (B, h, w)."""
-    seen: list[torch.Tensor] = []
+def _say_nothing(_: str) -> None:
+    pass
 
-    def cut_here(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
-        seen.append(output.detach().requires_grad_())  # nothing before it needs a gradient
-        return seen[0]
 
-    hook = model.eval().get_submodule("layer4").register_forward_hook(cut_here)
+def explain_all(cfg: ExplainConfig, device: "torch.device", say: Callable[[str], None]) -> Explained:
+    """Explain and write, on this process. Raises ResnetDistError."""
+    from resnet_dist.files.outputs import check_folder, inside
+    from resnet_dist.model.checkpoint import load_checkpoint
+    from resnet_dist.report.explanations import EXPLANATIONS, write_explanations
+
+    run = Path(cfg.run or "")
+    checkpoint = run if run.is_file() or run.suffix == ".safetensors" else run / "checkpoints" / "best.safetensors"
+    folder = Path(cfg.output_dir) if cfg.output_dir else inside(run, "explain", cfg.method)
+    check_folder(folder, EXPLANATIONS)
+    model, description = load_checkpoint(checkpoint)
+    if cfg.target is not None and cfg.target not in description.classes:
+        near = suggestion(cfg.target, description.classes) or f": there are {listed(description.classes)}"
+        raise UsageError(f"--target: there is no class '{cfg.target}'{near}")
+    items = named_images(cfg, say) if cfg.images else worst_mistakes(cfg, run)
+    model.to(device)
+    explanations = [
+        explanation
+        for start in range(0, len(items), BATCH)
+        for explanation in explain_batch(cfg, items[start : start + BATCH], model, description, device)
+    ]
+    write_explanations(folder, explanations)
+    return Explained(folder, len(explanations))
+
+
+def explain_batch(
+    cfg: ExplainConfig, items: list[Item], model: "nn.Module", description: "Description", device: "torch.device"
+) -> "Iterator[Explanation]":
+    """The explanations of a few images. Raises DataError for an image that cannot be used."""
+    import numpy as np
+    import torch
+
+    from export.predict import ImageError, decode, fit, normalise
+    from resnet_dist.evaluation.saliency import explain
+    from resnet_dist.report.explanations import Explanation
+
+    pixels = []
+    for item in items:
+        try:
+            pixels.append(fit(decode(item.file), description.preprocessing))
+        except ImageError as error:
+            raise DataError(f"{item.file}: {error}") from None
+        except OSError as error:
+            raise DataError(f"{item.file}: cannot be opened ({error.strerror})") from None
+    inputs = torch.from_numpy(normalise(np.stack(pixels), description.preprocessing)).permute(0, 3, 1, 2).to(device)
+    with torch.no_grad():
+        best = model(inputs).softmax(1).max(1)
+    names = [description.classes[index] for index in best.indices.tolist()]
+    explained = [cfg.target or name for name in names]
+    wanted = torch.tensor([description.classes.index(name) for name in explained], device=device)
+    heat = explain(cfg.method, model, inputs, wanted).cpu().numpy()
+    for row, item in enumerate(items):
+        probability = float(best.values[row])
+        yield Explanation(item.file, pixels[row], heat[row], names[row], probability, item.target, explained[row])
+
+
+def named_images(cfg: ExplainConfig, say: Callable[[str], None]) -> list[Item]:
+    """The images that were named. Raises UsageError."""
+    from export import predict
+
     try:
-        with torch.enable_grad():
-            logits = model(inputs)
-            (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), seen[0])
-    finally:
-        hook.remove()
-    weights = gradient.mean(dim=(2, 3), keepdim=True)
-    return (weights * seen[0].detach()).sum(1).relu().float()
+        return [Item(file) for file in predict.find_images(cfg.images, say)]
+    except predict.UsageError as error:
+        raise UsageError(str(error)) from None
 
 
-def occlusion(model: nn.Module, inputs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """How much the logit falls when a square of an eighth of the side is covered with the mean colour, (B, H, W)."""
-    from captum.attr import Occlusion
+def worst_mistakes(cfg: ExplainConfig, run: Path) -> list[Item]:
+    """The images with the largest loss among those that the last evaluation got wrong.
 
-    side = max(1, inputs.shape[3] // 8)
-    found = Occlusion(model).attribute(
-        inputs,
-        target=classes,
-        sliding_window_shapes=(3, side, side),
-        strides=(3, max(1, side // 2), max(1, side // 2)),
-        baselines=0,
-        perturbations_per_eval=16,
-    )
-    return _evidence(found)
-
-
-def integrated_gradients(model: nn.Module, inputs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """The gradient integrated over 32 steps from the mean colour to the image, (B, H, W)."""
-    from captum.attr import IntegratedGradients
-
-    found = IntegratedGradients(model).attribute(
-        inputs, target=classes, baselines=0, n_steps=32, internal_batch_size=16
-    )
-    return _evidence(found, _grain(inputs))
-
-
-def gradient_shap(model: nn.Module, inputs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Approximate Shapley values against the mean colour and the image's negative, of 32 noisy samples, (B, H, W).
-
-    Seeded: equal images give equal maps.
+    Raises UsageError if there was none or it has no mistake, ArtifactError if its file is damaged.
     """
-    from captum.attr import GradientShap
+    from resnet_dist.files.run import read_facts
 
-    before = np.random.get_state()
-    np.random.seed(0)  # captum draws from here and from torch
+    root, file = Path(str(read_facts(run).get("data_root", ""))), run / "eval" / cfg.split / "predictions.csv"
     try:
-        with torch.random.fork_rng(devices=[inputs.device] if inputs.device.type == "cuda" else []):
-            torch.manual_seed(0)
-            rows = [
-                GradientShap(model).attribute(
-                    image[None],
-                    baselines=torch.stack([torch.zeros_like(image), -image]),
-                    target=target[None],
-                    n_samples=32,
-                    stdevs=0.1,
-                )
-                for image, target in zip(inputs, classes, strict=True)
-            ]
-    finally:
-        np.random.set_state(before)
-    return _evidence(torch.cat(rows), _grain(inputs))
-
-
-METHODS: dict[str, Attribution] = {
-    "gradcam": grad_cam,
-    "occlusion": occlusion,
-    "integrated-gradients": integrated_gradients,
-    "gradientshap": gradient_shap,
-}
-
-
-def explain(method: str, model: nn.Module, inputs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Maps by one of METHODS; arguments and result as for `grad_cam`. Raises UsageError where captum is missing."""
-    try:
-        return METHODS[method](model.eval(), inputs, classes)
-    except ModuleNotFoundError as error:
-        if error.name != "captum":
-            raise
-        raise UsageError(f"--method {method} needs captum: pip install 'resnet-dist[explain]'") from None
-
-
-def _evidence(attribution: torch.Tensor, smooth: int = 1) -> torch.Tensor:
-    """(B, 3, H, W) of both signs to maps: the channels added up, what speaks for the class kept, and each point the
-    mean of `smooth` x `smooth` pixels (an odd number), for single pixels cannot be seen."""
-    positive = attribution.detach().sum(1).relu().float()
-    return scaled(F.avg_pool2d(positive[:, None], smooth, 1, smooth // 2, count_include_pad=False)[:, 0])
-
-
-def _grain(inputs: torch.Tensor) -> int:
-    """The odd number next to a thirty-second of the side."""
-    return inputs.shape[3] // 64 * 2 + 1
-
-
-def scaled(maps: torch.Tensor) -> torch.Tensor:
-    """Maps (B, H, W), not negative, divided by their 99.5 % points and cut at 1: one pixel must not dim the rest."""
-    flat = maps.flatten(1)
-    top = flat.kthvalue(max(1, round(0.995 * flat.shape[1])), dim=1).values.clamp_min(torch.finfo(maps.dtype).tiny)
-    return (maps / top[:, None, None]).clamp(max=1)
+        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            rows = [row for row in csv.DictReader(stream) if row["prediction"] != row["target"]]
+            rows.sort(key=lambda row: -float(row["loss"]))
+            items = [Item(str(root / row["path"]), row["target"]) for row in rows[: cfg.worst]]
+    except FileNotFoundError:
+        raise UsageError(f"{file}: not there; run `resnet-dist eval {run} --split {cfg.split}` first") from None
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ArtifactError(f"{file}: damaged ({error}); run `resnet-dist eval` again") from None
+    if not items:
+        raise UsageError(f"{file}: no mistakes in it; name the images to explain")
+    return items

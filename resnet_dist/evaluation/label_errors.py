@@ -1,160 +1,193 @@
-"""Which labels are probably wrong, from probabilities that an image's own label had no part in.
+"""Rank the labels of a run's training images by how probably they are wrong."""
 
-Confident learning (Northcutt, Jiang and Chuang, "Confident Learning: Estimating Uncertainty in Dataset Labels", JAIR
-2021). For validation images the trained model's probabilities will do; for training images they come out of fold.
-"""
-
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from resnet_dist.config.fields import option, out_of_range
+from resnet_dist.config.schema import ModelConfig, SystemConfig
+from resnet_dist.errors import UsageError
 
-from resnet_dist.evaluation.intervals import lower_bound
-from resnet_dist.evaluation.records import Records
+if TYPE_CHECKING:
+    import numpy as np
+    from accelerate import Accelerator
+    from torch import nn
 
-# Strong, because a label that is wrong must not be learnt: few images stand against 512 or 2,048 features.
-REGULARISATION = 0.01
-# How far a judge must be on the way from always naming the largest class (0) to always being right (1). Simulated with
-# 2 and 10 classes, 300 and 500 images: with 5 % wrong labels, 13 of 100 suspects of a judge at 0.45 are wrong labels,
-# and 60 of 100 at 0.7 to 0.75. With no wrong label, a judge at 0.5 suspects a fifth of the images, at 0.8 one in 70.
-LEAST_SKILL = 0.6
-CONFIDENCE = 0.95
-OUT_OF_FOLD = "classifiers that were fitted without the image"
+    from resnet_dist.data.index import ImageTable
+    from resnet_dist.evaluation.confident_learning import LabelErrors
+    from resnet_dist.model.checkpoint import Description
+    from resnet_dist.model.resnet import Architecture
+
+FILE = "label_errors.csv"
+COLUMNS = ("path", "label", "likely", "quality", "suspected")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelErrorsConfig:
+    """Rank the labels of a run's training images, the most doubtful first, and write label_errors.csv into the run.
+
+    Each label is judged by a logistic regression that was fitted on the other folds, on features of the weights that
+    the run began with, so nothing that judges a label has learned it. If the regressions predict the labels too badly,
+    no label is suspected. `report RUN` then shows the images.
+    """
+
+    run: str | None = option(None, positional=True)
+    """A run folder."""
+    folds: int = 5
+    """Number of folds for cross-validation; each is judged by a regression that was fitted on the others."""
+    weights: str | None = None
+    """Pretrained weights to compute the features with, as for train (default: those that the run began with)."""
+    batch_size: int = option(32, "-b")
+    """Images in a batch, per process."""
+    workers: int | None = option(None, "-j", "--num-workers")
+    """Loader processes per process (default: from cores and processes)."""
+    threads: int | None = None
+    """CPU threads per process (default: cores divided by the processes of this machine)."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the settings, one line each."""
+        if self.run is None:
+            yield "RUN is missing: a run folder"
+        if self.weights == "none":
+            yield "--weights none: features of random weights cannot judge labels; give pretrained ones"
+        yield from out_of_range(self, 2, 100, "folds")
+        yield from out_of_range(self, 1, math.inf, "batch_size", "threads")
+        yield from out_of_range(self, 0, 1024, "workers")
 
 
 @dataclass(frozen=True)
-class Judge:
-    """How well the labels are predicted by what judges them, and whether that is enough to judge at all.
+class LabelRanking:
+    """What was found out about the labels.
 
     Attributes:
-        right: how many of the `images` labels it predicts.
-        chance: the share of the largest class, 0..1, which is what always naming that class would predict.
+        file: label_errors.csv, which has all images, the most doubtful first.
+        sentence: how many labels are suspected, and how well the labels could be predicted.
+        suspects: (path, label, likely class) of every suspected label, the most doubtful first.
     """
 
-    right: int
-    images: int
-    chance: float
+    file: Path
+    sentence: str
+    suspects: list[tuple[str, str, str]]
 
-    @classmethod
-    def of(cls, right: np.ndarray, target: np.ndarray) -> "Judge":
-        """From bool (n,), which labels are predicted, and int64 (n,), the labels."""
-        return cls(int(right.sum()), len(target), float(np.bincount(target).max()) / len(target))
 
-    @property
-    def low(self) -> float:
-        """The lower bound of the share that it predicts."""
-        return lower_bound(self.right, self.images, CONFIDENCE)
+def run_label_errors(cfg: LabelErrorsConfig) -> LabelRanking:
+    """Rank the labels and write label_errors.csv. Every process must call this.
 
-    @property
-    def needed(self) -> float:
-        """What the lower bound must reach."""
-        return self.chance + LEAST_SKILL * (1 - self.chance)
+    Raises UsageError, DataError, ArtifactError, MachineError.
+    """
+    from resnet_dist.runtime.accelerate import start
+    from resnet_dist.runtime.isolation import process_settings_restored
 
-    @property
-    def can_tell(self) -> bool:
-        """Whether its suspicions are to be believed more often than not."""
-        return self.low >= self.needed
+    with process_settings_restored():
+        accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
+        return _run(accelerator, cfg)
 
-    def sentence(self, suspected: int, name: str) -> str:
-        """What there is to say of the labels, for people. `name` says who judges: "the network"."""
-        predicted = f"{self.right:,} of {self.images:,} labels ({self.right / self.images:.2f})"
-        if self.can_tell:
-            return f"{suspected:,} labels are suspected. {predicted} are predicted correctly by {name}."
-        return (
-            f"It cannot be told which labels are wrong: only {predicted} are predicted correctly by {name}. With "
-            f"{100 * CONFIDENCE:g} % confidence that is at least {self.low:.2f}, but {self.needed:.2f} is needed "
-            f"(always naming the largest class gives {self.chance:.2f}). More images or better weights may help."
+
+def _run(accelerator: "Accelerator", cfg: LabelErrorsConfig) -> LabelRanking:
+    from resnet_dist.data.index import read_run_part
+    from resnet_dist.files.outputs import check_file, table_with
+    from resnet_dist.model.checkpoint import load_checkpoint
+    from resnet_dist.model.resnet import build
+    from resnet_dist.runtime.accelerate import model_from_main, on_main
+
+    run = Path(cfg.run or "")
+    on_main(accelerator, lambda: check_file(run / FILE, table_with(*COLUMNS), "RUN") if run.is_dir() else None)
+    description = on_main(accelerator, lambda: load_checkpoint(run / "checkpoints" / "best.safetensors")[1])
+    classes = description.classes
+    table = on_main(accelerator, lambda: read_run_part(run, "train", classes))
+    on_main(accelerator, lambda: check_folds(cfg.folds, table, classes))
+    model, _ = model_from_main(accelerator, lambda: pretrained(cfg, run, description), build)
+    features = features_of(accelerator, cfg, model, description, table)
+    return on_main(accelerator, lambda: judge(cfg.folds, run, table, features, classes))
+
+
+def features_of(
+    accelerator: "Accelerator",
+    cfg: LabelErrorsConfig,
+    model: "nn.Module",
+    description: "Description",
+    table: "ImageTable",
+) -> "np.ndarray":
+    """The input of the head for every image, float32 (n, F). Every process must call this."""
+    from resnet_dist.data.loader import EvalImages, EvalLoader, default_workers
+    from resnet_dist.data.transforms import ToInput
+    from resnet_dist.evaluation.collect import collect_records
+    from resnet_dist.evaluation.records import Keep
+    from resnet_dist.runtime import environment as launcher
+
+    device, spec, classes = accelerator.device, description.preprocessing, description.classes
+    workers = default_workers(device, launcher.local_world_size()) if cfg.workers is None else cfg.workers
+    world, rank = accelerator.num_processes, accelerator.process_index
+    loader = EvalLoader(EvalImages(table, spec), cfg.batch_size, workers, device.type == "cuda", world, rank)
+    to_input, keep = ToInput(spec, device), Keep(features=True)
+    records = collect_records(accelerator, model, loader, to_input, len(classes), full_precision=True, keep=keep)
+    assert records.features is not None
+    return records.features
+
+
+def check_folds(folds: int, table: "ImageTable", classes: tuple[str, ...]) -> None:
+    """Raises UsageError if a class has fewer images than there are folds."""
+    import numpy as np
+
+    counts = np.bincount(table.targets, minlength=len(classes))
+    if counts.min() < folds:
+        rarest = int(counts.argmin())
+        raise UsageError(
+            f"--folds {folds}: class '{classes[rarest]}' has {counts[rarest]} training images, and needs one per fold"
         )
 
 
-@dataclass(frozen=True)
-class LabelErrors:
-    """What speaks against each label, in the order of the images.
+def pretrained(cfg: LabelErrorsConfig, run: Path, description: "Description") -> tuple["nn.Module", "Architecture"]:
+    """A network with the weights that the run began with, and its architecture.
 
-    Attributes:
-        likely: int64 (n,), the class that speaks most against the label.
-        quality: float64 (n,), the normalised margin in 0..1: (p of the label - p of the best other class + 1) / 2.
-        suspected: bool (n,), whether the label is probably wrong; none where the judge cannot tell.
-        order: int64 (n,), positions from the most to the least likely error: the suspected ones first, each by quality.
-        judge: how far the suspicions can be believed.
+    Raises UsageError, ArtifactError, MachineError.
     """
+    from resnet_dist.config.stored import read_toml
+    from resnet_dist.model import weights
+    from resnet_dist.model.resnet import Architecture, build
+    from resnet_dist.model.start import StartingPoint
 
-    likely: np.ndarray
-    quality: np.ndarray
-    suspected: np.ndarray
-    order: np.ndarray
-    judge: Judge
-
-
-def find(target: np.ndarray, probabilities: np.ndarray) -> LabelErrors:
-    """Judge labels, int64 (n,), by probabilities, float (n, classes) in 0..1, which did not learn from them.
-
-    Suspected are the images that the confident joint counts under another class, if that label is not predicted
-    either, and of them no more than the joint estimates that there are.
-    """
-    rows = np.arange(len(target))
-    own = probabilities[rows, target]
-    others = probabilities.astype(np.float64)
-    others[rows, target] = -np.inf
-    best_other = others.argmax(axis=1)
-    quality = (own - others[rows, best_other] + 1) / 2
-    counted, estimated = confident_joint(target, probabilities)
-    judge = Judge.of(quality >= 0.5, target)
-    candidates = (counted != target) & (quality < 0.5)
-    suspected = np.zeros(len(target), bool)
-    if judge.can_tell:
-        worst = np.argsort(np.where(candidates, quality, np.inf), kind="stable")
-        suspected[worst[: min(int(candidates.sum()), round(estimated))]] = True
-    return LabelErrors(
-        likely=np.where(suspected, counted, best_other),
-        quality=quality,
-        suspected=suspected,
-        order=np.lexsort((quality, ~suspected)),
-        judge=judge,
-    )
+    known = description.architecture
+    stored = read_toml(run / "config.toml")
+    begun = StartingPoint.of(stored.get("model", {}).get("weights", "none"), stored.get("run", {}).get("init_from"))
+    if cfg.weights is None and not begun.pretrained:
+        raise UsageError(
+            f"--weights is missing: {run} began from random weights, and features that learned the labels cannot judge "
+            "them; give pretrained weights"
+        )
+    if cfg.weights is None and begun.kind == "run":
+        raise UsageError(
+            f"--weights is missing: {run} began from {begun}, and if that has learned these labels, it cannot judge "
+            f"them; give pretrained weights, or {begun.file} if it was trained on other images"
+        )
+    settings: dict[str, Any] = {"model": known.name, "weights": cfg.weights or begun.source, "stem": known.stem}
+    model_cfg = ModelConfig(**settings)
+    architecture = Architecture.of(model_cfg, known.num_classes)
+    model = build(architecture)
+    named = weights.named_weights(model_cfg)
+    file = weights.download(named.url) if named is not None else Path(model_cfg.weights)
+    weights.load_backbone(model, weights.read_tensors(file), architecture, str(file))
+    return model, architecture
 
 
-def confident_joint(target: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, float]:
-    """int64 (n,), the class under which the confident joint counts each image, and how many labels it takes for wrong.
+def judge(folds: int, run: Path, table: "ImageTable", features: "np.ndarray", classes: tuple[str, ...]) -> LabelRanking:
+    """Judge the labels by features, float32 (n, F), and write label_errors.csv. Raises MachineError."""
+    from resnet_dist.evaluation.confident_learning import OUT_OF_FOLD, find, out_of_fold
+    from resnet_dist.files.run import to_csv, write_atomically
 
-    An image counts as the most probable of those classes whose probability reaches that class's threshold, the mean
-    probability of the class over the images labelled as it; without such a class, as its label. The estimate scales
-    the counts of each label to the number of images labelled as it.
-    """
-    rows, classes = np.arange(len(target)), probabilities.shape[1]
-    images = np.bincount(target, minlength=classes)
-    sums = np.bincount(target, weights=probabilities[rows, target], minlength=classes)
-    thresholds = np.where(images > 0, sums / np.maximum(images, 1), np.inf)
-    confident = np.where(probabilities >= thresholds, probabilities, -np.inf)
-    counted = confident.argmax(axis=1)
-    is_counted = np.isfinite(confident[rows, counted])
-    off = np.bincount(target[is_counted & (counted != target)], minlength=classes)
-    total = np.bincount(target[is_counted], minlength=classes)
-    estimated = float((off / np.maximum(total, 1) * images).sum())
-    return np.where(is_counted, counted, target), estimated
+    found = find(table.targets, out_of_fold(features, table.targets, folds))
+    rows = [label_row(table, found, classes, int(position)) for position in found.order]
+    write_atomically(run / FILE, to_csv(COLUMNS, rows))
+    suspected = int(found.suspected.sum())
+    suspects = [(path, label, likely) for path, label, likely, *_ in rows[:suspected]]
+    return LabelRanking(run / FILE, found.judge.sentence(suspected, OUT_OF_FOLD), suspects)
 
 
-def find_in_records(records: Records, num_classes: int) -> LabelErrors:
-    """Judge the labels of evaluated images, on which the model was not trained.
-
-    Records hold the five best classes, and the label's own probability through its loss; the others count as 0.
-    """
-    probabilities = np.zeros((len(records), num_classes), np.float32)
-    np.put_along_axis(probabilities, records.classes, records.probabilities, axis=1)
-    probabilities[np.arange(len(records)), records.target] = np.exp(-records.loss)
-    return find(records.target, probabilities)
-
-
-def out_of_fold(features: np.ndarray, target: np.ndarray, folds: int) -> np.ndarray:
-    """Probabilities, float64 (n, classes), of logistic regressions that were fitted without the image's own fold.
-
-    `features` is float32 (n, F), `target` int64 (n,) with at least `folds` images of every class 0..max. The folds
-    are stratified, and the same in every call.
-    """
-    regression = LogisticRegression(C=REGULARISATION, max_iter=1000)
-    parts = StratifiedKFold(folds, shuffle=True, random_state=0)
-    pipeline = make_pipeline(StandardScaler(), regression)
-    return np.asarray(cross_val_predict(pipeline, features, target, cv=parts, method="predict_proba"))
+def label_row(
+    table: "ImageTable", found: "LabelErrors", classes: tuple[str, ...], position: int
+) -> tuple[str, str, str, str, int]:
+    """path, label, likely, quality, suspected (1 or 0) of one image."""
+    label, likely = classes[table.targets[position]], classes[found.likely[position]]
+    return table.paths[position], label, likely, f"{found.quality[position]:.6f}", int(found.suspected[position])

@@ -1,138 +1,86 @@
-"""A folder as the Hugging Face Hub and timm read it: config.json, model.safetensors, README.md with front matter."""
+"""Write the best checkpoint as a folder that timm and the Hugging Face Hub read, and upload it."""
 
-import json
-import math
-from collections.abc import Mapping
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from resnet_dist.errors import ArtifactError, MachineError
-from resnet_dist.files.header import best_of, description_in
-from resnet_dist.files.outputs import Kind, make_folder
-from resnet_dist.files.run import to_json, write_atomically
-from resnet_dist.model.checkpoint import Description
-from resnet_dist.report.card import CardFacts, card, is_plain, loading_with_ours, loading_with_torchvision
-
-FILES = ("README.md", "config.json", "model.safetensors")
-CROP_MODES = {"crop": "center", "squash": "squash", "pad": "border"}  # ours: timm's
+from resnet_dist.config.fields import option
+from resnet_dist.errors import MachineError, UsageError
+from resnet_dist.files.outputs import inside
 
 
-def _is_checkpoint(file: Path) -> bool:
-    try:
-        return description_in(file) is not None
-    except ArtifactError:
-        return False
+@dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """Write a folder with config.json, model.safetensors and README.md, as timm and the Hugging Face Hub read it."""
+
+    run: str | None = option(None, positional=True)
+    """A run folder whose training is done."""
+    output_dir: str | None = option(None, "-o", "--output")
+    """The folder to write (default: hub, in the run folder)."""
+    push_to_hub: str | None = None
+    """Upload it to this repository, such as you/ants (needs the extra hub, and a token: `hf auth login`, HF_TOKEN)."""
+    private: bool = False
+    """Make that repository private, if it does not exist yet."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the settings, one line each."""
+        if self.run is None:
+            yield "RUN is missing: a run folder"
+        if self.private and self.push_to_hub is None:
+            yield "--private needs --push-to-hub"
+        if self.push_to_hub is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.push_to_hub, re.ASCII):
+            yield f"--push-to-hub {self.push_to_hub}: not the name of a repository such as you/ants"
 
 
-HUB_FOLDER = Kind("a folder that `hub` wrote", "model.safetensors", _is_checkpoint)
+@dataclass(frozen=True)
+class HubFolder:
+    """The folder that was written.
 
-
-def write_hub_folder(run: Path, folder: Path, known: CardFacts) -> list[Path]:
-    """Write the folder; returns its files. A network that timm does not have gets no config.json.
-
-    Raises UsageError, MachineError, ArtifactError.
+    Attributes:
+        path: the folder.
+        files: its files.
+        reason: why timm cannot load it, or "".
     """
-    best, config = best_of(run), folder / "config.json"
-    make_folder(folder, HUB_FOLDER)
+
+    path: Path
+    files: list[Path]
+    reason: str
+
+
+def run_hub(cfg: HubConfig) -> HubFolder:
+    """Write the folder; `push` uploads it. Raises UsageError, MachineError, ArtifactError."""
+    if cfg.push_to_hub is not None and importlib.util.find_spec("huggingface_hub") is None:
+        raise UsageError("--push-to-hub needs huggingface_hub: pip install 'resnet-dist[hub]'")
+
+    from resnet_dist.report.card import read_card_facts
+    from resnet_dist.report.hub_folder import why_not, write_hub_folder
+
+    run = Path(cfg.run or "")
+    folder = Path(cfg.output_dir) if cfg.output_dir is not None else inside(run, "hub")
+    known = read_card_facts(run)
+    files = write_hub_folder(run, folder, known)
+    return HubFolder(folder, files, "" if known.is_plain else why_not(known))
+
+
+def push(files: Sequence[Path], repository: str, private: bool) -> str:
+    """Upload the files as one commit, into a repository that is made if need be. Returns its address.
+
+    Where and as whom is huggingface_hub's affair (HF_ENDPOINT, HF_TOKEN, `hf auth login`). Raises MachineError.
+    """
+    from httpx2 import HTTPError  # what huggingface_hub speaks HTTP through
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    api = HfApi(library_name="resnet-dist")
     try:
-        weights = best.read_bytes()
-        if not known.is_plain and not config.is_symlink():
-            config.unlink(missing_ok=True)  # of a run before this one
-    except OSError as error:
-        kind = ArtifactError if error.filename == str(best) else MachineError
-        raise kind(f"{error.filename}: cannot be read or made ({error.strerror})") from None
-    write_atomically(folder / HUB_FOLDER.mark, weights)
-    if known.is_plain:
-        write_atomically(config, to_json(timm_config(known.description)))
-    write_atomically(folder / "README.md", hub_card(known))
-    return [folder / name for name in FILES if (folder / name).exists()]
-
-
-def timm_config(description: Description) -> dict[str, Any]:
-    """What timm's `create_model("local-dir:FOLDER")` and `create_transform` need to give the same logits."""
-    made_of, spec = description.architecture, description.preprocessing
-    assert is_plain(made_of)
-    return {
-        "architecture": made_of.name,
-        "num_classes": made_of.num_classes,
-        "num_features": 512 if made_of.name in ("resnet18", "resnet34") else 2048,
-        "global_pool": "avg",
-        "label_names": list(description.classes),
-        "pretrained_cfg": {
-            "tag": "resnet_dist",
-            "custom_load": False,
-            "input_size": [3, spec.img_size, spec.img_size],
-            "fixed_input_size": False,
-            "interpolation": spec.interpolation,
-            "crop_pct": crop_share(spec.img_size, spec.resize),
-            "crop_mode": CROP_MODES[spec.resize_mode],
-            "mean": list(spec.mean),
-            "std": list(spec.std),
-            "num_classes": made_of.num_classes,
-            "pool_size": None,
-            "first_conv": "conv1",
-            "classifier": "fc",
-            "license": "unknown",
-        },
-    }
-
-
-def crop_share(img_size: int, resize: int) -> float:
-    """timm's `crop_pct`: it resizes the short side to floor(img_size / crop_pct), which must be `resize` exactly."""
-    share = img_size / resize
-    while math.floor(img_size / share) < resize:
-        share = math.nextafter(share, 0)
-    return share
-
-
-def hub_card(known: CardFacts) -> str:
-    """The model card with the front matter by which the Hub files it."""
-    made_of, spec = known.description.architecture, known.description.preprocessing
-    text = loading_with_ours("model.safetensors")
-    if known.is_plain:
-        plain = [] if spec.resize_mode == "pad" else loading_with_torchvision("model.safetensors", made_of, spec)
-        text = [*loading_with_timm(), "", *plain, "", *text]
-    else:
-        text = [f"timm and torchvision have no such network ({why_not(known)}): this package loads it.", "", *text]
-    return front_matter(known.metrics, known.is_plain) + card(known, "model.safetensors", text)
-
-
-def why_not(known: CardFacts) -> str:
-    """What of the network timm does not have."""
-    made_of = known.description.architecture
-    parts = [f"head {made_of.head}"] if made_of.head != "linear" else []
-    return " and ".join([*parts, "small stem"] if made_of.stem != "standard" else parts)
-
-
-def front_matter(metrics: Mapping[str, Any], is_plain: bool) -> str:
-    """YAML between two lines of dashes; its strings are written as JSON, which YAML contains."""
-    values = [{"type": "accuracy", "value": metrics["top1"]}, {"type": "f1", "value": metrics["macro_f1"]}]
-    task = {"type": "image-classification"}
-    results = [{"task": task, "dataset": {"type": "imagefolder", "name": "validation images"}, "metrics": values}]
-    fields = {
-        "pipeline_tag": "image-classification",
-        "library_name": "timm" if is_plain else "resnet-dist",
-        "tags": ["image-classification", "resnet", *(["timm"] if is_plain else []), "resnet-dist"],
-        "metrics": ["accuracy", "f1"],
-        "model-index": [{"name": "classifier", "results": results}],
-    }
-    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
-    return "\n".join(["---", *lines, "---", "", ""])
-
-
-def loading_with_timm() -> list[str]:
-    """Code that labels photo.jpg with timm, fenced."""
-    return """With timm (`hf-hub:NAME` instead of `local-dir:.` once it is on the Hub):
-
-```python
-import timm
-import torch
-from PIL import Image, ImageOps
-
-model = timm.create_model("local-dir:.", pretrained=True).eval()
-prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
-with torch.inference_mode():
-    probabilities = model(prepare(image)[None]).softmax(1)[0]
-print(model.pretrained_cfg["label_names"][int(probabilities.argmax())], float(probabilities.max()))
-```""".splitlines()
+        made = api.create_repo(repository, private=private or None, exist_ok=True)
+        operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files]
+        api.create_commit(made.repo_id, operations, commit_message="Upload a classifier trained by resnet-dist")
+    except (HTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise MachineError(
+            f"--push-to-hub {repository}: {reason[:300] or type(error).__name__}; the folder is written, try again"
+        ) from None
+    return str(made)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from resnet_dist.evaluation import label_errors
+from resnet_dist.evaluation import confident_learning
 from resnet_dist.evaluation.records import Records
 from resnet_dist.evaluation.result import Evaluation
 from resnet_dist.files.run import read_facts
@@ -174,8 +174,8 @@ def _map(evaluation: Evaluation, place: Mapping[int, int]) -> list[list[float]] 
 def _evaluated_errors(evaluation: Evaluation, place: Mapping[int, int]) -> dict[str, Any]:
     title = f"Evaluated images ({evaluation.split})"
     if evaluation.split == "train":
-        return {"title": title, "note": "The network learnt these labels, so it cannot judge them.", "rows": []}
-    found = label_errors.find_in_records(evaluation.records, len(evaluation.classes))
+        return {"title": title, "note": "The network learned these labels, so it cannot judge them.", "rows": []}
+    found = confident_learning.find_in_records(evaluation.records, len(evaluation.classes))
     told = found.order.tolist() if found.judge.can_tell else []
     rows = [
         [
@@ -211,8 +211,8 @@ def _training_errors(run: Path, images: Images, classes: Sequence[str]) -> dict[
             for row in found[:MOST_JUDGED]
         ]
         right = np.array([float(row["quality"]) >= 0.5 for row in found])
-        judge = label_errors.Judge.of(right, np.array([number[row["label"]] for row in found]))
-    note = judge.sentence(sum(row["suspected"] == "1" for row in found), label_errors.OUT_OF_FOLD)
+        judge = confident_learning.Judge.of(right, np.array([number[row["label"]] for row in found]))
+    note = judge.sentence(sum(row["suspected"] == "1" for row in found), confident_learning.OUT_OF_FOLD)
     return {"title": "Training images", "note": note, "rows": rows if judge.can_tell else []}
 
 

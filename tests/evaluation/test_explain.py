@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from resnet_dist.cli.main import main
-from resnet_dist.evaluation.explain import METHODS, class_activation, explain, grad_cam, scaled
+from resnet_dist.evaluation.saliency import METHODS, class_activation, explain, grad_cam, scaled
 from resnet_dist.report.overlays import overlay
 
 Refused = Callable[..., str]

@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from export.predict import Preprocessing
 from resnet_dist.cli.main import main
 from resnet_dist.config.schema import ModelConfig
-from resnet_dist.evaluation import label_errors
+from resnet_dist.evaluation import confident_learning
 from resnet_dist.model.resnet import Architecture, build
 from resnet_dist.report.on_disk import read_run_evaluation
 from tests.conftest import WITH_REPORT, make_folder
@@ -63,7 +63,7 @@ def test_equals_the_definition(n: int, classes: int, seed: int) -> None:
     )  # in a part, the labels are predicted
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     wanted, quality, estimate = brute_force(target.tolist(), probabilities.tolist())
-    counted, estimated = label_errors.confident_joint(target, probabilities)
+    counted, estimated = confident_learning.confident_joint(target, probabilities)
     # A mean in another order of addition may differ in its last digit, which decides at the very threshold.
     edge = {t: np.mean(probabilities[target == t, t]) for t in set(target.tolist())}
     clear = [all(abs(p[t] - value) > 1e-12 for t, value in edge.items()) for p in probabilities]
@@ -72,7 +72,7 @@ def test_equals_the_definition(n: int, classes: int, seed: int) -> None:
     ]
     if all(clear):
         assert estimated == pytest.approx(estimate)
-    found = label_errors.find(target, probabilities)
+    found = confident_learning.find(target, probabilities)
     assert found.quality == pytest.approx(quality)
     assert found.judge.right == (probabilities.argmax(axis=1) == target).sum()
     candidates = [i for i in range(n) if counted[i] != target[i] and probabilities[i].argmax() != target[i]]
@@ -86,14 +86,14 @@ def test_equals_the_definition(n: int, classes: int, seed: int) -> None:
 
 def judged(
     apart: float, seed: int, wrong: float, n: int = 400, classes: int = 4
-) -> tuple[label_errors.LabelErrors, np.ndarray]:
+) -> tuple[confident_learning.LabelErrors, np.ndarray]:
     """Label errors found in `n` points of normals of which a share has wrong labels, and bool (n,): which."""
     random = np.random.default_rng(seed)
     true = random.integers(0, classes, n)
     features = (random.normal(size=(n, 32)) + apart * np.eye(classes, 32)[true]).astype(np.float32)
     is_wrong = random.random(n) < wrong
     target = np.where(is_wrong, (true + random.integers(1, classes, n)) % classes, true)
-    return label_errors.find(target, label_errors.out_of_fold(features, target, 5)), is_wrong
+    return confident_learning.find(target, confident_learning.out_of_fold(features, target, 5)), is_wrong
 
 
 @pytest.mark.parametrize("apart", [2.5, 3.5, 5.0])
@@ -135,7 +135,7 @@ def test_a_weak_judge_says_that_it_cannot_tell() -> None:
     ],
 )
 def test_what_a_judge_needs(right: int, images: int, chance: float, can_tell: bool) -> None:
-    judge = label_errors.Judge(right, images, chance)
+    judge = confident_learning.Judge(right, images, chance)
     low = binomtest(right, images, alternative="greater").proportion_ci(0.95, method="exact").low
     assert judge.low == pytest.approx(low) and judge.can_tell == can_tell == (low >= 0.4 * chance + 0.6)
 
@@ -145,7 +145,7 @@ def test_records_hold_enough_where_there_are_up_to_five_classes() -> None:
     records = made_records(np.arange(200) % 5, 5, right=0.8)
     full = np.empty((200, 5), np.float32)
     np.put_along_axis(full, records.classes, records.probabilities, axis=1)
-    found, wanted = label_errors.find_in_records(records, 5), label_errors.find(records.target, full)
+    found, wanted = confident_learning.find_in_records(records, 5), confident_learning.find(records.target, full)
     assert np.array_equal(found.suspected, wanted.suspected) and np.array_equal(found.likely, wanted.likely)
     assert found.quality == pytest.approx(wanted.quality, abs=1e-6)
     assert 0 < found.suspected.sum() < 200
@@ -159,9 +159,9 @@ def test_the_label_counts_where_it_is_not_among_the_five_best() -> None:
     exact = logits.softmax(1).numpy()
     top = logits.softmax(1).topk(5)
     loss = torch.nn.functional.cross_entropy(logits, target, reduction="none").float().numpy()
-    records = label_errors.Records(target.numpy(), loss, top.indices.numpy(), top.values.float().numpy())
-    found = label_errors.find_in_records(records, 20)
-    assert found.quality == pytest.approx(label_errors.find(target.numpy(), exact).quality, abs=1e-6)
+    records = confident_learning.Records(target.numpy(), loss, top.indices.numpy(), top.values.float().numpy())
+    found = confident_learning.find_in_records(records, 20)
+    assert found.quality == pytest.approx(confident_learning.find(target.numpy(), exact).quality, abs=1e-6)
 
 
 def test_out_of_fold_is_fitted_on_the_other_folds() -> None:
@@ -169,11 +169,11 @@ def test_out_of_fold_is_fitted_on_the_other_folds() -> None:
     generator = np.random.default_rng(0)
     target = np.arange(60) % 3
     features = (generator.normal(size=(60, 8)) + 2 * np.eye(3, 8)[target]).astype(np.float32)
-    found = label_errors.out_of_fold(features, target, folds=4)
+    found = confident_learning.out_of_fold(features, target, folds=4)
     wanted = np.zeros((60, 3))
     for fitted, judged in StratifiedKFold(4, shuffle=True, random_state=0).split(features, target):
         scaler = StandardScaler().fit(features[fitted])
-        regression = LogisticRegression(C=label_errors.REGULARISATION, max_iter=1000)
+        regression = LogisticRegression(C=confident_learning.REGULARISATION, max_iter=1000)
         regression.fit(scaler.transform(features[fitted]), target[fitted])
         wanted[judged] = regression.predict_proba(scaler.transform(features[judged]))
     assert found == pytest.approx(wanted)
@@ -224,17 +224,17 @@ def test_misplaced_images_come_first(run: Path, weights: Path, capsys: pytest.Ca
 
 def test_a_weak_judge_accuses_nobody(run: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of labels that the pictures say nothing about: in the file, on the terminal and on the page."""
-    from resnet_dist.cli.label_errors import Config, judge
     from resnet_dist.data.index import read_run_part
+    from resnet_dist.evaluation.label_errors import judge
 
     table = read_run_part(run, "train", ("cat", "dog"))
     noise = np.random.default_rng(0).normal(size=(60, 16)).astype(np.float32)
-    first, *others = judge(Config(run=str(run)), run, table, noise, ("cat", "dog"))
-    assert first.startswith("It cannot be told which labels are wrong") and len(others) == 1
+    ranking = judge(5, run, table, noise, ("cat", "dog"))
+    assert ranking.sentence.startswith("It cannot be told which labels are wrong") and ranking.suspects == []
     with (run / "label_errors.csv").open(newline="") as stream:
         assert {row["suspected"] for row in csv.DictReader(stream)} == {"0"}
     assert main(["report", str(run), "--no-near-duplicates"]) == 0
-    assert first in (run / "report.html").read_text()
+    assert ranking.sentence in (run / "report.html").read_text()
 
 
 def test_what_cannot_judge_is_said(run: Path, weights: Path, refused: Callable[..., str]) -> None:
@@ -283,7 +283,7 @@ def test_wrong_labels_among_photographs(shared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main(["train", str(tmp_path / "wrong.csv"), "-o", str(run), *recipe, *weights, "--no-report"]) == 0
     evaluation = read_run_evaluation(run, ("Cat", "Dog"), Preprocessing())
-    found = label_errors.find_in_records(evaluation.records, 2)
+    found = confident_learning.find_in_records(evaluation.records, 2)
     ranked = {"val": [evaluation.paths[i] for i in found.order]}
     assert main(["label-errors", str(run)]) == 0
     with (run / "label_errors.csv").open(newline="") as stream:

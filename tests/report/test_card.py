@@ -23,7 +23,7 @@ from export.predict import Preprocessing, decode, fit, normalise
 from resnet_dist.cli.main import main
 from resnet_dist.model.checkpoint import load_checkpoint
 from resnet_dist.report.card import plain_text
-from resnet_dist.report.hub import crop_share, timm_config
+from resnet_dist.report.hub_folder import crop_share, timm_config
 from tests.conftest import CLASSES, TINY, make_folder
 
 Refused = Callable[..., str]

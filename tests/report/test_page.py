@@ -248,7 +248,7 @@ def test_a_damaged_evaluation_is_one_line(tmp_path: Path, name: str, text: str, 
 def test_labels_that_the_network_learnt_are_not_judged(tmp_path: Path) -> None:
     evaluation = replace(made_evaluation(tmp_path / "a", CLASSES, 6), split="train")
     (judged,) = evaluation_content(evaluation, None, None, {})["label_errors"]
-    assert judged["rows"] == [] and "learnt these labels" in judged["note"]
+    assert judged["rows"] == [] and "learned these labels" in judged["note"]
 
 
 # A run
