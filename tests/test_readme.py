@@ -1,4 +1,4 @@
-"""The README's commands are run, as they stand but for a network and images of seconds."""
+"""The commands and the Python snippets of the README run, with few small images in place of photographs."""
 
 import importlib
 import re
@@ -12,18 +12,27 @@ from safetensors.torch import save_file
 from resnet_dist.cli import main as cli
 from resnet_dist.cli.main import main
 from resnet_dist.cli.parser import parse
-from tests.conftest import make_folder
+from tests.conftest import make_folder, write_image
 
 README = Path(__file__).parents[1] / "README.md"
 QUICK = ["--img-size", "32", "--epochs", "2", "--threads", "1"]
 QUICK += ["--weights", "resnet50.safetensors"]
+QUICK_PYTHON = {  # what makes the first snippet take seconds
+    'model="resnet50"': 'model="resnet18", weights="none", img_size=32, threads=1',
+    "epochs=10": "epochs=2",
+}
 TRAINS = ("train", "lr-find", "compare", "bench")
 
 
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language, in order."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    return [block for name, block in fenced if name == language]
+
+
 def commands() -> list[list[str]]:
-    """Every `resnet-dist ...` line of a fenced block, in order, comments and output left out."""
-    blocks = re.findall(r"^```\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    """Every `resnet-dist ...` line of a block without a language, in order, comments and output left out."""
+    lines = [line.removeprefix("$ ") for block in blocks("") for line in block.splitlines()]
     words = [shlex.split(line, comments=True) for line in lines if line.startswith("resnet-dist ")]
     return [line[1:] for line in words]
 
@@ -59,3 +68,25 @@ def test_the_session_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
             quick = ["--min-agreement", "50"]
         assert main([*line, *quick]) == 0, (line, capsys.readouterr().err)
     assert Path("runs/photos/report.html").exists() and Path("runs/photos/export/model.onnx").exists()
+
+
+@pytest.mark.matrix
+def test_python_snippets_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In order, in one folder and one namespace; the export between them is the README's command."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(Path("photos"), train=40, val=0)
+    for name in ("cat.jpg", "dog.jpg"):
+        write_image(Path(name), seed=0)
+    first, *others = blocks("python")
+    for original, quick in QUICK_PYTHON.items():
+        assert original in first
+        first = first.replace(original, quick)
+    namespace: dict[str, object] = {}
+    exec(first, namespace)
+    assert main(["export", "runs/photos"]) == 0
+    capsys.readouterr()
+    for snippet in others:
+        exec(snippet, namespace)
+    assert re.search(r"^0\.\d+, 95 % interval 0\.\d+ to [01]\.\d+\ncat\.jpg ", capsys.readouterr().out)
