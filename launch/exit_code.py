@@ -2,10 +2,10 @@
 
     python launch/exit_code.py RUN_FOLDER COMMAND...
 
-`accelerate launch`, torchrun and srun make a 1 of every failure. What happened stands in RUN_FOLDER/run.json, if this
-attempt wrote there: 75 when training was told to stop and has saved a checkpoint, so that the same command goes on from
-it; else a code of resnet_dist/errors.py. Signals to stop go on to COMMAND: in a container it is this, the first
-process, that gets them. Needs nothing but Python.
+`accelerate launch`, torchrun and srun return 1 for every failure. This program reads the reason from
+RUN_FOLDER/run.json, if this attempt wrote it. It returns 75 if training was told to stop and saved a checkpoint, from
+which the same command continues; otherwise a code of resnet_dist/errors.py. It passes signals to stop on to COMMAND,
+because in a container the first process gets them. It needs only Python.
 """
 
 import json
@@ -19,11 +19,11 @@ from typing import Any
 
 PREEMPTED = 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-WAIT = 30.0  # seconds that the process which writes run.json, maybe on another machine, may end after our own
+WAIT = 30.0  # seconds to wait for the process that writes run.json, which may be on another machine
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command. Returns its exit code, or the one of the training that it launched."""
+    """Run the command. Returns the exit code of the training that it launched, or its own."""
     if len(arguments) < 2:
         print("usage: exit_code.py RUN_FOLDER COMMAND...", file=sys.stderr)
         return 2
@@ -46,12 +46,12 @@ def main(arguments: Sequence[str]) -> int:
         child.send_signal(number)
     code = child.wait()
     if code != 0:
-        code = told(file, before) or (code if code > 0 else 128 - code)
+        code = recorded_code(file, before) or (code if code > 0 else 128 - code)
     return code
 
 
-def told(file: Path, before: tuple[str, int]) -> int:
-    """The exit code that this attempt wrote to run.json; 0 if none, as where it was killed or never got that far."""
+def recorded_code(file: Path, before: tuple[str, int]) -> int:
+    """The exit code that this attempt wrote to run.json; 0 if none (it was killed, or failed too early)."""
     end = time.monotonic() + WAIT
     facts = changed(file, before)
     while facts.get("status") == "running" and time.monotonic() < end:
@@ -63,14 +63,14 @@ def told(file: Path, before: tuple[str, int]) -> int:
 
 
 def changed(file: Path, before: tuple[str, int]) -> dict[str, Any]:
-    """What run.json says, if it was written since `before`: an old "preempted" must not speak for a new failure."""
+    """The content of run.json if it has changed since `before`: an old "preempted" says nothing about a new failure."""
     now = contents(file)
     facts: dict[str, Any] = json.loads(now[0]) if now[0] and now != before else {}
     return facts
 
 
 def contents(file: Path) -> tuple[str, int]:
-    """The file's text and its time of change; empty where there is none."""
+    """The file's text and time of change; ("", 0) if there is none."""
     try:
         return file.read_text(encoding="utf-8"), file.stat().st_mtime_ns
     except OSError:

@@ -1,1 +1,1 @@
-"""Measuring where the time of training goes, with the program's own loop and loaders."""
+"""Measure where the time of training goes, with the program's own loop and loaders."""

@@ -1,4 +1,4 @@
-"""One lever after the other: whole training, from files, with everything off, then with one thing more each time."""
+"""The gain of each optimisation: training with everything off, then with one optimisation more each time."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from resnet_dist.training.loop import end_phase
 
 @dataclass(frozen=True)
 class Rung:
-    """What is changed beside everything that the rungs below it changed: fields by section, or what learns."""
+    """One optimisation, on top of all rungs below it: the fields that it changes, by section, and what learns."""
 
     name: str
     changes: dict[str, dict[str, Any]]
@@ -26,7 +26,7 @@ class Rung:
 
 
 GROUND = Rung(
-    "float32, one thread, nothing kept",
+    "float32, one thread, no caches",
     {
         "system": {"mixed_precision": "no", "tf32": False, "threads": 1, "cache_features": "off", "compile": "off"},
         "data": {"workers": 0, "cache": "none"},
@@ -34,32 +34,32 @@ GROUND = Rung(
 )
 LEVERS = (
     Rung("all cores", {"system": {"threads": None}, "data": {"workers": None}}),
-    Rung("16 bits where the machine has them", {"system": {"mixed_precision": "auto", "tf32": True}}),
-    Rung("decoded images kept in memory", {"data": {"cache": "ram"}}),
+    Rung("bf16 or fp16 if the machine has it", {"system": {"mixed_precision": "auto", "tf32": True}}),
+    Rung("decoded images cached in memory", {"data": {"cache": "ram"}}),
     Rung("compiled", {"system": {"compile": "on"}}),
     Rung("only layer4 and head learn", {"system": {"compile": "off"}}, "layer4+head"),
-    Rung("no random changes", {"augment": {"aug": "none"}}, "layer4+head"),
-    Rung("features before layer4 kept", {"system": {"cache_features": "auto"}}, "layer4+head"),
-    Rung("only the head learns, from features", {}, "head"),
+    Rung("no augmentation", {"augment": {"aug": "none"}}, "layer4+head"),
+    Rung("features before layer4 cached", {"system": {"cache_features": "auto"}}, "layer4+head"),
+    Rung("only the head learns, from cached features", {}, "head"),
 )
 
 
 def climb(cfg: TrainConfig, rounds: int, epochs: int, steps: int, say: Callable[[str], object]) -> list[dict[str, Any]]:
-    """Images per second of later epochs on every rung, in turns (all rungs, then all again); `say` tells how far.
+    """Images per second of every rung, after the first epoch. Each round measures all rungs; `say` reports progress.
 
-    Starts an Accelerator for each, since precision and threads differ; every process calls this.
+    Starts an Accelerator for each rung, because precision and threads differ. Every process must call this.
     """
     on_gpu = torch.accelerator.is_available() and not launcher.cpu_is_asked_for()
-    # On a CPU compiling takes longer than all the rest here, and the result was measured to be slower.
+    # On a CPU, compiling takes longer than everything else here, and the compiled steps were measured to be slower.
     levers = [lever for lever in LEVERS if on_gpu or lever.name != "compiled"]
     rungs = list(_cumulated(cfg, (GROUND, *levers)))
-    found: list[list[float]] = [[] for _ in rungs]
+    rates_of: list[list[float]] = [[] for _ in rungs]
     for number in range(rounds):
-        for rates, (rung, changed) in zip(found, rungs, strict=True):
+        for rates, (rung, changed) in zip(rates_of, rungs, strict=True):
             say(f"round {number + 1} of {rounds}: {rung.name}")
             accelerator, _ = start(changed.system, changed.run.seed)
             rates.append(_images_per_second(accelerator, changed, rung.regime, epochs, steps))
-    return [_row(rung, rates) for (rung, _), rates in zip(rungs, found, strict=True)]
+    return [_row(rung, rates) for (rung, _), rates in zip(rungs, rates_of, strict=True)]
 
 
 def _cumulated(cfg: TrainConfig, rungs: Sequence[Rung]) -> Iterator[tuple[Rung, TrainConfig]]:
@@ -88,8 +88,8 @@ def _row(rung: Rung, rates: list[float]) -> dict[str, Any]:
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The ladder as text: each rung with its gain over the one below and over the ground."""
-    yield f"{'':<40}{'images/s':>10}{'lowest':>10}{'highest':>10}{'gain':>8}{'in all':>8}"
+    """The ladder as text: each rung with its gain over the rung below and over the first."""
+    yield f"{'':<40}{'images/s':>10}{'lowest':>10}{'highest':>10}{'gain':>8}{'total':>8}"
     ground = before = rows[0]["images_per_second"]
     for row in rows:
         rate = row["images_per_second"]

@@ -1,4 +1,4 @@
-"""Loading by itself, stage by stage: from reading files, or from what is kept, to the network's input on the device."""
+"""Loading alone, stage by stage: from files or caches to the network's input on the device."""
 
 from collections.abc import Callable, Iterator
 from itertools import cycle
@@ -11,25 +11,25 @@ from resnet_dist.training.job import Job
 
 
 def loading(job: Job, plan: Plan) -> dict[str, Any]:
-    """Images per second of each stage with those before it, from files and, where the job keeps images, from those.
+    """Images per second of each stage including the stages before it, from files and from the job's cache, if any.
 
-    "from_device" is there instead of "from_kept" where the job keeps them on the device. The files have been read
-    before, so they come from the system's cache where they fit.
+    "from_kept" is the cache in memory or on disk, "from_device" the one on the device. The files have been read
+    before, so they come from the operating system's cache if they fit into memory.
     """
-    kept = job.train_images
-    plain = TrainImages(kept.table, kept.spec, kept.cfg, kept.seed)
-    found = {"from_files": {**_stages(job, plain, plan), **_loops(job, plain, plan)}}
+    images = job.train_images
+    plain = TrainImages(images.table, images.spec, images.cfg, images.seed)
+    measured = {"from_files": {**_stages(job, plain, plan), **_loops(job, plain, plan)}}
     if isinstance(job.train_loader.samples, DeviceImages):
-        found["from_device"] = _loops(job, job.train_loader.samples, plan)
-    elif kept.read is not kept.reader:
-        for _ in job.train_loader.epoch(0):  # fills it
+        measured["from_device"] = _loops(job, job.train_loader.samples, plan)
+    elif images.read is not images.reader:
+        for _ in job.train_loader.epoch(0):  # fills the cache
             pass
-        found["from_kept"] = {"get": _get(job, kept.read, kept, plan), **_loops(job, kept, plan)}
-    return found
+        measured["from_kept"] = {"get": _get(job, images.read, images, plan), **_loops(job, images, plan)}
+    return measured
 
 
 def _stages(job: Job, images: TrainImages, plan: Plan) -> dict[str, Any]:
-    """In one process: read, decode, transform (geometry and colour), batch (collate)."""
+    """The stages in one process: read, decode, transform (geometry and colour), batch."""
     table = images.table
 
     def transform(index: int) -> object:
@@ -42,26 +42,26 @@ def _stages(job: Job, images: TrainImages, plan: Plan) -> dict[str, Any]:
         "transform": transform,
     }
     size, positions = job.cfg.data.batch_size, cycle(range(len(table)))
-    found = {name: _get(job, work, images, plan) for name, work in works.items()}
+    stages = {name: _get(job, work, images, plan) for name, work in works.items()}
     batch = measure(job.accelerator, lambda: images.__getitems__([(0, next(positions)) for _ in range(size)]), plan)
-    return {**found, "batch": batch.of_images(size)}
+    return {**stages, "batch": batch.of_images(size)}
 
 
 def _get(job: Job, work: Callable[[int], object], images: TrainImages, plan: Plan) -> dict[str, Any]:
-    """A batch of single images, the next of the table each time."""
+    """Time `work` on a batch of single images, each the next of the table."""
     size, positions = job.cfg.data.batch_size, cycle(range(len(images.table)))
     return measure(job.accelerator, lambda: [work(next(positions)) for _ in range(size)], plan).of_images(size)
 
 
-def fastest(found: dict[str, Any]) -> dict[str, Any]:
-    """Of what `loading` gives, the stages from where training takes its images."""
-    names = [name for name in ("from_device", "from_kept", "from_files") if name in found]
-    stages: dict[str, Any] = found[names[0]]
+def fastest(measured: dict[str, Any]) -> dict[str, Any]:
+    """From the result of `loading`, the stages of the source that training uses."""
+    names = [name for name in ("from_device", "from_kept", "from_files") if name in measured]
+    stages: dict[str, Any] = measured[names[0]]
     return stages
 
 
 def _loops(job: Job, images: Samples, plan: Plan) -> dict[str, Any]:
-    """The loop's own loader with its processes, to the host and to the input on the device."""
+    """The loop's own loader with its processes: to the host, and to the input on the device."""
     size, device = job.cfg.data.batch_size, job.accelerator.device
     loader = TrainLoader(images, job.train_loader.batches, job.workers, pin_memory=device.type == "cuda")
     arriving = _endless(loader)

@@ -1,4 +1,4 @@
-"""What the machine can do: matrix products, copies in memory, and the instructions that decide about them."""
+"""The limits of the machine: speed of matrix products and memory copies, and CPU instructions."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -29,28 +29,28 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def roofs(accelerator: Accelerator, plan: Plan) -> dict[str, Any]:
-    """Measured limits of one process: FLOP/s of a square matrix product by precision, bytes/s read and written.
+    """Measured limits of one process: FLOP/s of a square matrix product by precision, and bytes/s of a copy.
 
-    With several processes all measure at once, so cores that they share are counted once.
+    All processes measure at the same time, so that cores that they share count once.
     """
     device = accelerator.device
     size = CPU_BYTES if device.type == "cpu" else GPU_BYTES
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found: dict[str, Any] = {"gemm_flops": {name: _gemm(accelerator, plan, name) for name in _precisions(device)}}
-    found["copy_bytes"] = measure(accelerator, lambda: target.copy_(source), plan).rates(2 * size)
+    limits: dict[str, Any] = {"gemm_flops": {name: _gemm(accelerator, plan, name) for name in _precisions(device)}}
+    limits["copy_bytes"] = measure(accelerator, lambda: target.copy_(source), plan).rates(2 * size)
     if device.type == "cuda":
         pinned = torch.ones(size // 8, dtype=torch.uint8).pin_memory()
         to_device = measure(accelerator, lambda: target[: len(pinned)].copy_(pinned, non_blocking=True), plan)
-        found["host_to_device_bytes"] = to_device.rates(len(pinned))
-    return found
+        limits["host_to_device_bytes"] = to_device.rates(len(pinned))
+    return limits
 
 
 def _precisions(device: torch.device) -> Iterator[str]:
     yield "fp32"
     if device.type == "cuda":
         yield from ("tf32", "fp16", "bf16")
-    elif {"avx512_bf16", "amx_bf16"} & launcher.cpu_flags():  # elsewhere a CPU emulates it, very slowly
+    elif {"avx512_bf16", "amx_bf16"} & launcher.cpu_flags():  # other CPUs emulate it, very slowly
         yield "bf16"
 
 
@@ -69,14 +69,14 @@ def _gemm(accelerator: Accelerator, plan: Plan, precision: str) -> dict[str, flo
 
 
 def gemm_flops(accelerator: Accelerator, roofs: dict[str, Any]) -> float:
-    """The measured FLOP/s of the precision in which convolutions are computed."""
+    """The measured FLOP/s in the precision of the convolutions."""
     precision = str(accelerator.mixed_precision)
     if precision == "no":
         precision = "tf32" if accelerator.device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "fp32"
     speeds = roofs["gemm_flops"]
-    return float(speeds.get(precision, speeds["fp32"])["median"])  # a CPU that emulates bf16 has no roof of it
+    return float(speeds.get(precision, speeds["fp32"])["median"])  # not measured on a CPU that emulates bf16
 
 
 def activation_bytes(accelerator: Accelerator) -> int:
-    """Width of an activation in memory."""
+    """Bytes of an activation in memory."""
     return 4 if accelerator.mixed_precision == "no" else 2

@@ -1,4 +1,4 @@
-"""The report of `resnet-dist bench`: put together, in words, and with a verdict that says what to change."""
+"""The report of `resnet-dist bench`: all measurements, as text, with a verdict that says what to change."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,14 +14,14 @@ from resnet_dist.data.loader import DeviceImages
 from resnet_dist.training.job import Job
 
 FORMAT_VERSION = 1
-WAITS = 0.1  # share of the time from which on waiting for data is worth a word
-GAINS = 1.3  # how many times faster something must be to be proposed
+WAITS = 0.1  # share of the time: the verdict mentions waiting for data above it
+GAINS = 1.3  # the verdict proposes a change only if it is this many times faster
 SOURCES = {
     "from_files": "loading from files",
-    "from_kept": "loading from what is kept",
-    "from_device": "loading from what is kept on the device",
+    "from_kept": "loading from the cache",
+    "from_device": "loading from the cache on the device",
 }
-HOST_BOUND = 0.9  # share of a step in which the host gives out work, from which on the host is the limit
+HOST_BOUND = 0.9  # share of a step that the host takes to launch its kernels: above it, the host is the limit
 
 
 def make_report(
@@ -33,44 +33,44 @@ def make_report(
     steps: int,
     say: Callable[[str], object],
 ) -> tuple[dict[str, Any], Job]:
-    """Everything that is measured, as plain JSON values, and the job that loading was measured with.
+    """All measurements, as plain JSON values, and the job with which loading was measured.
 
-    `say` tells what is being measured.
+    `say` is called with what is being measured.
     """
     blueprint = shortened(accelerator, cfg, steps)
-    found: dict[str, Any] = {"format_version": FORMAT_VERSION, "machine": describe(accelerator)}
+    report: dict[str, Any] = {"format_version": FORMAT_VERSION, "machine": describe(accelerator)}
     say("measuring matrix products and memory ...")
-    found["roofs"] = roofs(accelerator, plan)
-    found["regimes"] = {}
+    report["roofs"] = roofs(accelerator, plan)
+    report["regimes"] = {}
     for name in regimes:
         say(f"measuring training, {name} ...")
-        found["regimes"][name] = measure_regime(job_of(accelerator, blueprint), name, plan, epochs, found["roofs"])
+        report["regimes"][name] = measure_regime(job_of(accelerator, blueprint), name, plan, epochs, report["roofs"])
     say("measuring loading ...")
     job = job_of(accelerator, blueprint)
-    found["settings"] = settings(job)
-    found["loading"] = loading(job, plan)
-    for regime in found["regimes"].values():
+    report["settings"] = settings(job)
+    report["loading"] = loading(job, plan)
+    for regime in report["regimes"].values():
         if not regime["features_are_kept"]:
-            regime["training"]["overlap"] = overlap(found, regime)
-    found["notes"] = list(notes(job))
-    found["verdict"] = verdict(found)
-    return found, job
+            regime["training"]["overlap"] = overlap(report, regime)
+    report["notes"] = list(notes(job))
+    report["verdict"] = verdict(report)
+    return report, job
 
 
 def notes(job: Job) -> Iterator[str]:
-    """What the numbers of whole training and loading do not measure, a line each."""
+    """Lines about what the numbers of training and loading do not measure."""
     steps, workers = job.train_loader.steps_per_epoch, job.workers
     if steps < STEPS_PER_WORKER * workers and not isinstance(job.train_loader.samples, DeviceImages):
         yield (
-            f"epochs of {steps} steps with {workers} loader processes measure how the loaders fill up; for their "
-            f"steady speed take --epoch-steps {STEPS_PER_WORKER * workers} or more, and as many images"
+            f"epochs of {steps} steps with {workers} loader processes measure how the loaders start up; for their "
+            f"steady speed use --epoch-steps {STEPS_PER_WORKER * workers} or more, and enough images"
         )
     if job.cfg.data.cache == "device" and not isinstance(job.train_loader.samples, DeviceImages):
         yield f"--cache device keeps images in memory, not on the device, on a {job.accelerator.device.type}"
 
 
 def settings(job: Job) -> dict[str, Any]:
-    """What was measured: enough to repeat it."""
+    """The settings that were measured: enough to repeat it."""
     cfg = job.cfg
     return {
         "model": cfg.model.model,
@@ -88,79 +88,83 @@ def settings(job: Job) -> dict[str, Any]:
     }
 
 
-def overlap(found: dict[str, Any], regime: dict[str, Any]) -> float:
-    """Speed of whole training as a share of the slower of loading and computing by themselves; 1 is the best."""
-    load = fastest(found["loading"])["loader"]["images_per_second"]
-    processes = found["machine"]["processes"]
+def overlap(report: dict[str, Any], regime: dict[str, Any]) -> float:
+    """The speed of training divided by that of the slower of loading alone and computing alone; at best 1."""
+    load = fastest(report["loading"])["loader"]["images_per_second"]
+    processes = report["machine"]["processes"]
     alone = processes * min(load, regime["compute"]["step"]["images_per_second"])
     return float(regime["training"]["later_epochs"]["images_per_second"] / alone)
 
 
-def verdict(found: dict[str, Any]) -> str:
-    """One line: what limits the first regime that was measured, and what to change."""
-    machine, name = found["machine"], next(iter(found["regimes"]))
-    regime = found["regimes"][name]
+def verdict(report: dict[str, Any]) -> str:
+    """One line: what limits the first regime, and what to change."""
+    machine, name = report["machine"], next(iter(report["regimes"]))
+    regime = report["regimes"][name]
     threads, cores = machine["threads"], machine["cores_per_process"]
     if machine["device"] == "cpu" and threads < cores:
         return f"{threads} of {cores} CPU cores in use per process -> --threads {cores}"
     if regime["training"]["data_wait_share"] > WAITS:
-        return _data_bound(found, regime)
-    speeds = {kind: roof["median"] for kind, roof in found["roofs"]["gemm_flops"].items()}
+        return _data_bound(report, regime)
+    speeds = {kind: roof["median"] for kind, roof in report["roofs"]["gemm_flops"].items()}
     gain = speeds.get("bf16", 0.0) / speeds["fp32"]
-    if found["settings"]["precision"] == "no" and gain > GAINS:
+    if report["settings"]["precision"] == "no" and gain > GAINS:
         return f"computes in float32, where bf16 products are {gain:.1f}x as fast -> --mixed-precision bf16"
     if (regime["compute"]["step"]["host_share"] or 0.0) > HOST_BOUND:
-        size = found["settings"]["batch_size"]
+        size = report["settings"]["batch_size"]
         return f"launch-bound: the GPU waits for the host at batch {size} -> --batch-size {2 * size} or more"
     share = regime["limits"]["share_of_roofline"]
     text = f"compute-bound at {share:.0%} of the roofline of this machine; the data keeps up"
     others = {
-        other: found["regimes"][other]["training"]["later_epochs"]["images_per_second"] for other in found["regimes"]
+        other: report["regimes"][other]["training"]["later_epochs"]["images_per_second"] for other in report["regimes"]
     }
     fastest = max(others, key=lambda other: others[other])
     ratio = others[fastest] / others[name]
     return text + (f" -> training only {fastest} is {ratio:.1f}x as fast" if ratio > GAINS else "")
 
 
-def _data_bound(found: dict[str, Any], regime: dict[str, Any]) -> str:
-    """What to do where the loop waits for data: keep images, then more loader processes, then smaller files."""
-    machine, workers, kept = found["machine"], found["settings"]["workers"], found["settings"]["images_are_kept"]
-    load = fastest(found["loading"])["loader"]["images_per_second"]
+def _data_bound(report: dict[str, Any], regime: dict[str, Any]) -> str:
+    """What to do if the loop waits for data: cache images, then more loader processes, then smaller files."""
+    machine, workers, is_cached = (
+        report["machine"],
+        report["settings"]["workers"],
+        report["settings"]["images_are_kept"],
+    )
+    load = fastest(report["loading"])["loader"]["images_per_second"]
     compute = regime["compute"]["step"]["images_per_second"]
     wait = regime["training"]["data_wait_share"]
     text = f"data-bound: waits {wait:.0%} of the time; loader {load:.0f}, compute {compute:.0f} images/s"
     spare = machine["cores_per_process"] - (machine["threads"] if machine["device"] == "cpu" else 0)
-    if not kept:
+    if not is_cached:
         return f"{text} -> --cache ram"
     if spare > workers:
         return f"{text} -> --workers {spare}"
     return f"{text} -> smaller files (resize them once to about twice --img-size)"
 
 
-# In words
+# As text
 
 
-def lines(found: dict[str, Any]) -> Iterator[str]:
+def lines(report: dict[str, Any]) -> Iterator[str]:
     """The report as text."""
-    yield from _head(found)
+    yield from _head(report)
     yield f"{'':<30}{'images/s':>10} {'(p10 to p90)':>20}{'ms/step':>10}"
-    workers = found["settings"]["workers"]
+    workers = report["settings"]["workers"]
     names = {"loader": f"loader, {workers} processes", "input": "input, on the device"}
-    for source, stages in found["loading"].items():
+    for source, stages in report["loading"].items():
         yield SOURCES[source]
         yield from (_row(f"  {names.get(name, name)}", timing, "") for name, timing in stages.items())
-    for name, regime in found["regimes"].items():
-        yield f"training {name}{', from kept features' if regime['features_are_kept'] else ''}"
+    for name, regime in report["regimes"].items():
+        yield f"training {name}{', from cached features' if regime['features_are_kept'] else ''}"
         yield from _regime_rows(regime)
-    if "predict" in found:
-        start = found["predict"]["seconds_to_first_labels"]
-        yield _row("predict, files to labels", found["predict"], f"{start:.1f} s to the first, loading included")
-    yield from (f"note: {note}" for note in found["notes"])
-    yield f"verdict: {found['verdict']}"
+    if "predict" in report:
+        start = report["predict"]["seconds_to_first_labels"]
+        yield _row("predict, files to labels", report["predict"], f"{start:.1f} s to the first, including loading")
+    yield from (f"note: {note}" for note in report["notes"])
+    yield f"verdict: {report['verdict']}"
 
 
-def _head(found: dict[str, Any]) -> Iterator[str]:
-    machine, chosen, limits = found["machine"], found["settings"], found["roofs"]
+def _head(report: dict[str, Any]) -> Iterator[str]:
+    machine, chosen, limits = report["machine"], report["settings"], report["roofs"]
     gpu = f"{machine['gpus'][0]}, " if machine["device"] == "cuda" else ""
     yield f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {' '.join(machine['isa'])}"
     products = ", ".join(f"{name} {roof['median'] / 1e12:.3g}" for name, roof in limits["gemm_flops"].items())
@@ -182,10 +186,10 @@ def _regime_rows(regime: dict[str, Any]) -> Iterator[str]:
     yield _row("  step", compute["step"], shares)
     if "communication" in compute:
         hidden = compute["communication"]["step_alone"]["seconds"] / compute["step"]["seconds"]
-        yield _row("  step without gradients' sum", compute["communication"]["step_alone"], f"{hidden:.0%} of the step")
+        yield _row("  step without all-reduce", compute["communication"]["step_alone"], f"{hidden:.0%} of the step")
     yield _row("  first epoch", training["first_epoch"], "")
     remark = f"waits for data {training['data_wait_share']:.0%}"
-    remark += f", {training['overlap']:.0%} of the slower part" if "overlap" in training else ""
+    remark += f", {training['overlap']:.0%} of the slower of loading and computing" if "overlap" in training else ""
     yield _row("  later epochs", training["later_epochs"], remark)
     memory = regime["peak_memory"]
     yield f"  peak memory: host {memory['host_mib']} MiB, GPU {memory['gpu_mib']} MiB"

@@ -1,4 +1,4 @@
-"""Photographs for measuring where there are none: as large as those of ImageNet, and as hard to decode."""
+"""Synthetic photographs for measurements: as large as those of ImageNet, and as hard to decode."""
 
 import os
 from pathlib import Path
@@ -8,14 +8,14 @@ from PIL import Image
 
 from resnet_dist.errors import MachineError
 
-DIFFERENT = 512  # even: the class of a name is that of the file
-SIZE = (500, 375)  # ImageNet's usual; with this noise a file has about 100 kB, which is ImageNet's mean
+DIFFERENT = 512  # even, so that a link is in the class of its file
+SIZE = (500, 375)  # typical of ImageNet; with this noise a file has about 100 kB, ImageNet's mean
 
 
 def photographs(folder: Path, count: int) -> None:
-    """Write train/ and val/ of two classes as JPEG files, `count` for training in all. Raises MachineError.
+    """Write train/ and val/ folders of two classes with JPEG files, `count` of them in train. Raises MachineError.
 
-    More than `DIFFERENT` are further names of the first ones: making them would take longer than measuring.
+    After the first `DIFFERENT`, files are hard links to these: making new ones would take longer than measuring.
     """
     random = np.random.default_rng(0)
     try:

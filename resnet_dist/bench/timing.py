@@ -1,4 +1,4 @@
-"""Timing in windows: the median of several, with the spread, and no wait for the device but at the end of each."""
+"""Time steps in windows: the median and spread of several windows. Only the end of a window waits for the device."""
 
 import math
 import time
@@ -12,13 +12,13 @@ from accelerate import Accelerator
 
 from resnet_dist.runtime.accelerate import on_main
 
-WINDOW_SECONDS = 0.5  # length of a window where nobody says how many steps it has
+WINDOW_SECONDS = 0.5  # length of a window if its number of steps is not given
 MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure: windows, steps in a window (None: as many as take half a second), steps before them."""
+    """How long to measure: windows, steps in a window (None: half a second of steps), warmup steps."""
 
     windows: int
     steps: int | None
@@ -29,8 +29,8 @@ class Plan:
 class Timing:
     """Seconds of one step: the median, the 10th and the 90th percentile over the windows.
 
-    `host_share` is the part of that time in which the host gave the device its work: near 1 on a GPU, the host is what
-    limits. None on a CPU.
+    `host_share` is the share of that time in which the host launched the work of a GPU: near 1, the host is the limit.
+    None on a CPU.
     """
 
     seconds: float
@@ -41,16 +41,16 @@ class Timing:
     host_share: float | None = None
 
     def of_images(self, images: int) -> dict[str, Any]:
-        """As JSON, with the images per second of steps of so many images."""
+        """As JSON, with the images per second if a step has this many images."""
         return {**vars(self), "images": images, "images_per_second": images / self.seconds}
 
     def rates(self, amount: float) -> dict[str, float]:
-        """As JSON, the `amount` of work of a step by seconds: median, 10th and 90th percentile."""
+        """As JSON, the `amount` of work of a step per second: median, 10th and 90th percentile."""
         return {"median": amount / self.seconds, "p10": amount / self.p90, "p90": amount / self.p10}
 
 
 def measure(accelerator: Accelerator, step: Callable[[], object], plan: Plan) -> Timing:
-    """Time `step`, which every process takes equally often; each returns its own times."""
+    """Time `step`. Every process must call this and takes equally many steps; each returns its own times."""
     for _ in range(max(1, plan.warmup)):
         step()
     wait_for(accelerator.device)
@@ -63,14 +63,14 @@ def measure(accelerator: Accelerator, step: Callable[[], object], plan: Plan) ->
 
 
 def summary(seconds: list[float], steps: int, host_seconds: list[float] | None = None) -> Timing:
-    """The timing of windows of so many steps, from the seconds that each took."""
+    """The timing from the seconds of windows of `steps` steps each."""
     p10, median, p90 = (float(value) / steps for value in np.percentile(seconds, [10, 50, 90]))
     host = None if not host_seconds or None in host_seconds else float(np.median(host_seconds)) / (median * steps)
     return Timing(median, p10, p90, len(seconds), steps, host)
 
 
 def _window(device: torch.device, step: Callable[[], object], steps: int) -> tuple[float, Any]:
-    """Seconds of so many steps, and on a GPU those until the host had given out the work."""
+    """Seconds of `steps` steps and, on a GPU, seconds until the host had launched them."""
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(steps):
@@ -89,6 +89,6 @@ def _window(device: torch.device, step: Callable[[], object], steps: int) -> tup
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all its work."""
+    """Wait until the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

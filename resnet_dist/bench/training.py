@@ -1,4 +1,4 @@
-"""The steps and epochs of training, timed with the program's own loop: compute alone, then the whole."""
+"""Time the steps and epochs of the program's own training loop: computing alone, and whole epochs."""
 
 import dataclasses
 import time
@@ -31,8 +31,8 @@ from resnet_dist.training.job import Blueprint, Job, build_job, draw
 from resnet_dist.training.loop import Learner, begin_phase, end_phase, train_one_epoch, train_step
 from resnet_dist.training.state import State
 
-LEAST_STEPS, STEPS_PER_WORKER = 6, 4  # in an epoch; a loader process makes a whole batch
-REGIMES = {  # what learns; the BatchNorm statistics of what does not learn are frozen with it
+LEAST_STEPS, STEPS_PER_WORKER = 6, 4  # in an epoch; a loader process makes whole batches
+REGIMES = {  # what learns; frozen stages also have frozen BatchNorm statistics
     "full": Phase(trainable="all"),
     "layer4+head": Phase(trainable="layer4 head"),
     "head": Phase(trainable="head"),
@@ -40,7 +40,7 @@ REGIMES = {  # what learns; the BatchNorm statistics of what does not learn are 
 
 
 def shortened(accelerator: Accelerator, cfg: TrainConfig, steps: int) -> Blueprint:
-    """The blueprint with as many training images as fill so many steps, spread evenly over the data, or all there are.
+    """The blueprint with the training images of `steps` steps, spread evenly over the data, or with all of them.
 
     Raises UsageError, DataError.
     """
@@ -52,7 +52,7 @@ def shortened(accelerator: Accelerator, cfg: TrainConfig, steps: int) -> Bluepri
 
 
 def enough_steps(accelerator: Accelerator, cfg: TrainConfig) -> int:
-    """Steps of an epoch that measures loading: every loader process makes several batches after the pipe is full."""
+    """Steps of an epoch that measures loading: several batches of every loader process."""
     workers = cfg.data.workers
     if workers is None:
         workers = default_workers(accelerator.device, launcher.local_world_size())
@@ -60,13 +60,13 @@ def enough_steps(accelerator: Accelerator, cfg: TrainConfig) -> int:
 
 
 def job_of(accelerator: Accelerator, blueprint: Blueprint) -> Job:
-    """A job that shows nothing and leaves nothing on disk."""
+    """A job that prints nothing and writes nothing."""
     run = RunFolder(Path("bench"), active=False)
     return build_job(accelerator, blueprint, run, Display(enabled=False), StopRequests())
 
 
 def begin(job: Job, name: str, epochs: int) -> tuple[Job, Learner]:
-    """The job and the learner of one of REGIMES, for so many epochs, with its features, if any, computed."""
+    """The job and the learner of one of REGIMES for `epochs` epochs. Cached features are computed already."""
     phase = dataclasses.replace(REGIMES[name], epochs=epochs)
     job = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, phase=(phase,)))
     learner = begin_phase(job, phase)
@@ -76,15 +76,15 @@ def begin(job: Job, name: str, epochs: int) -> tuple[Job, Learner]:
 
 
 def spread(table: ImageTable, count: int) -> ImageTable:
-    """`count` images at even distances, or all where there are no more."""
+    """`count` images, evenly spread over the table, or all if it has fewer."""
     chosen = np.unique(np.linspace(0, len(table) - 1, min(count, len(table))).round().astype(int))
     return ImageTable(table.root, PathTable([table.paths[int(i)] for i in chosen]), table.targets[chosen])
 
 
 def measure_regime(job: Job, name: str, plan: Plan, epochs: int, roofs: dict[str, Any]) -> dict[str, Any]:
-    """Everything about training in one of REGIMES: whole epochs, the work of a step, and its time alone.
+    """Measure training in one of REGIMES: whole epochs, the work of a step, and the time of a step alone.
 
-    The job is used up: its caches are full and its weights changed.
+    Do not use the job again: its caches are full and its weights have changed.
     """
     forget_peak_memory()
     start = time.perf_counter()
@@ -104,11 +104,11 @@ def measure_regime(job: Job, name: str, plan: Plan, epochs: int, roofs: dict[str
 
 
 def compute(job: Job, learner: Learner, batches: Sequence[Batch], plan: Plan) -> dict[str, Any]:
-    """Times of a forward, of forward and backward, and of a whole step, on a batch that is on the device already."""
+    """Times of a forward, of forward and backward, and of a step, on batches that are already on the device."""
     accelerator, first = job.accelerator, batches[0]
 
     def forward() -> torch.Tensor:
-        logits = learner.forward(learner.source.train_input(first))  # compiled, if a step is
+        logits = learner.forward(learner.source.train_input(first))  # compiled if steps are
         return job.loss.numerators(logits, first).sum()
 
     def backward() -> None:
@@ -129,12 +129,12 @@ def compute(job: Job, learner: Learner, batches: Sequence[Batch], plan: Plan) ->
 
 
 def communication(job: Job, learner: Learner, batches: Sequence[Batch], plan: Plan) -> dict[str, Any]:
-    """A step of every process by itself, and an all-reduce of as many values as the gradient has."""
+    """Times of a step without all-reduce, and of an all-reduce of as many values as the gradient has."""
     alone = without_reduction(job, learner)
     images = sum(len(batch.targets) for batch in batches)
     step = measure(job.accelerator, lambda: train_step(job, alone, batches), plan)
     parameters = [p.detach() for p in learner.net.parameters() if p.requires_grad]
-    for values in parameters:  # they went different ways
+    for values in parameters:  # they differ between processes now
         torch.distributed.broadcast(values, 0)
     gradient = torch.zeros(sum(values.numel() for values in parameters), device=job.accelerator.device)
     reduce = measure(job.accelerator, lambda: torch.distributed.all_reduce(gradient), plan)
@@ -143,7 +143,7 @@ def communication(job: Job, learner: Learner, batches: Sequence[Batch], plan: Pl
 
 
 def without_reduction(job: Job, learner: Learner) -> Learner:
-    """The learner whose steps leave out the all-reduce of gradients: neither its network nor its forward is DDP's."""
+    """The learner without DDP, whose steps do not reduce gradients."""
     module = learner.source.train_module
     return dataclasses.replace(
         learner, net=module, forward=compiled(module) if job.cfg.system.compile == "on" else module
@@ -151,20 +151,20 @@ def without_reduction(job: Job, learner: Learner) -> Learner:
 
 
 def work(job: Job, learner: Learner, batch: Batch, roofs: dict[str, Any]) -> dict[str, float]:
-    """FLOPs and bytes of a step by image, and how many images per second the measured roofs would let through."""
+    """FLOPs and bytes of a step per image, and the images per second that the measured roofs allow."""
     shape = learner.source.train_input(batch).shape
     done = operations(_on_meta(job, learner), shape)
     width = activation_bytes(job.accelerator)
-    least = least_seconds(done, gemm_flops(job.accelerator, roofs), roofs["copy_bytes"]["median"], width)
+    seconds = least_seconds(done, gemm_flops(job.accelerator, roofs), roofs["copy_bytes"]["median"], width)
     return {
         "flops_per_image": flops(done) / shape[0],
         "bytes_per_image": bytes_moved(done, width) / shape[0],
-        "roofline_images_per_second": shape[0] / least,
+        "roofline_images_per_second": shape[0] / seconds,
     }
 
 
 def _on_meta(job: Job, learner: Learner) -> nn.Module:
-    """The network that learns, in its mode, without memory."""
+    """The part of the network that learns, in its training mode, on the meta device."""
     model = empty(job.architecture)
     set_trainable(model, learner.phase)
     train_mode(model, learner.phase)
@@ -174,7 +174,7 @@ def _on_meta(job: Job, learner: Learner) -> nn.Module:
 
 
 def limits(accelerator: Accelerator, found: dict[str, Any], roofs: dict[str, Any]) -> dict[str, float]:
-    """How near the step comes to what the machine can do, as shares of its measured roofs."""
+    """The speed of a step as shares of the measured roofs."""
     rate, of_step = found["compute"]["step"]["images_per_second"], found["work"]
     return {
         "share_of_gemm": rate * of_step["flops_per_image"] / gemm_flops(accelerator, roofs),
@@ -184,7 +184,7 @@ def limits(accelerator: Accelerator, found: dict[str, Any], roofs: dict[str, Any
 
 
 class WatchedLoader(TrainLoader):
-    """A training loader that adds up how long the loop waited for it."""
+    """A training loader that measures how long the loop waits for it."""
 
     def __init__(self, loader: TrainLoader) -> None:
         vars(self).update(vars(loader))
@@ -203,7 +203,7 @@ class WatchedLoader(TrainLoader):
 
 
 def whole_training(job: Job, learner: Learner, epochs: int) -> dict[str, Any]:
-    """Whole epochs of the loop, from the files: the first, and the median of those after it."""
+    """Time whole epochs of the loop: the first, and the median of the later ones."""
     watched = WatchedLoader(learner.source.train_loader)
     learner.source = dataclasses.replace(learner.source, train_loader=watched)
     images = watched.steps_per_epoch * watched.batches.share.global_batch

@@ -1,9 +1,9 @@
-"""What a training step has to do: floating-point operations and bytes of every pass of every layer.
+"""The work of a training step: floating-point operations and bytes of every pass of every layer.
 
-FLOPs are those that torch's FlopCounterMode counts (2 per multiply-add, convolutions and linear layers), bytes those
-that eager execution moves if every operation reads its inputs from memory and writes its output there once. Together
-with the measured speed of matrix products and of memory they give the least time of a step, its roofline (Williams et
-al. 2009), operation by operation.
+FLOPs are counted as torch's FlopCounterMode counts them: 2 per multiply-add of convolutions and linear layers. Bytes
+are those of eager execution, if every operation reads its inputs from memory and writes its output there once. With
+the measured speed of matrix products and of memory they give the least time of each operation, and so the roofline of
+a step (Williams et al. 2009).
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,14 +16,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from resnet_dist.model.batch_norm import BatchNorm
 from resnet_dist.model.head import ConcatPool
 
-_INDEX_BYTES = 8  # max pooling keeps int64 places
+_INDEX_BYTES = 8  # max pooling stores int64 positions
 
 
 @dataclass(frozen=True)
 class Operation:
     """One pass of one layer over a batch: "forward", or backward "to input" or "to weights".
 
-    `flops` in all, `values` the activations that it reads and writes, `extra_bytes` what has another width than those.
+    `values`: the activations that it reads and writes. `extra_bytes`: bytes of other values.
     """
 
     layer: str
@@ -33,7 +33,7 @@ class Operation:
     extra_bytes: int = 0
 
     def bytes(self, width: int) -> int:
-        """Bytes that it moves where an activation takes `width` bytes."""
+        """Bytes that it moves if an activation takes `width` bytes."""
         return self.values * width + self.extra_bytes
 
 
@@ -86,7 +86,7 @@ def _passes(module: nn.Module, x: int, y: int) -> tuple[int, int, int] | None:
         return (3 * x, 5 * x, 0) if module.training else (2 * x, 2 * x, 0)
     if isinstance(module, nn.ReLU):
         return 2 * y, 3 * y, 0
-    if isinstance(module, BasicBlock | Bottleneck):  # its addition; its layers are noted for themselves
+    if isinstance(module, BasicBlock | Bottleneck):  # its addition; its layers are counted themselves
         return 3 * y, 3 * y, 0
     if isinstance(module, nn.MaxPool2d):
         return x + y, x + y, _INDEX_BYTES * y
@@ -96,15 +96,15 @@ def _passes(module: nn.Module, x: int, y: int) -> tuple[int, int, int] | None:
 
 
 def flops(done: Sequence[Operation]) -> int:
-    """Floating-point operations of all of them."""
+    """Floating-point operations of all operations."""
     return sum(operation.flops for operation in done)
 
 
 def bytes_moved(done: Sequence[Operation], width: int) -> int:
-    """Bytes that they move, each by itself, where an activation takes `width` bytes."""
+    """Bytes that the operations move, each by itself, if an activation takes `width` bytes."""
     return sum(operation.bytes(width) for operation in done)
 
 
 def least_seconds(done: Sequence[Operation], flops_per_second: float, bytes_per_second: float, width: int) -> float:
-    """The least time of the operations one after the other, each bound by arithmetic or by memory."""
+    """The least time of the operations in sequence, each limited by arithmetic or by memory."""
     return sum(max(o.flops / flops_per_second, o.bytes(width) / bytes_per_second) for o in done)

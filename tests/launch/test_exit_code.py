@@ -66,7 +66,7 @@ def test_the_same_said_again_counts(tmp_path: Path) -> None:
 def test_run_that_was_killed_has_no_code(exit_code: ModuleType, tmp_path: Path) -> None:
     """Its status stays "running"; then the launcher's code stands."""
     subprocess.run(["sh", "-c", write(tmp_path, "running")], check=True)
-    assert exit_code.told(tmp_path / "run.json", ("", 0)) == 0
+    assert exit_code.recorded_code(tmp_path / "run.json", ("", 0)) == 0
 
 
 def test_waits_for_the_process_that_writes(tmp_path: Path) -> None:
