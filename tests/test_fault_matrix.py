@@ -55,7 +55,7 @@ def test_two_processes_skip_the_same_images(own: Path, tmp_path: Path) -> None:
     options = [*TINY, "--epochs", "1", "-b", "3", "--check", "full", "--bad-images", "skip", "--max-bad-share", "0.5"]
     done = two_processes("train", own, *options, "-o", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("WARNING: 3 unusable images are left out") == 1
+    assert done.stdout.count("WARNING: 3 unusable images left out") == 1
     assert main(["train", str(own), *options, "-o", str(tmp_path / "one")]) == 0
     for run in ("one", "two"):
         listed = (tmp_path / run / "bad_images.txt").read_text().splitlines()

@@ -11,6 +11,7 @@ from resnet_dist.bench.timing import Plan
 from resnet_dist.bench.training import STEPS_PER_WORKER, job_of, measure_regime, shortened
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.data.loader import DeviceImages
+from resnet_dist.runtime.wording import counted
 from resnet_dist.training.job import Job
 
 FORMAT_VERSION = 1
@@ -149,7 +150,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     yield from _head(report)
     yield f"{'':<30}{'images/s':>10} {'(p10 to p90)':>20}{'ms/step':>10}"
     workers = report["settings"]["workers"]
-    names = {"loader": f"loader, {workers} processes", "input": "input, on the device"}
+    names = {"loader": f"loader, {counted(workers, 'process')}", "input": "input, on the device"}
     for source, stages in report["loading"].items():
         yield SOURCES[source]
         yield from (_row(f"  {names.get(name, name)}", timing, "") for name, timing in stages.items())
@@ -166,15 +167,16 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
 def _head(report: dict[str, Any]) -> Iterator[str]:
     machine, chosen, limits = report["machine"], report["settings"], report["roofs"]
     gpu = f"{machine['gpus'][0]}, " if machine["device"] == "cuda" else ""
-    yield f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {' '.join(machine['isa'])}"
+    used = f"{counted(machine['cores'], 'core')}, {counted(machine['threads'], 'thread')}"
+    yield f"{gpu}{machine['cpu']}, {used}; {' '.join(machine['isa'])}"
     products = ", ".join(f"{name} {roof['median'] / 1e12:.3g}" for name, roof in limits["gemm_flops"].items())
     copies = f"memory {limits['copy_bytes']['median'] / 1e9:.3g} GB/s"
     yield f"matrix products, TFLOP/s: {products}; {copies} read and written"
     compiled = ", compiled" if chosen["compile"] == "on" else ""
     yield (
         f"{chosen['model']}, {chosen['img_size']} pixels, batch {chosen['batch_size']} per process, "
-        f"precision {chosen['precision']}{compiled}; {machine['processes']} processes; "
-        f"{chosen['training_images']} images"
+        f"precision {chosen['precision']}{compiled}; {counted(machine['processes'], 'process')}; "
+        f"{counted(chosen['training_images'], 'image')}"
     )
 
 

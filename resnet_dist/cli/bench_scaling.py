@@ -24,6 +24,7 @@ from resnet_dist.config.schema import (
 )
 from resnet_dist.errors import MachineError
 from resnet_dist.files.outputs import json_problems
+from resnet_dist.runtime.wording import counted
 
 TIMEOUT = 3600
 FULL_ONLY = ("--regimes", "full", "--no-predict")
@@ -76,7 +77,7 @@ def main(cfg: Config) -> int:
     worlds = [(1, False), *((size, True) for size in cfg.world_sizes if size > 1 or on_gpu)]
     reports = []
     for size, launched in worlds:
-        print(f"{size} process{'es' if size > 1 else ''}{', launched' if launched else ''} ...", flush=True)
+        print(f"{counted(size, 'process')}{', launched' if launched else ''} ...", flush=True)
         reports.append(report_of(cfg, size, launched, on_gpu))
     rows = [row(report, reports[0]) for report in reports]
     for text in lines(rows):
@@ -98,10 +99,12 @@ def report_of(cfg: Config, size: int, launched: bool, on_gpu: bool) -> dict[str,
                 [sys.executable, *words], capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=False
             )
         except subprocess.TimeoutExpired:
-            raise MachineError(f"bench with {size} processes is not done after {TIMEOUT // 60} minutes") from None
+            raise MachineError(
+                f"bench with {counted(size, 'process')} is not done after {TIMEOUT // 60} minutes"
+            ) from None
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [str(done.returncode)]
-            raise MachineError(f"bench with {size} processes failed: {errors[0]}")
+            raise MachineError(f"bench with {counted(size, 'process')} failed: {errors[0]}")
         report: dict[str, Any] = json.loads(file.read_text())
         return report
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from resnet_dist.errors import MachineError
 from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.wording import counted
 
 PORT = 29500  # torchrun's and accelerate's default
 TIMEOUT = 300
@@ -85,11 +86,9 @@ def would_start() -> str:
 
     if not Path(default_config_file).is_file():
         number = max(1, torch.cuda.device_count())
-        return (
-            f"{number} process{'es' if number > 1 else ''} (no {Path(default_config_file).name}); see launch/README.md"
-        )
+        return f"{counted(number, 'process')} (no {Path(default_config_file).name}); see launch/README.md"
     config = load_config_from_file(default_config_file)
-    return f"{config.num_processes} processes, {config.distributed_type} ({default_config_file})"
+    return f"{counted(config.num_processes, 'process')}, {config.distributed_type} ({default_config_file})"
 
 
 def self_test(folder: Path) -> Iterator[str]:
@@ -106,7 +105,7 @@ def self_test(folder: Path) -> Iterator[str]:
         raise MachineError(
             f"self-test: the losses of one and two processes differ by {worst:.1e}; see launch/README.md"
         )
-    yield f"losses of {len(losses[0])} steps: equal within {worst:.1e}"
+    yield f"losses of {counted(len(losses[0]), 'step')}: equal within {worst:.1e}"
     evaluations = []
     for processes in (1, 2):
         out = folder / f"eval{processes}"

@@ -2,6 +2,7 @@
 
 from resnet_dist.evaluation.explain import ExplainConfig, run_explain
 from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.wording import counted
 
 Config = ExplainConfig
 
@@ -10,6 +11,5 @@ def main(cfg: ExplainConfig) -> int:
     """Explain, write and say where. Returns the exit code."""
     explained = run_explain(cfg)
     if launcher.rank() == 0:
-        images = "1 image" if explained.images == 1 else f"{explained.images} images"
-        print(f"{images} explained by {cfg.method}: {explained.sheet} shows them")
+        print(f"{counted(explained.images, 'image')} explained by {cfg.method}: {explained.sheet} shows them")
     return 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from resnet_dist.config.fields import option, out_of_range
 from resnet_dist.config.schema import ModelConfig, Phase
+from resnet_dist.runtime.wording import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,6 @@ def main(cfg: Config) -> int:
     print(f"parameters {total:,}, trainable {learning:,} ('{phase.trainable}'), {4 * total / 2**20:.1f} MiB in float32")
     print(
         f"forward {flops / 1e9:.3f} GFLOPs per image (2 per multiply-add); "
-        f"BatchNorm statistics update in {updating} layers"
+        f"BatchNorm statistics update in {counted(updating, 'layer')}"
     )
     return 0

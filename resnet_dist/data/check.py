@@ -21,7 +21,7 @@ from resnet_dist.data.same_file import as_identities, is_same, of_one_file
 from resnet_dist.errors import DataError, MachineError
 from resnet_dist.files.run import write_atomically
 from resnet_dist.runtime import environment as launcher
-from resnet_dist.runtime.wording import listed
+from resnet_dist.runtime.wording import counted, listed
 
 AT_ONCE = 4096  # files in the queue of the threads
 TINY = 32  # pixels; an image with a shorter side is called tiny
@@ -319,7 +319,7 @@ def usable(index: ImageIndex, cfg: DataConfig) -> tuple[ImageIndex, list[Finding
         way_out = "remove or replace them, or --bad-images skip"
         if cfg.bad_images == "skip":
             way_out = f"that is more than --max-bad-share {cfg.max_bad_share:g} of {total}"
-        raise DataError(f"{len(bad)} images cannot be used: {first}{more}; {way_out}")
+        raise DataError(f"{counted(len(bad), 'image')} cannot be used: {first}{more}; {way_out}")
     kept = without(index, bad) if bad else index
     empty = [name for number, name in enumerate(index.classes) if number not in kept.train.targets]
     if empty:

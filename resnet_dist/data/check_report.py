@@ -13,7 +13,7 @@ from resnet_dist.config.schema import DataConfig, PreprocessConfig
 from resnet_dist.errors import python_errors
 from resnet_dist.files.outputs import json_problems
 from resnet_dist.runtime.notebook import html_table
-from resnet_dist.runtime.wording import printable
+from resnet_dist.runtime.wording import counted, printable
 
 if TYPE_CHECKING:
     from resnet_dist.data.check import Finding, Report
@@ -148,23 +148,25 @@ def cache_file(root: Path) -> Path:
 
 def lines(report: "Report", facts: Mapping[str, Any]) -> Iterator[str]:
     """The report in words."""
-    yield f"{facts['images']} images, {len(report.errors)} that cannot be used"
+    yield f"{counted(facts['images'], 'image')}, {len(report.errors)} that cannot be used"
     yield from _some([f"  {finding.path}: {finding.error}" for finding in report.errors], 20)
     for split, counts in facts["per_class"].items():
         low, high = min(counts.values()), max(counts.values())
-        yield f"{split}: {sum(counts.values())} images of {len(counts)} classes, {low} to {high} each"
+        images = counted(sum(counts.values()), "image")
+        yield f"{split}: {images} of {counted(len(counts), 'class')}, {low} to {high} each"
     if facts["short_side"]:
         side, ratio = facts["short_side"], facts["aspect_ratio"]
         pixels = f"short side {side['min']} to {side['max']} pixels, median {side['median']}"
         yield f"{pixels}; aspect ratio to {ratio['max']:.2f}"
         cut, half = 100 * facts["crop"]["mean_share_cut"], facts["crop"]["images_cut_by_half"]
-        yield f"evaluation's crop cuts {cut:.0f} % of the area on average, over half of {half} images"
+        yield f"evaluation's crop cuts {cut:.0f} % of the area on average, over half of {counted(half, 'image')}"
     yield f"formats {_counted(facts['formats'])}; modes {_counted(facts['modes'])}; {facts['rotated']} turned by Exif"
     yield from _listing("with an extension of another format", facts["wrong_extension"])
     yield from _listing("under 32 pixels", facts["tiny"])
     alike = {finding.path for pair in report.near_duplicates for finding in pair}
-    pairs = f"{len(report.near_duplicates)} pairs that look alike" + (f", of {len(alike)} images" if alike else "")
-    yield f"{len(report.duplicates)} groups of identical files, {pairs}"
+    pairs = f"{counted(len(report.near_duplicates), 'pair')} of images that look alike"
+    pairs += f" ({counted(len(alike), 'image')})" if alike else ""
+    yield f"{counted(len(report.duplicates), 'group')} of identical files, {pairs}"
     yield from _groups("LEAK: identical files in several splits", report.leaks)
     yield from _groups("possible leak: images that look alike in several splits", [list(p) for p in report.near_leaks])
     yield from _groups("CONTRADICTION: identical files under several labels", report.contradictions)

@@ -19,7 +19,7 @@ from resnet_dist.data.same_file import refuse_links
 from resnet_dist.data.split import assign, groups_note
 from resnet_dist.errors import DataError, UsageError
 from resnet_dist.files.run import read_facts, to_csv, write_atomically
-from resnet_dist.runtime.wording import listed
+from resnet_dist.runtime.wording import counted, listed
 
 
 class PathTable:
@@ -119,7 +119,7 @@ def read_index(cfg: DataConfig) -> ImageIndex:
         )
     if cfg.exclude_list is not None:
         before, listing.rows = len(listing.rows), leave_out(listing.rows, Path(cfg.exclude_list), root)
-        listing.notes.append(f"{before - len(listing.rows)} of {before} images left out (--exclude-list)")
+        listing.notes.append(f"{before - len(listing.rows)} of {counted(before, 'image')} left out (--exclude-list)")
     return _index(root, listing, cfg)
 
 
@@ -159,7 +159,7 @@ def _split_here(rows: list[Row], cfg: DataConfig) -> tuple[list[Row], list[str]]
     split_rows: list[Row] = [(*row, part) for row, part in zip(ours, parts, strict=True)]
     split_rows += [row for row in rows if row[2] == "test"]
     held_out = sum(part == "val" for part in parts)
-    note = f"{held_out} of {len(ours)} images held out for validation (seed {cfg.split_seed})"
+    note = f"{held_out} of {counted(len(ours), 'image')} held out for validation (seed {cfg.split_seed})"
     return sorted(split_rows), [note, *groups_note(paths, cfg.group_by)]
 
 

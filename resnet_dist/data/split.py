@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from resnet_dist.errors import DataError, UsageError
+from resnet_dist.runtime.wording import counted
 
 
 def assign(
@@ -93,9 +94,7 @@ def _check_sizes(sizes: Mapping[str, int], wanted: Mapping[str, Counter[str]]) -
     for label, size in sizes.items():
         if size <= sum(missing[label] for missing in wanted.values()):
             parts = " and ".join(["train", *wanted])
-            raise DataError(
-                f"class '{label}' has {size} image{'s' if size > 1 else ''}: too few for {parts} in these shares"
-            )
+            raise DataError(f"class '{label}' has {counted(size, 'image')}: too few for {parts} in these shares")
 
 
 def _check_groups(labels: Sequence[str], parts: Sequence[str], names: Sequence[str]) -> None:

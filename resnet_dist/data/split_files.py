@@ -15,7 +15,7 @@ from resnet_dist.config.layers import from_keywords, keyword_signature
 from resnet_dist.errors import MachineError, UsageError, python_errors
 from resnet_dist.files.outputs import TEMPORARY
 from resnet_dist.runtime.notebook import html_table
-from resnet_dist.runtime.wording import printable
+from resnet_dist.runtime.wording import counted, printable
 
 Row = tuple[str, str, str]  # path relative to the source, label, part
 
@@ -83,7 +83,8 @@ class Split:
     def line(self) -> str:
         """The result in words."""
         described = ", ".join(f"{count} {part}" for part, count in self.counts.items())
-        return f"{self.path}: {sum(self.counts.values())} images of {self.classes} classes: {described}"
+        images = counted(sum(self.counts.values()), "image")
+        return f"{self.path}: {images} of {counted(self.classes, 'class')}: {described}"
 
     def _repr_html_(self) -> str:
         rows = [(part, str(count)) for part, count in self.counts.items()]

@@ -14,7 +14,7 @@ from resnet_dist.files.run import read_facts
 from resnet_dist.model.checkpoint import Description
 from resnet_dist.model.resnet import Architecture
 from resnet_dist.model.start import StartingPoint
-from resnet_dist.runtime.wording import printable
+from resnet_dist.runtime.wording import counted, printable
 
 SHOWN_CLASSES = 50
 
@@ -68,7 +68,9 @@ def card(known: CardFacts, weights: str, how_to_load: Sequence[str]) -> str:
         "Limits": _limits(known),
     }
     made_of = known.description.architecture
-    what = f"{made_of.name}, {made_of.num_classes} classes" + ("" if known.is_plain else f", head {made_of.head}")
+    what = f"{made_of.name}, {counted(made_of.num_classes, 'class')}" + (
+        "" if known.is_plain else f", head {made_of.head}"
+    )
     if made_of.stem != "standard":
         what += ", stem for small images (3x3, no pooling)"
     lines = [f"# {plain_text(_name_of_data(known))}: an image classifier", "", f"{what}. Weights: `{weights}`."]
@@ -119,7 +121,7 @@ def _training(known: CardFacts) -> Iterator[str]:
     yield f"- recipe {config.get('recipe') or 'none'}; weights to begin with: {plain_text(str(start))}"
     yield (
         f"- {optim.get('opt')}, lr {optim.get('lr')}, global batch {facts.get('global_batch')}, "
-        f"seed {facts.get('seed')}; {facts.get('epochs')} epochs, the best was {known.description.epoch}"
+        f"seed {facts.get('seed')}; {counted(facts.get('epochs', 0), 'epoch')}, the best was {known.description.epoch}"
     )
     for number, phase in enumerate(config.get("phase", []), 1):
         yield f"- phase {number}: learns {plain_text(str(phase.get('trainable')))}"
@@ -134,12 +136,12 @@ def _machine(facts: Mapping[str, Any]) -> str:
     hardware, processes = launch.get("hardware", {}), launch.get("processes", 1)
     device = (hardware.get("gpus") or [hardware.get("cpu")])[0] if launch.get("device") == "cuda" else None
     where = device or f"{hardware.get('cpu')} ({hardware.get('cores')} cores)"
-    return f"{where}, {processes} process{'es' if processes > 1 else ''}, precision {launch.get('precision')}"
+    return f"{where}, {counted(processes, 'process')}, precision {launch.get('precision')}"
 
 
 def _limits(known: CardFacts) -> Iterator[str]:
     metrics, classes = known.metrics, known.description.architecture.num_classes
-    yield f"- It knows {classes} classes and gives one of them to every image, also to one that shows none of them."
+    yield f"- It assigns one of {counted(classes, 'class')} to every image, also to an image that shows none of them."
     yield "- The validation images chose the best epoch, so that unseen images may do a little worse; see a test split."
     yield "- The interval is about other images like these; other cameras, places or times are not in it."
     if int(metrics["images"]) < 30 * classes:

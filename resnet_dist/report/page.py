@@ -14,7 +14,7 @@ from resnet_dist.data.check import Finding, report_on, summary
 from resnet_dist.evaluation.result import Evaluation
 from resnet_dist.files.run import write_atomically
 from resnet_dist.report.page_content import evaluation_content
-from resnet_dist.runtime.wording import printable
+from resnet_dist.runtime.wording import counted, printable
 
 if TYPE_CHECKING:
     from resnet_dist.evaluation.evidence import Evidence
@@ -24,7 +24,7 @@ SCRIPTS = ("dom.js", "charts.js", "matrix.js", "gallery.js", "page.js")  # in th
 
 def write_evaluation_page(file: Path, evaluation: Evaluation, evidence: "Mapping[int, Evidence]") -> None:
     """Write the page of an evaluation. `evidence`: what Grad-CAM shows, by position. Raises MachineError."""
-    title = f"{file.absolute().parent.name}: {len(evaluation)} images"
+    title = f"{file.absolute().parent.name}: {counted(len(evaluation), 'image')}"
     write_page(file, title, evaluation_content(evaluation, None, None, overlays_of(evidence)))
 
 

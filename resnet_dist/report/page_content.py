@@ -18,6 +18,7 @@ from resnet_dist.evaluation.result import Evaluation
 from resnet_dist.files.run import read_facts
 from resnet_dist.report.on_disk import read_csv, read_text, understood
 from resnet_dist.report.pictures import pictures
+from resnet_dist.runtime.wording import counted
 
 MOST_LISTED = 20_000  # evaluated images that the page lists; the worst ones where there are more
 MOST_JUDGED = 500  # labels of each ranking that the page shows
@@ -232,7 +233,7 @@ def _near_duplicates(
         for pair in (across + within)[:MOST_PAIRS]
     ]
     more = f"; the first {MOST_PAIRS} are shown" if len(pairs) > MOST_PAIRS else ""
-    return rows, f"{len(pairs)} pairs look alike, {len(across)} of them across splits{more}."
+    return rows, f"{counted(len(pairs), 'pair')} of images that look alike, {len(across)} of them across splits{more}."
 
 
 def _data_rows(data: Mapping[str, Any]) -> list[list[str]]:
@@ -289,7 +290,8 @@ def _of_epochs(epochs: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
 def _about(evaluation: Evaluation, run: Path | None) -> list[str]:
     """Sentences about what was evaluated."""
     split = {"train": "training", "val": "validation", "test": "test"}[evaluation.split]
-    lines = [f"{len(evaluation.paths)} {split} images of {len(evaluation.classes)} classes, evaluated in float32."]
+    images = counted(len(evaluation.paths), f"{split} image")
+    lines = [f"{images} of {counted(len(evaluation.classes), 'class')}, evaluated in float32."]
     if run:
         images = read_facts(run).get("images", {})
         lines.append("Images of the run: " + ", ".join(f"{count} {name}" for name, count in images.items()) + ".")

@@ -29,6 +29,7 @@ from resnet_dist.errors import MachineError, ResnetDistError, UsageError
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.faults import finding_each_other, first_line, machine_errors
 from resnet_dist.runtime.signals import StopRequests
+from resnet_dist.runtime.wording import counted
 
 T = TypeVar("T")
 HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
@@ -77,10 +78,9 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
     torch.backends.cudnn.benchmark = not cfg.deterministic  # the shapes of training never change
     processes = accelerator.num_processes
     backend = f", {torch.distributed.get_backend()}" if processes > 1 else ""
-    plural = "es" if processes > 1 else ""
     line = (
-        f"{processes} process{plural} on {accelerator.device.type}{backend}; precision {precision} ({why_precision}); "
-        f"{threads} thread{'s' if threads > 1 else ''} per process ({why_threads})"
+        f"{counted(processes, 'process')} on {accelerator.device.type}{backend}; "
+        f"precision {precision} ({why_precision}); {counted(threads, 'thread')} per process ({why_threads})"
     )
     return accelerator, "\n".join([line, *(f"WARNING: {warning}" for warning in warnings)])
 
@@ -93,7 +93,7 @@ def check_gpus(on_cpu: bool) -> None:
     if needed > seen:
         at_least = "" if is_exact else "at least "
         raise UsageError(
-            f"{at_least}{needed} processes on this machine, but this one sees {seen} GPU{'s' if seen > 1 else ''} "
+            f"{at_least}{needed} processes on this machine, but this one sees {counted(seen, 'GPU')} "
             f"({launcher.visible_gpus()}); start at most {seen}, and let each see the GPUs of all: with srun "
             "--gpus-per-node, not --gpus-per-task; of MIG slices a process sees only one"
         )
@@ -222,7 +222,7 @@ def choose_threads(asked: int | None) -> tuple[int, str]:
     if from_environment is not None and (from_environment > 1 or not launcher.is_launched()):
         return from_environment, "OMP_NUM_THREADS"
     share = max(1, launcher.cores() // launcher.local_world_size())
-    why = f"{launcher.cores()} cores / {launcher.local_world_size()} processes here"
+    why = f"{counted(launcher.cores(), 'core')} / {counted(launcher.local_world_size(), 'process')} here"
     return share, why + (", instead of the launcher's OMP_NUM_THREADS=1" if from_environment and share > 1 else "")
 
 

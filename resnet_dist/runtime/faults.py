@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from resnet_dist.errors import MachineError, disk_error
 from resnet_dist.runtime import environment as launcher
+from resnet_dist.runtime.wording import counted
 
 # gloo and NCCL have a dozen words for a lost process, but each names itself or the connection.
 LOST_PROCESS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
@@ -65,7 +66,9 @@ def _out_of_memory(accelerator: Accelerator, batch_size: int, accumulate: int) -
     if not batch_size:
         return MachineError(f"{accelerator.device}: out of memory")
     smaller = f"--batch-size {max(1, batch_size // 2)} --grad-accum {2 * accumulate}"
-    return MachineError(f"{accelerator.device}: out of memory with {batch_size} images per process; try {smaller}")
+    return MachineError(
+        f"{accelerator.device}: out of memory with {counted(batch_size, 'image')} per process; try {smaller}"
+    )
 
 
 @contextmanager

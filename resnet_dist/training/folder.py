@@ -16,7 +16,7 @@ from resnet_dist.model.resnet import empty
 from resnet_dist.runtime.accelerate import on_main
 from resnet_dist.runtime.display import Display
 from resnet_dist.runtime.signals import Stopped
-from resnet_dist.runtime.wording import one_line
+from resnet_dist.runtime.wording import counted, one_line
 from resnet_dist.training.facts import this_launch, what_is_trained
 from resnet_dist.training.job import Blueprint
 from resnet_dist.training.resume import Resumed, changes, read_resumed
@@ -75,8 +75,8 @@ def is_complete(path: Path, cfg: TrainConfig) -> bool:
     epochs: int = facts.get("epochs", 0)
     if cfg.run.epochs > epochs and not has_state(path):
         raise UsageError(
-            f"--resume {path}: this run is complete with {epochs} epochs and keeps no checkpoint to give it more from; "
-            "start a new run with --init-from"
+            f"--resume {path}: this run is complete after {counted(epochs, 'epoch')} and has no checkpoint to continue "
+            "from; start a new run with --init-from"
         )
     return cfg.run.epochs <= epochs
 
@@ -85,7 +85,8 @@ def completeness(path: Path) -> str:
     """The line that is shown for a run that is complete."""
     epochs = read_facts(path)["epochs"]
     return (
-        f"{path}: this run is complete, it has {epochs} epochs; for more, give --epochs above {epochs}, or --init-from"
+        f"{path}: this run is complete after {counted(epochs, 'epoch')}; to train more, give --epochs above {epochs}, "
+        "or --init-from"
     )
 
 
@@ -126,7 +127,9 @@ def reopen(accelerator: Accelerator, run: RunFolder, blueprint: Blueprint, displ
     for line in (*warnings, *(f"changed: {line}" for line in lines)):
         display.say(line)
     state = resumed.state
-    display.say(f"resuming {run.path} in epoch {state.epochs_done + 1} after {state.steps_done} optimizer steps")
+    display.say(
+        f"resuming {run.path} in epoch {state.epochs_done + 1} after {counted(state.steps_done, 'optimizer step')}"
+    )
     if on_main(accelerator, lambda: write_reopened(run, blueprint, state.steps_done, state.epochs_done, command)):
         state.stopped_by = None  # it was done, and gets more epochs
     return resumed

@@ -39,6 +39,7 @@ from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.accelerate import on_main, share_weights
 from resnet_dist.runtime.display import Display
 from resnet_dist.runtime.signals import StopRequests
+from resnet_dist.runtime.wording import counted
 from resnet_dist.training.caching import cache_images, on_device
 from resnet_dist.training.ema import Ema
 from resnet_dist.training.losses import Loss, class_weights
@@ -95,11 +96,12 @@ class Blueprint:
     def lines(self) -> list[str]:
         """The plan in words: data, phases, learning rates."""
         index, share = self.index, self.batches.share
-        data = f"{len(index.classes)} classes, {len(index.train)} training and {len(index.val)} validation images"
-        parts = f"{share.batch_size} per process x {share.world} processes x {share.accumulate} accumulated"
+        images = f"{len(index.train)} training and {counted(len(index.val), 'validation image')}"
+        data = f"{counted(len(index.classes), 'class')}, {images}"
+        parts = f"{share.batch_size} per process x {counted(share.world, 'process')} x {share.accumulate} accumulated"
         batch = f"global batch {share.global_batch} = {parts}"
         plans = plan(self.cfg, empty(self.architecture), self.batches.steps_per_epoch)
-        bad = [f"WARNING: {len(self.bad_images)} unusable images are left out"] if self.bad_images else []
+        bad = [f"WARNING: {counted(len(self.bad_images), 'unusable image')} left out"] if self.bad_images else []
         return [data, *index.notes, *bad, batch, *self.reasons, *plan_lines(plans, self.cfg)]
 
 
@@ -127,7 +129,7 @@ def with_batch_size(cfg: TrainConfig, processes: int) -> TrainConfig:
     parts = processes * cfg.optim.grad_accum
     wanted = cfg.data.global_batch_size or cfg.data.batch_size * parts
     if wanted % parts:
-        how = f"{processes} processes x {cfg.optim.grad_accum} accumulated batches"
+        how = f"{counted(processes, 'process')} x {counted(cfg.optim.grad_accum, 'accumulated batch')}"
         raise UsageError(f"--global-batch-size {wanted}: not a multiple of {parts} ({how})")
     problems = list(cfg.problems_of_batch(wanted // parts))
     if problems:

@@ -22,6 +22,7 @@ from resnet_dist.model.head import set_sample_keys
 from resnet_dist.model.trainable import set_trainable, train_mode
 from resnet_dist.runtime.accelerate import check_in_step, on_main, read_values, wrap
 from resnet_dist.runtime.signals import StopRequested
+from resnet_dist.runtime.wording import counted
 from resnet_dist.training.compile import compiled, pays
 from resnet_dist.training.features import Input, Source, source
 from resnet_dist.training.job import Job
@@ -71,7 +72,7 @@ def train(job: Job, resumed: Resumed | None = None) -> State:
         except StopRequested:
             save(job, learner, state)
             raise Preempted(
-                f"stopped by a signal after {state.steps_done} optimizer steps; a checkpoint is written"
+                f"stopped by a signal after {counted(state.steps_done, 'optimizer step')}; a checkpoint is written"
             ) from None
         check_that_a_step_was_taken(job, state)
         end_phase(job, learner)
@@ -324,7 +325,7 @@ def report_epoch(
     parts.append(f"train loss {learned['loss']:.4f} top1 {learned['top1']:.4f}")
     parts += [f"{names[kind]} loss {s['loss']:.4f} top1 {s['top1']:.4f}" for kind, s in scores.items()]
     parts.append(f"{learned['images_per_second']:.1f} images/s" + ("  *best*" if is_best else ""))
-    parts += [f"fp16 skipped {state.skipped} steps of this phase"] if state.skipped else []
+    parts += [f"fp16 skipped {counted(state.skipped, 'step')} of this phase"] if state.skipped else []
     job.display.say("  ".join(parts))
     row: dict[str, Any] = {"epoch": state.epochs_done, "phase": state.phase + 1, "step": state.steps_done}
     row |= {f"train_{name}": value for name, value in learned.items()}

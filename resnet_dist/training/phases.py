@@ -11,6 +11,7 @@ from resnet_dist.model.batch_norm import backbone_batch_norms
 from resnet_dist.model.resnet import stage_of
 from resnet_dist.model.start import StartingPoint
 from resnet_dist.model.trainable import select, updating_batch_norms
+from resnet_dist.runtime.wording import counted
 from resnet_dist.training.optim import DEFAULT_MOMENTUM, DEFAULT_WEIGHT_DECAY, default_lr, stage_rates
 
 
@@ -101,13 +102,13 @@ def _batch_norm_text(updating: int, norms: int) -> str:
 def plan_lines(plans: list[PhasePlan], cfg: TrainConfig) -> list[str]:
     """The plan as lines of text."""
     how = f"{cfg.optim.opt}, {cfg.schedule.sched} schedule"
-    lines = [f"{cfg.model.model}, {len(plans)} phase{'s' if len(plans) > 1 else ''}, {cfg.run.epochs} epochs: {how}"]
+    lines = [f"{cfg.model.model}, {counted(len(plans), 'phase')}, {counted(cfg.run.epochs, 'epoch')}: {how}"]
     for number, item in enumerate(plans, 1):
         share = 100 * item.parameters / item.parameters_in_all
         rates = " ".join(f"{stage}={rate:g}" for stage, rate in item.rates.items())
         lines.append(
-            f"  phase {number}: {item.epochs} epochs, {item.steps} steps; learns '{item.trainable}', "
-            f"{item.parameters:,} of {item.parameters_in_all:,} parameters ({share:.1f} %)"
+            f"  phase {number}: {counted(item.epochs, 'epoch')}, {counted(item.steps, 'step')}; "
+            f"learns '{item.trainable}', {item.parameters:,} of {item.parameters_in_all:,} parameters ({share:.1f} %)"
         )
         lines.append(f"           BatchNorm {item.batch_norm}; lr {rates}")
     return lines

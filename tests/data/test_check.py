@@ -79,7 +79,7 @@ def test_leaks_and_contradictions(data: Path, capsys: pytest.CaptureFixture[str]
     photo(2).resize((100, 80)).save(data / "val/emu/e.jpg", quality=80)
     assert main(["check", str(data)]) == 0
     said = capsys.readouterr().out
-    assert "1 groups of identical files, 1 pairs that look alike" in said
+    assert "1 group of identical files, 1 pair of images that look alike" in said
     assert "LEAK: identical files in several splits: 1" in said
     assert "look alike in several splits: 1" in said and "train/emu/d.png = val/emu/e.jpg" in said
     assert "CONTRADICTION: identical files under several labels: 1" in said

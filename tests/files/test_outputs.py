@@ -256,10 +256,10 @@ def test_resume_auto_keeps_a_finished_run_without_states(
     before = contents(run)
     arguments = ["train", str(folder), *TINY, "-b", "8", "--seed", "7", "--resume", "auto", "-o", str(run)]
     assert main(arguments) == 0
-    assert "this run is complete, it has 1 epochs; for more, give --epochs above 1" in capsys.readouterr().out
+    assert "this run is complete after 1 epoch; to train more, give --epochs above 1" in capsys.readouterr().out
     for more in (arguments, ["train", "--resume", str(run)]):
         said = refused(2, *more, "--epochs", "2")
-        assert "complete with 1 epochs and keeps no checkpoint" in said and said.count("\n") == 1
+        assert "complete after 1 epoch and has no checkpoint" in said and said.count("\n") == 1
     assert contents(run) == before
 
 

@@ -196,7 +196,7 @@ def test_sync_bn_is_refused_where_it_cannot_work() -> None:
 
 def test_global_batch_that_does_not_divide(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(folder), *TINY, "--global-batch-size", "9", "--grad-accum", "2"]) == 2
-    assert "--global-batch-size 9: not a multiple of 2 (1 processes x 2 accumulated" in capsys.readouterr().err
+    assert "--global-batch-size 9: not a multiple of 2 (1 process x 2 accumulated" in capsys.readouterr().err
 
 
 def test_linear_scaling_only_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

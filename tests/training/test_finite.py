@@ -163,7 +163,7 @@ def test_skipped_steps_are_counted_and_shown(folder: Path, tmp_path: Path, capsy
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows] == [1, 1, 1, 2, 2, 2] and state.skipped == 2
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
-    assert [line.partition("skipped ")[2] for line in lines] == ["1 steps of this phase", "2 steps of this phase"]
+    assert [line.partition("skipped ")[2] for line in lines] == ["1 step of this phase", "2 steps of this phase"]
 
 
 def test_resumed_run_has_the_scale_of_the_interrupted_one(folder: Path, tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_batch_size_follows_the_number_of_processes(
     assert "--global-batch-size 8: not a multiple of 3" in refused(2, "train", "--resume", run, "--grad-accum", "3")
     capsys.readouterr()
     assert main(["train", "--resume", str(run), "--grad-accum", "2", "--dry-run"]) == 0
-    assert "global batch 8 = 4 per process x 1 processes x 2 accumulated" in capsys.readouterr().out
+    assert "global batch 8 = 4 per process x 1 process x 2 accumulated" in capsys.readouterr().out
     assert main(["train", "--resume", str(run)]) == 0
     assert "changed: --batch-size 4 -> 8" in capsys.readouterr().out
 

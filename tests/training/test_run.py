@@ -109,7 +109,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     options = [*TINY, "--recipe", "discriminative", "--epochs", "3", "--batch-size", "8", "-o", str(tmp_path / "x")]
     assert main(["train", str(folder), *options, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "phase 1: 1 epochs, 3 steps; learns 'head', 1,539 of" in said
+    assert "phase 1: 1 epoch, 3 steps; learns 'head', 1,539 of" in said
     assert "phase 2: 2 epochs, 6 steps; learns 'all'" in said
     assert "lr stem=1e-05 layer1=1e-05 layer2=1e-05 layer3=1e-05 layer4=1e-05 head=0.001" in said
     assert "global batch 8" in said and "statistics update" in said
