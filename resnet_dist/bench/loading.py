@@ -75,6 +75,6 @@ def _endless(loader: TrainLoader) -> Iterator[Batch]:
     """The batches of one epoch after the other."""
     epoch = 0
     while True:
-        for batches in loader.epoch(epoch):
+        for batches in loader.epoch(epoch, until=epoch + 100):
             yield from batches
         epoch += 1

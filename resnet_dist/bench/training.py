@@ -190,9 +190,9 @@ class WatchedLoader(TrainLoader):
         vars(self).update(vars(loader))
         self.waited = 0.0
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+    def epoch(self, epoch: int, first_step: int = 0, until: int | None = None) -> Iterator[list[Batch]]:
         """The micro-batches of each step, as the loader gives them."""
-        arriving = super().epoch(epoch, first_step)
+        arriving = super().epoch(epoch, first_step, until)
         while True:
             start = time.perf_counter()
             batches = next(arriving, None)

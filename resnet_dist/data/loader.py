@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,11 +59,11 @@ def epoch_order(samples: int, seed: int, epoch: int, global_batch: int, drop_las
 
 
 class TrainBatches(Sampler[list[Key]]):
-    """The batches of one process in one epoch, starting at any optimizer step."""
+    """The batches of one process in the epochs from `epoch` to below `until`, starting at any optimizer step."""
 
     def __init__(self, samples: int, seed: int, share: Share, drop_last: bool) -> None:
         self.samples, self.seed, self.share, self.drop_last = samples, seed, share, drop_last
-        self.epoch = self.first_step = 0
+        self.epoch, self.first_step, self.until = 0, 0, 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,13 +72,17 @@ class TrainBatches(Sampler[list[Key]]):
         return self.samples // size if self.drop_last else -(-self.samples // size)
 
     def __iter__(self) -> Iterator[list[Key]]:
+        epochs, first_steps = range(self.epoch, self.until), chain([self.first_step], repeat(0))
+        return chain.from_iterable(map(self._of_epoch, epochs, first_steps))  # one epoch's order at a time
+
+    def _of_epoch(self, epoch: int, first_step: int) -> Iterator[list[Key]]:
         share = self.share
-        order = epoch_order(self.samples, self.seed, self.epoch, share.global_batch, self.drop_last)
-        blocks = order.reshape(-1, share.accumulate, share.world, share.batch_size)[self.first_step :, :, share.rank]
-        return ([(self.epoch, index) for index in block.tolist()] for block in blocks.reshape(-1, share.batch_size))
+        order = epoch_order(self.samples, self.seed, epoch, share.global_batch, self.drop_last)
+        blocks = order.reshape(-1, share.accumulate, share.world, share.batch_size)[first_step:, :, share.rank]
+        return ([(epoch, index) for index in block.tolist()] for block in blocks.reshape(-1, share.batch_size))
 
     def __len__(self) -> int:
-        return (self.steps_per_epoch - self.first_step) * self.share.accumulate
+        return ((self.until - self.epoch) * self.steps_per_epoch - self.first_step) * self.share.accumulate
 
 
 class Samples(Protocol):
@@ -175,7 +179,11 @@ class DeviceImages(Dataset[Batch]):
 
 
 class TrainLoader:
-    """The training batches of this process, an optimizer step at a time."""
+    """The training batches of this process, an optimizer step at a time.
+
+    The loader processes read one stream of batches over many epochs: while the last batches of an epoch are trained on
+    and validation runs, they load those of the next epoch. A batch depends only on its keys, so nothing else changes.
+    """
 
     def __init__(self, samples: Samples, batches: TrainBatches, workers: int, pin_memory: bool) -> None:
         if batches.steps_per_epoch == 0:
@@ -185,18 +193,29 @@ class TrainLoader:
             )
         self.batches, self.samples = batches, samples
         self._loader = _loader(samples, workers, pin_memory, batch_sampler=batches)
+        self._arriving: Iterator[Batch] = iter(())
+        self._next: tuple[int, int] | None = None  # the epoch and step that arrive next
+        self._until = 0  # the epoch before which the stream ends
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch."""
         return self.batches.steps_per_epoch
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of each optimizer step of an epoch, starting at `first_step`. Raises DataError."""
-        self.batches.epoch, self.batches.first_step = epoch, first_step
-        arriving = _checked(self._loader)
-        while step := list(islice(arriving, self.batches.share.accumulate)):
-            yield step
+    def epoch(self, epoch: int, first_step: int = 0, until: int | None = None) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimizer step of an epoch, starting at `first_step`. Raises DataError.
+
+        The loader processes go on with the epochs after it, to below `until` (default: they stop after this one).
+        """
+        if self._next != (epoch, first_step) or epoch >= self._until:
+            self._until = max(epoch + 1, until or 0)
+            self.batches.epoch, self.batches.first_step, self.batches.until = epoch, first_step, self._until
+            self._arriving = _checked(self._loader)
+        for step in range(first_step, self.steps_per_epoch):
+            self._next = None  # an error ends the stream
+            batches = list(islice(self._arriving, self.batches.share.accumulate))
+            self._next = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
+            yield batches
 
 
 class EvalLoader:

@@ -111,7 +111,8 @@ def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
     started = time.monotonic() - state.epoch_seconds
     train_mode(job.model, learner.phase)
     with job.display.epoch(f"epoch {state.epochs_done + 1}/{job.cfg.run.epochs}", steps):
-        for batches in learner.source.train_loader.epoch(state.epochs_done, state.step_in_epoch):
+        phase_end = state.epochs_done - state.epoch_in_phase + (learner.phase.epochs or 0)
+        for batches in learner.source.train_loader.epoch(state.epochs_done, state.step_in_epoch, phase_end):
             factor = learner.schedule.factor(state.epoch_in_phase * steps + state.step_in_epoch)
             set_rates(learner.optimizer, factor)
             train_step(job, learner, batches)

@@ -2,7 +2,8 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from PIL import Image
 
 from export.predict import Preprocessing, decode, fit
 from resnet_dist.config.schema import AugmentConfig, DataConfig
+from resnet_dist.data import loader as loader_module
 from resnet_dist.data.decode import load_image
 from resnet_dist.data.index import ImageTable, PathTable, read_index
 from resnet_dist.data.loader import (
     EvalImages,
     EvalLoader,
+    Key,
     Share,
     TrainBatches,
     TrainImages,
@@ -111,7 +114,7 @@ def test_a_global_batch_is_the_same_however_it_is_made_up(
 def test_an_epoch_can_begin_at_any_step(first_step: int, batch_size: int, accumulate: int, world: int) -> None:
     """And then gives the rest of the sequence; after the last step, nothing."""
     batches = TrainBatches(24, 0, Share(batch_size, accumulate, world, rank=world - 1), drop_last=False)
-    batches.epoch = 2
+    batches.epoch, batches.until = 2, 3
     whole = list(batches)
     assert {epoch for batch in whole for epoch, _ in batch} == {2}
     assert (len(whole), batches.steps_per_epoch) == (6 * accumulate, 6)
@@ -146,6 +149,48 @@ def test_workers_change_nothing(table: ImageTable) -> None:
     for loader in loaders:
         next(loader.epoch(4))
     assert_equal_batches(*(list(loader.epoch(5)) for loader in loaders))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_stream_over_epochs_gives_the_same_batches(
+    table: ImageTable, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun once for three epochs and from the middle of one; begun again after a jump or beyond its end."""
+    begun = []
+    checked = loader_module._checked
+    monkeypatch.setattr(loader_module, "_checked", lambda loader: begun.append(loader) or checked(loader))
+    plain, stream = (train_loader(table, Share(4, accumulate=2), n) for n in (0, workers))
+    expected = {epoch: list(plain.epoch(epoch)) for epoch in range(6)}
+    begun.clear()
+    for epoch, first_step in ((1, 1), (2, 0), (3, 0)):
+        assert_equal_batches(list(stream.epoch(epoch, first_step, until=4)), expected[epoch][first_step:])
+    assert len(begun) == 1
+    for epoch, first_step, until in ((4, 0, 6), (0, 0, 6), (1, 0, 6)):
+        assert_equal_batches(list(stream.epoch(epoch, first_step, until)), expected[epoch])
+    assert len(begun) == 3, "beyond its end, and after the jump back"
+    next(stream.epoch(2, 0, until=6))
+    assert_equal_batches(list(stream.epoch(2, 1, until=6)), expected[2][1:])
+    assert_equal_batches(list(stream.epoch(5, 0, until=6)), expected[5])
+    assert len(begun) == 4
+
+
+def test_loader_processes_go_on_while_the_next_epoch_is_awaited(table: ImageTable, tmp_path: Path) -> None:
+    """After the last batch of an epoch was taken, the first ones of the next are loaded though nobody asks."""
+
+    class Noting(TrainImages):
+        def __getitems__(self, keys: Sequence[Key]) -> Batch | DataError:
+            (tmp_path / f"{keys[0][0]}-{keys[0][1]}").touch()
+            return super().__getitems__(keys)
+
+    batches = TrainBatches(len(table), 3, Share(4), drop_last=False)
+    stream = TrainLoader(Noting(table, SPEC, AugmentConfig(), 3), batches, 2, pin_memory=False)
+    list(stream.epoch(0, until=2))
+    for _ in range(500):
+        if len(list(tmp_path.glob("1-*"))) >= 2:
+            break
+        time.sleep(0.01)
+    assert 2 <= len(list(tmp_path.glob("1-*"))) <= 4, "two batches for each process, no more"
+    assert len(list(stream.epoch(1, until=2))) == stream.steps_per_epoch
 
 
 def test_samples_do_not_depend_on_their_batch_or_their_past(table: ImageTable) -> None:
