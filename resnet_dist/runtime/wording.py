@@ -49,12 +49,12 @@ def suggestion(name: str, known: Collection[str]) -> str:
     return f"; did you mean '{near}'?" if near else ""
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
+def counted(number: int, noun: str) -> str:
     """`1 epoch`, `2 epochs`, `0 classes`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {plural or _plural(noun)}"
+    return f"{number} {noun if number == 1 else _plural(noun)}"
 
 
 def _plural(noun: str) -> str:
-    if noun.endswith(("s", "x", "ch", "sh")):
+    if noun.endswith(("s", "x", "tch", "sh")):
         return f"{noun}es"
     return f"{noun[:-1]}ies" if noun.endswith("y") and noun[-2] not in "aeiou" else f"{noun}s"

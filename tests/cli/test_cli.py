@@ -26,7 +26,7 @@ from resnet_dist.cli.parser import HELP, flags_of
 from resnet_dist.config.layers import options_of
 from resnet_dist.config.recipes import texts
 from resnet_dist.errors import ResnetDistError
-from resnet_dist.runtime.wording import listed, one_line, printable, shortened, suggestion
+from resnet_dist.runtime.wording import counted, listed, one_line, printable, shortened, suggestion
 from tests.conftest import run_program
 
 Refused = Callable[..., str]
@@ -382,3 +382,18 @@ def test_long_names_are_shortened(name: str, shown: str) -> None:
 def test_suggestion_is_near_or_nothing() -> None:
     assert suggestion("cosin", ["step", "cosine"]) == "; did you mean 'cosine'?"
     assert suggestion("xyz", ["step", "cosine"]) == ""
+
+
+@pytest.mark.parametrize("noun", ["epoch", "image", "validation image", "step", "core", "GPU", "thread"])
+def test_counts_read_well(noun: str) -> None:
+    assert [counted(number, noun) for number in (0, 1, 2)] == [f"0 {noun}s", f"1 {noun}", f"2 {noun}s"]
+
+
+def test_irregular_counts_read_well() -> None:
+    assert [counted(2, noun) for noun in ("class", "process", "batch", "copy", "key")] == [
+        "2 classes",
+        "2 processes",
+        "2 batches",
+        "2 copies",
+        "2 keys",
+    ]
