@@ -52,7 +52,7 @@ def timings(value: Any) -> list[dict[str, Any]]:
     return []
 
 
-def test_report_has_its_parts(made: dict[str, Any]) -> None:
+def test_report_has_all_parts(made: dict[str, Any]) -> None:
     assert set(made) == {
         "format_version", "machine", "settings", "roofs", "loading", "regimes", "notes", "verdict", "predict",
     }  # fmt: skip
@@ -65,7 +65,7 @@ def test_report_has_its_parts(made: dict[str, Any]) -> None:
     assert made["settings"] | {"precision": "no", "training_images": 24, "data": "synthetic"} == made["settings"]
 
 
-def test_images_per_second_are_images_by_seconds(made: dict[str, Any]) -> None:
+def test_images_per_second_are_images_divided_by_seconds(made: dict[str, Any]) -> None:
     found = timings(made)
     assert len(found) == 6 + 3 + 3 * (3 + 2) + 1
     for timing in found:
@@ -73,7 +73,7 @@ def test_images_per_second_are_images_by_seconds(made: dict[str, Any]) -> None:
         assert 0 < timing["p10"] <= timing["seconds"] <= timing["p90"]
 
 
-def test_steps_and_epochs_count_the_images_that_they_should(made: dict[str, Any]) -> None:
+def test_steps_and_epochs_count_the_right_number_of_images(made: dict[str, Any]) -> None:
     for regime in made["regimes"].values():
         assert {timing["images"] for timing in timings(regime["compute"])} == {8}
         assert {timing["images"] for timing in timings(regime["training"])} == {24}
@@ -81,7 +81,7 @@ def test_steps_and_epochs_count_the_images_that_they_should(made: dict[str, Any]
         assert 0 <= regime["training"]["data_wait_share"] <= 1
 
 
-def test_overlap_is_a_share_of_the_slower_part(made: dict[str, Any]) -> None:
+def test_overlap_is_relative_to_the_slower_of_loading_and_computing(made: dict[str, Any]) -> None:
     load = made["loading"]["from_kept"]["loader"]["images_per_second"]
     for regime in made["regimes"].values():
         slower = min(load, regime["compute"]["step"]["images_per_second"])
@@ -89,7 +89,7 @@ def test_overlap_is_a_share_of_the_slower_part(made: dict[str, Any]) -> None:
         assert regime["training"]["overlap"] == pytest.approx(whole / slower)
 
 
-def test_less_that_learns_is_less_work(made: dict[str, Any]) -> None:
+def test_fewer_trainable_stages_mean_less_work(made: dict[str, Any]) -> None:
     full, layer4, head = (made["regimes"][name]["work"] for name in ("full", "layer4+head", "head"))
     for what in ("flops_per_image", "bytes_per_image"):
         assert full[what] > layer4[what] > head[what] > 0
@@ -109,7 +109,7 @@ def test_shares_follow_from_rates_and_roofs(made: dict[str, Any]) -> None:
         )
 
 
-def test_report_in_words_has_a_line_for_every_timing(made: dict[str, Any]) -> None:
+def test_text_report_has_a_line_for_every_timing(made: dict[str, Any]) -> None:
     text = list(lines(made))
     assert text[-1] == f"verdict: {made['verdict']}"
     for timing in timings(made):
@@ -138,7 +138,7 @@ def changed(made: dict[str, Any], **values: Any) -> dict[str, Any]:
     return found
 
 
-def test_verdict_where_nothing_is_wrong(made: dict[str, Any]) -> None:
+def test_verdict_if_nothing_is_wrong(made: dict[str, Any]) -> None:
     share = made["regimes"]["full"]["limits"]["share_of_roofline"]
     expected = f"compute-bound at {share:.0%} of the roofline of this machine; the data keeps up"
     assert verdict(changed(made)) == expected
@@ -196,7 +196,7 @@ def test_images_on_the_device_are_loaded_from_there(folder: Path, tmp_path: Path
     assert list(fastest(found)) == ["loader", "input"] and list(notes(dataclasses.replace(on_device, workers=9))) == []
 
 
-def test_many_photographs_are_made_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_synthetic_photographs_are_made_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Further ones are names of the first, in the same class."""
     assert DIFFERENT % 2 == 0
     monkeypatch.setattr("resnet_dist.bench.synthetic.DIFFERENT", 2)
@@ -235,9 +235,9 @@ def test_images_of_a_folder_are_measured(folder: Path, tmp_path: Path) -> None:
         (["--cache", "device", "--aug", "none", "--mixup", "0.2"], "add --aug none, or take --cache ram"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(refused: Any, arguments: list[str], said: str) -> None:
+def test_options_that_cannot_be_measured_are_refused(refused: Any, arguments: list[str], said: str) -> None:
     assert said in refused(2, "bench", *arguments)
 
 
-def test_data_that_is_not_there_is_refused(refused: Any, tmp_path: Path) -> None:
+def test_missing_data_is_refused(refused: Any, tmp_path: Path) -> None:
     assert "there is no such folder or manifest" in refused(3, "bench", tmp_path / "nothing")

@@ -51,7 +51,7 @@ def test_every_rung_is_measured_in_every_round(
     assert f"{rows[-1]['images_per_second'] / rows[0]['images_per_second']:.2f}x" in out.splitlines()[-1]
 
 
-def test_a_ladder_needs_an_epoch_that_counts(refused: Any) -> None:
+def test_ladder_needs_at_least_two_epochs(refused: Any) -> None:
     assert "--epochs 1: must be at least 2" in refused(2, "bench", "ladder", "--epochs", "1")
 
 
@@ -66,7 +66,7 @@ def test_a_ladder_needs_an_epoch_that_counts(refused: Any) -> None:
         ["--lr-groups", "stem=1e-05 head=0.001", "--head", "mlp", "--head-hidden", "8,4", "--windows", "3"],
     ],
 )
-def test_processes_are_given_what_was_typed(typed: list[str]) -> None:
+def test_processes_get_the_options_of_the_user(typed: list[str]) -> None:
     """The command line that is made says the same to `bench` as what was typed."""
     cfg = scaling_config(*typed)
     given = parse(bench.Config, [*bench_scaling.arguments_of(cfg), *bench_scaling.FULL_ONLY], "resnet-dist bench")
@@ -85,7 +85,7 @@ def report(processes: int, device: str, step: float, whole: float, alone: float 
     return {"machine": machine, "regimes": {"full": {"compute": compute, "training": training}}}
 
 
-def test_on_gpus_many_processes_should_do_as_many_times_the_work() -> None:
+def test_efficiency_on_gpus_is_relative_to_the_number_of_processes() -> None:
     row = bench_scaling.row(report(4, "cuda", 90.0, 300.0, alone=0.75), report(1, "cuda", 100.0, 100.0))
     assert row["step_images_per_second"] == 360.0
     assert row["step_efficiency"] == pytest.approx(0.9) and row["training_efficiency"] == pytest.approx(0.75)
@@ -93,13 +93,13 @@ def test_on_gpus_many_processes_should_do_as_many_times_the_work() -> None:
     assert "25% of a step, all-reduce 2 GB/s" in list(bench_scaling.lines([row]))[1]
 
 
-def test_on_a_cpu_processes_share_the_cores() -> None:
+def test_efficiency_on_a_cpu_is_relative_to_one_process() -> None:
     row = bench_scaling.row(report(2, "cpu", 45.0, 80.0, alone=1.1), report(1, "cpu", 100.0, 100.0))
     assert row["step_efficiency"] == pytest.approx(0.9) and row["training_efficiency"] == pytest.approx(0.8)
     assert row["exposed_communication"] == 0.0
 
 
-def test_step_alone_sums_no_gradients(folder: Path, tmp_path: Path) -> None:
+def test_step_without_reduction_does_not_sum_gradients(folder: Path, tmp_path: Path) -> None:
     """In DDP over a group of one process, whose reductions a hook counts: those of a step, and of one alone."""
     made = job_of(tmp_path / "run", folder, *TINY, "-b", "8", "--epochs", "2", "--lr", "0.01")
     job, learner = begin(made, "full", 2)
@@ -127,7 +127,7 @@ def test_step_alone_sums_no_gradients(folder: Path, tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-def test_what_cannot_be_scaled_is_refused(refused: Any, tmp_path: Path) -> None:
+def test_options_that_cannot_be_scaled_are_refused(refused: Any, tmp_path: Path) -> None:
     assert "--world-sizes 0: must be at least 1" in refused(2, "bench", "scaling", "--world-sizes", "0")
     assert "add --aug none" in refused(2, "bench", "scaling", "--cache", "device")
 
@@ -145,6 +145,6 @@ def test_one_and_two_processes_are_measured(folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.matrix
-def test_failure_of_the_processes_is_one_line(refused: Any, tmp_path: Path) -> None:
+def test_failed_process_gives_one_line(refused: Any, tmp_path: Path) -> None:
     said = refused(4, "bench", "scaling", tmp_path / "nothing", *SHORT)
     assert "failed" in said and "there is no such folder or manifest" in said

@@ -43,9 +43,7 @@ def test_median_and_spread_are_those_of_the_windows(accelerator: Accelerator, mo
     assert timing.host_share is None
 
 
-def test_a_window_takes_half_a_second_where_nobody_says_how_long(
-    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_window_takes_half_a_second_by_default(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(endless([], 0.2))
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     timing = measure(accelerator, clock.step, Plan(windows=2, steps=None, warmup=0))
@@ -60,7 +58,7 @@ def test_summary_agrees_with_numpy() -> None:
     assert timing.p90 == pytest.approx(np.quantile(seconds, 0.9) / 4)
 
 
-def test_numbers_of_images_and_of_work_follow_from_the_seconds() -> None:
+def test_rates_follow_from_the_seconds() -> None:
     timing = summary([1.0, 2.0, 4.0], steps=2)
     images = timing.of_images(32)
     assert images["images_per_second"] == 32 / images["seconds"] == 32.0

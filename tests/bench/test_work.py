@@ -32,7 +32,7 @@ def counted(model: nn.Module, x: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("first", STAGES)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_flops_are_those_that_torch_counts(name: str, first: str) -> None:
+def test_flops_equal_torchs_count(name: str, first: str) -> None:
     """For both kinds of block and every first stage that learns."""
     phase = Phase(trainable=" ".join(STAGES[STAGES.index(first) :]))
     model = empty(architecture(name))
@@ -55,7 +55,7 @@ def test_flops_of_other_heads_stems_and_selections(trainable: str, head: str, st
 
 
 @pytest.mark.parametrize("stage", ["layer4", "head"])
-def test_flops_of_the_part_after_kept_features(stage: str) -> None:
+def test_flops_of_the_part_after_cached_features(stage: str) -> None:
     phase = Phase(trainable="layer4 head" if stage == "layer4" else "head", batch_norm_stats="frozen")
     model = empty(architecture("resnet50"))
     set_trainable(model, phase)
@@ -69,7 +69,7 @@ def test_flops_of_the_part_after_kept_features(stage: str) -> None:
     ("name", "megabytes", "images"),
     [("resnet18", 106, 30_400), ("resnet34", 161, 17_800), ("resnet50", 477, 8_150), ("resnet101", 712, 5_200)],
 )
-def test_bytes_and_roofline_agree_with_figures_made_apart(name: str, megabytes: float, images: float) -> None:
+def test_bytes_and_roofline_equal_an_independent_computation(name: str, megabytes: float, images: float) -> None:
     """bf16 at 224 pixels on 790 TFLOP/s and 4.3 TB/s; figures worked out by hand from the published layer tables."""
     done = done_by(name, Phase(), (8, 3, 224, 224))
     assert bytes_moved(done, 2) / 8 / 1e6 == pytest.approx(megabytes, rel=0.01)
@@ -85,6 +85,6 @@ def test_bytes_of_one_layer_by_hand() -> None:
     assert pool.bytes(4) == 4 * (64 * 32 * 32 + 64 * 16 * 16) + 8 * (64 * 16 * 16)
 
 
-def test_each_operation_is_bound_by_the_slower_of_the_two() -> None:
+def test_each_operation_is_limited_by_arithmetic_or_memory() -> None:
     done = [Operation("a", "forward", flops=100, values=1), Operation("b", "forward", flops=1, values=100)]
     assert least_seconds(done, flops_per_second=10, bytes_per_second=20, width=2) == pytest.approx(100 / 10 + 200 / 20)

@@ -128,7 +128,7 @@ def fill(cache: ImageCache, order: list[int]) -> None:
         cache(index)
 
 
-def test_processes_that_fill_at_once_do_not_spoil_each_other(table: ImageTable, memory: Path) -> None:
+def test_processes_can_fill_the_cache_at_the_same_time(table: ImageTable, memory: Path) -> None:
     """Four, in four orders, twice over; each image is kept in a place of its own."""
     reader = Reader(table, None)
     orders = [list(np.random.default_rng(seed).permutation(12)) * 2 for seed in range(4)]
@@ -145,7 +145,7 @@ def test_processes_that_fill_at_once_do_not_spoil_each_other(table: ImageTable, 
     assert all(place + size <= after for (place, size), (after, _) in pairwise(places))
 
 
-def test_a_copy_opens_the_same_file(table: ImageTable, tmp_path: Path) -> None:
+def test_pickled_copy_opens_the_same_file(table: ImageTable, tmp_path: Path) -> None:
     """As a process that is spawned, not forked, gets it."""
     cache = ImageCache(Reader(table, None), tmp_path / "kept", ROOM)
     copied = copy.copy(cache)
@@ -171,7 +171,7 @@ def replace_pixels(file: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [replace_pixels, lambda file: write_image(file, 99, size=(23, 28))])
-def test_a_changed_file_is_decoded_anew(tmp_path: Path, change: Callable[[Path], None]) -> None:
+def test_changed_file_is_decoded_again(tmp_path: Path, change: Callable[[Path], None]) -> None:
     """In the cache that has kept it, and in one that opens the same file later; then that is kept."""
     file = tmp_path / "a.bmp"  # whose size depends on that of the image alone
     write_image(file, 1)
@@ -185,7 +185,7 @@ def test_a_changed_file_is_decoded_anew(tmp_path: Path, change: Callable[[Path],
     assert_right(only_kept(Reader(table, None), tmp_path / "kept"))
 
 
-def test_a_file_that_is_gone_is_an_error_as_without_a_cache(table: ImageTable, tmp_path: Path) -> None:
+def test_missing_file_is_an_error_as_without_a_cache(table: ImageTable, tmp_path: Path) -> None:
     cache = ImageCache(Reader(table, None), tmp_path / "kept", ROOM)
     cache(3)
     (table.root / "3.png").unlink()
@@ -194,7 +194,7 @@ def test_a_file_that_is_gone_is_an_error_as_without_a_cache(table: ImageTable, t
 
 
 @pytest.mark.parametrize("where", ["pixels", "record", "next", "end"])
-def test_a_damaged_file_gives_the_right_pixels(table: ImageTable, tmp_path: Path, where: str) -> None:
+def test_damaged_cache_gives_the_right_pixels(table: ImageTable, tmp_path: Path, where: str) -> None:
     """Whatever byte is wrong; and what is wrong is replaced."""
     reader, file = Reader(table, None), tmp_path / "kept"
     cache = ImageCache(reader, file, ROOM)
@@ -218,7 +218,7 @@ def test_a_damaged_file_gives_the_right_pixels(table: ImageTable, tmp_path: Path
         assert_right(ImageCache(reader, file, ROOM))
 
 
-def test_it_never_takes_more_than_its_room(table: ImageTable, tmp_path: Path) -> None:
+def test_cache_never_exceeds_its_room(table: ImageTable, tmp_path: Path) -> None:
     file = tmp_path / "kept"
     cache = ImageCache(Reader(table, None), file, 5000)  # two of twelve
     assert_right(cache)
@@ -227,9 +227,7 @@ def test_it_never_takes_more_than_its_room(table: ImageTable, tmp_path: Path) ->
     assert file.stat().st_size == START + 12 * RECORD.itemsize + 5000
 
 
-def test_a_full_disk_ends_the_keeping_and_nothing_else(
-    table: ImageTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_only_stops_caching(table: ImageTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
 
     def full(*arguments: object) -> int:
@@ -246,7 +244,7 @@ def test_a_full_disk_ends_the_keeping_and_nothing_else(
 # Where, and whether it fits
 
 
-def test_a_file_on_disk_is_found_again_and_only_for_the_same_pixels(table: ImageTable, tmp_path: Path) -> None:
+def test_cache_on_disk_is_reused_only_for_the_same_pixels(table: ImageTable, tmp_path: Path) -> None:
     reader = Reader(table, SPEC)
     fill(ImageCache(reader, disk_file(tmp_path / "kept", reader), ROOM), list(range(12)))
     again = Reader(ImageTable(table.root, PathTable(list(table.paths)), table.targets), Preprocessing(**vars(SPEC)))
@@ -259,7 +257,7 @@ def test_a_file_on_disk_is_found_again_and_only_for_the_same_pixels(table: Image
     assert len(names) == 6
 
 
-def test_the_need_of_whole_images_is_that_of_their_pixels(table: ImageTable) -> None:
+def test_bytes_needed_of_whole_images_are_those_of_their_pixels(table: ImageTable) -> None:
     """Exactly, where all headers are read."""
     pixels = sum((20 + number) * (31 - number) * 3 for number in range(12))
     assert bytes_needed(Reader(table, None)) == pixels + 12 * RECORD.itemsize
@@ -284,7 +282,7 @@ def test_the_need_of_whole_images_is_that_of_their_pixels(table: ImageTable) -> 
         ("disk", 1.1, 5, None),
     ],
 )
-def test_the_tier_fits_what_is_free(
+def test_tier_depends_on_free_memory(
     table: ImageTable,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -309,7 +307,7 @@ def test_the_tier_fits_what_is_free(
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("auto", "none"), ("ram", None), ("device", None), ("disk", "disk")])
-def test_without_files_in_memory_only_the_disk_is_left(
+def test_without_memfd_only_disk_works(
     table: ImageTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, expected: str | None
 ) -> None:
     """As on systems other than Linux."""
@@ -341,7 +339,7 @@ def open_files() -> Iterator[str]:
             yield str(link.readlink())
 
 
-def test_a_run_is_the_same_with_every_cache(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_cache_gives_the_same_run(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same bits in the checkpoint; a line says where the images are; nothing stays open in memory."""
     first: dict[str, torch.Tensor] = {}
     for cache in ("none", "ram", "disk", "disk"):
@@ -357,7 +355,7 @@ def test_a_run_is_the_same_with_every_cache(few: Path, tmp_path: Path, capsys: p
     assert not [name for name in open_files() if "resnet-dist" in name]
 
 
-def test_what_does_not_fit_is_refused(
+def test_cache_that_does_not_fit_is_refused(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     monkeypatch.setattr(launcher, "available_memory", lambda: 1000)
@@ -365,7 +363,9 @@ def test_what_does_not_fit_is_refused(
     assert "--cache ram: about 0.0 MiB, but there is 0.0 MiB of free memory; use --cache disk or --cache none" in said
 
 
-def test_a_cache_dir_must_be_a_folder_and_go_with_disk(few: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_cache_dir_must_be_a_folder_and_needs_cache_disk(
+    few: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     (tmp_path / "file").write_text("")
     said = refused(4, *run(few, tmp_path / "run", "--cache", "disk", "--cache-dir", str(tmp_path / "file")))
     assert f"{tmp_path / 'file'}: cannot be made" in said
@@ -375,7 +375,7 @@ def test_a_cache_dir_must_be_a_folder_and_go_with_disk(few: Path, tmp_path: Path
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_two_processes_share_what_they_keep(few: Path, tmp_path: Path, workers: str) -> None:
+def test_two_processes_share_the_cache(few: Path, tmp_path: Path, workers: str) -> None:
     """The same bits as without a cache."""
     found = []
     for cache in ("none", "ram", "disk"):

@@ -65,7 +65,7 @@ def test_unusable_files_are_all_listed(data: Path, capsys: pytest.CaptureFixture
         assert word in found[name] and f"{name}: " in said
 
 
-def test_sound_data_is_no_error(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_good_data_has_no_findings(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(data)]) == 0
     assert "21 images, 0 that cannot be used" in capsys.readouterr().out
 
@@ -91,7 +91,7 @@ def test_different_pictures_do_not_look_alike(data: Path) -> None:
     assert report_of(data).near_duplicates == []
 
 
-def test_round_things_of_other_colours_do_not_look_alike(data: Path) -> None:
+def test_round_objects_of_different_colours_do_not_look_alike(data: Path) -> None:
     for name, colour in (("red", (200, 30, 30)), ("green", (30, 200, 30))):
         image = photo(7).convert("L")
         Image.merge("RGB", [image.point(lambda v, c=c: v * c // 255) for c in colour]).save(
@@ -138,9 +138,7 @@ def test_odd_files_are_counted(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert found["crop"]["images_cut_by_half"] == sum(share > 0.5 for share in shares) == 1
 
 
-def test_findings_are_remembered_until_a_file_changes(
-    data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_findings_are_cached_until_a_file_changes(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import resnet_dist.data.check as check
 
     index = read_index(DataConfig(data=str(data)))
@@ -161,7 +159,7 @@ def test_findings_are_remembered_until_a_file_changes(
     assert len(looked) == 1 + len(expected)
 
 
-def test_train_refuses_what_the_headers_show(data: Path, refused: Refused, tmp_path: Path) -> None:
+def test_train_refuses_files_with_bad_headers(data: Path, refused: Refused, tmp_path: Path) -> None:
     """Before anything is written; a truncated file shows only with --check full."""
     spoil(data)
     said = refused(3, "train", data, *TINY, "-o", tmp_path / "run")

@@ -53,13 +53,13 @@ ORDINARY = {
 
 
 @pytest.mark.parametrize("name", ORDINARY)
-def test_an_ordinary_jpeg_has_pillows_pixels(name: str) -> None:
+def test_jpeg_pixels_equal_pillow(name: str) -> None:
     pixels = jpeg_pixels(ORDINARY[name])
     assert pixels is not None
     assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(ORDINARY[name])).convert("RGB")))
 
 
-def test_photographs_have_pillows_pixels(shared: Path) -> None:
+def test_photograph_pixels_equal_pillow(shared: Path) -> None:
     files = photographs(shared)
     assert len(files) > 40
     for file in files:
@@ -69,7 +69,7 @@ def test_photographs_have_pillows_pixels(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_turned_photographs_are_left_to_the_predictors_decoder(tmp_path: Path, orientation: int) -> None:
+def test_rotated_photographs_are_decoded_by_the_predictor(tmp_path: Path, orientation: int) -> None:
     file = tmp_path / "turned.jpg"
     file.write_bytes(turned(orientation))
     assert jpeg_pixels(file.read_bytes()) is None
@@ -81,7 +81,7 @@ def test_turned_photographs_are_left_to_the_predictors_decoder(tmp_path: Path, o
     ("mode", "suffix"),
     [("CMYK", ".jpg"), ("RGBA", ".png"), ("P", ".png"), ("I;16", ".png"), ("1", ".bmp"), ("L", ".gif")],
 )
-def test_other_files_are_left_to_it_too(tmp_path: Path, mode: str, suffix: str) -> None:
+def test_other_formats_are_decoded_by_the_predictor(tmp_path: Path, mode: str, suffix: str) -> None:
     file = tmp_path / f"other{suffix}"
     grey = np.asarray(SMOOTH.convert("L"), np.uint16)
     (Image.fromarray(grey * 200) if mode == "I;16" else SMOOTH.convert(mode)).save(file)
@@ -98,7 +98,7 @@ def outcome(data: bytes) -> np.ndarray | str:
 
 
 @pytest.mark.filterwarnings("default:.*:UserWarning")  # Pillow's, of odd Exif fields
-def test_damage_is_treated_as_the_predictor_treats_it(shared: Path) -> None:
+def test_damaged_files_are_treated_as_by_the_predictor(shared: Path) -> None:
     """Cut short, bytes changed, bytes gone: the same pixels, the same error, or left to its decoder."""
     draw = random.Random(1)
     seen = {"equal": 0, "error": 0, "left": 0}
@@ -122,7 +122,7 @@ def test_damage_is_treated_as_the_predictor_treats_it(shared: Path) -> None:
     assert seen["equal"] > 20 and seen["left"] > 5, seen
 
 
-def test_what_became_a_pipe_or_grew_too_large_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_pipe_or_too_large_file_is_refused_at_once(tmp_path: Path) -> None:
     """Between the look at the header and the reading of the file."""
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "large.jpg").touch()
@@ -148,11 +148,11 @@ def test_without_torchvisions_decoder_the_pixels_are_the_same(tmp_path: Path, mo
     ("size", "least", "scale"),
     [((400, 300), 150, 2), ((300, 400), 151, 1), ((4000, 3000), 448, 4), ((9999, 9000), 448, 8), ((80, 60), 448, 1)],
 )
-def test_the_short_side_keeps_its_least(size: tuple[int, int], least: int, scale: int) -> None:
+def test_scaled_short_side_is_not_below_the_minimum(size: tuple[int, int], least: int, scale: int) -> None:
     assert jpeg_scale(size, least) == scale
 
 
-def test_scaled_photographs_are_the_means_of_their_pixels(shared: Path) -> None:
+def test_scaled_photographs_equal_pixel_means(shared: Path) -> None:
     """Within 1.5 levels of 255 on average of what averaging squares of 2x2, 4x4, 8x8 pixels gives."""
     seen = set()
     for file in photographs(shared)[::3]:
@@ -168,7 +168,7 @@ def test_scaled_photographs_are_the_means_of_their_pixels(shared: Path) -> None:
     assert seen == {2, 4, 8}
 
 
-def test_scaled_photographs_are_turned_and_small_ones_whole(tmp_path: Path) -> None:
+def test_scaled_photographs_are_rotated_and_small_ones_not_scaled(tmp_path: Path) -> None:
     file = tmp_path / "turned.jpg"
     file.write_bytes(turned(6))
     assert load_whole(one(file), 0, least=70).shape == (106, 79, 3)

@@ -40,7 +40,7 @@ def test_listed_images_are_in_no_split(data: Path, form: str) -> None:
     assert "2 of 15 images left out (--exclude-list)" in index.notes
 
 
-def test_it_is_as_if_the_files_were_not_there(data: Path) -> None:
+def test_excluding_files_equals_removing_them(data: Path) -> None:
     """The split is made of what is left, not the other way round."""
     excluded = index_of(data, FORMS["text"])
     for path in GONE:
@@ -72,14 +72,16 @@ def test_wrong_lists_are_refused(data: Path, text: str, said: str) -> None:
     assert str(caught.value).startswith(str(data.parent / "list")) and said in str(caught.value)
 
 
-def test_a_list_that_is_no_file_is_refused(data: Path) -> None:
+def test_list_that_is_not_a_file_is_refused(data: Path) -> None:
     os.mkfifo(data.parent / "pipe")
     for name in ("nothing", "data", "pipe"):
         with pytest.raises(DataError, match=f"{name}: .*--exclude-list"):
             read_index(DataConfig(data=str(data), exclude_list=str(data.parent / name)))
 
 
-def test_train_says_and_writes_what_is_left(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_reports_and_records_remaining_images(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "list.txt").write_text("\n".join(GONE))
     options = [*TINY, "--exclude-list", str(tmp_path / "list.txt"), "--dry-run"]
     assert main(["train", str(data), *options]) == 0

@@ -74,14 +74,14 @@ def test_train_and_val_folders_by_any_name(tmp_path: Path, train: str, val: str)
     assert (len(index.test), index.notes) == (0, ())
 
 
-def test_a_test_folder_stays_apart_where_there_is_a_val_folder(tmp_path: Path) -> None:
+def test_test_folder_is_not_used_for_validation_if_there_is_a_val_folder(tmp_path: Path) -> None:
     index = index_of(tree(tmp_path, *SPLIT, "Test/dog/9.png"))
     assert rows(index.test) == [("Test/dog/9.png", 1)]
     assert (len(index.train), len(index.val), index.notes) == (3, 2, ())
 
 
 @pytest.mark.parametrize("name", ["test", "Testing"])
-def test_without_a_val_folder_the_test_folder_validates_and_says_so(tmp_path: Path, name: str) -> None:
+def test_without_val_folder_the_test_folder_is_used_with_a_warning(tmp_path: Path, name: str) -> None:
     index = index_of(tree(tmp_path, *(file.replace("val/", f"{name}/") for file in SPLIT)))
     assert rows(index.val) == [(f"{name}/cat/3.png", 0), (f"{name}/dog/3.png", 1)]
     assert len(index.test) == 0
@@ -99,7 +99,7 @@ def test_class_folders_without_a_val_folder_are_split(tmp_path: Path, above: str
 
 
 @pytest.mark.parametrize("name", ["train", "val", "test", "Training"])
-def test_a_class_that_is_called_like_a_split_stays_a_class(tmp_path: Path, name: str) -> None:
+def test_class_may_have_the_name_of_a_split(tmp_path: Path, name: str) -> None:
     """A split holds folders; a folder that holds images is a class."""
     index = index_of(tree(tmp_path, *(f"{folder}/{i}.png" for folder in (name, "bus") for i in range(4))))
     assert index.classes == tuple(sorted(("bus", name)))
@@ -124,7 +124,7 @@ def test_classes_are_ordered_as_in_torchvision(tmp_path: Path) -> None:
     assert rows(index.train) == expected
 
 
-def test_a_class_that_val_lacks_keeps_its_index(tmp_path: Path) -> None:
+def test_class_missing_in_val_keeps_its_index(tmp_path: Path) -> None:
     """Where torchvision's ImageFolder would shift the labels of all that follow."""
     tree(tmp_path, "train/ant/1.png", "train/bee/1.png", "train/cat/1.png", "val/bee/2.png", "val/cat/2.png")
     index = index_of(tmp_path)
@@ -134,7 +134,7 @@ def test_a_class_that_val_lacks_keeps_its_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_a_class_unknown_to_train_is_refused(tmp_path: Path, split: str) -> None:
+def test_class_missing_in_train_is_refused(tmp_path: Path, split: str) -> None:
     said = refusal(tree(tmp_path, *SPLIT, f"{split}/emu/1.png"))
     assert f"{split} has class 'emu', which train does not have" in said
 
@@ -176,7 +176,7 @@ def test_nested_folders_belong_to_the_class_at_the_top(tmp_path: Path) -> None:
     assert ("train/dog/puppies/small/0.png", 1) in rows(index.train)
 
 
-def test_the_droppings_of_file_managers_are_not_data(tmp_path: Path) -> None:
+def test_files_of_file_managers_are_ignored(tmp_path: Path) -> None:
     droppings = [".DS_Store", "__MACOSX/cat/1.png", "train/.ipynb_checkpoints/1.png", "train/__MACOSX/cat/1.png"]
     droppings += ["train/cat/._1.png", "train/cat/Thumbs.db", "train/dog/desktop.ini", "train/dog/.cache/1.png"]
     index = index_of(tree(tmp_path, *SPLIT, *droppings))
@@ -199,7 +199,7 @@ def test_extensions_in_any_case(tmp_path: Path, extension: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["train/cat", "train", ".", "train/cat/loop"])
-def test_a_link_that_goes_round_adds_nothing(tmp_path: Path, target: str) -> None:
+def test_circular_link_adds_no_images(tmp_path: Path, target: str) -> None:
     """Neither copies of the class's own images, nor, through a folder above, those of other classes under its name."""
     tree(tmp_path, *SPLIT)
     (tmp_path / "train" / "cat" / "loop").symlink_to(tmp_path / target)
@@ -230,7 +230,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_any_name_goes_through_index_and_manifest(tmp_path: Path, name: str) -> None:
+def test_any_file_name_survives_index_and_manifest(tmp_path: Path, name: str) -> None:
     """Of a class and of a file; bytes that are no text too."""
     index = index_of(tree(tmp_path, *SPLIT, f"train/{name}/{name}.png", f"val/{name}/2.png"))
     assert index.classes == tuple(sorted(("cat", "dog", name)))
@@ -245,7 +245,7 @@ def test_any_name_goes_through_index_and_manifest(tmp_path: Path, name: str) -> 
 # --val-dir
 
 
-def test_val_dir_validates_and_all_of_data_trains(tmp_path: Path) -> None:
+def test_val_dir_is_validation_and_all_of_data_is_training(tmp_path: Path) -> None:
     tree(tmp_path, "photos/cat/1.png", "photos/dog/1.png", "held/out/dog/7.png")
     index = index_of(tmp_path / "photos", val_dir=str(tmp_path / "held" / "out"))
     assert [index.root / path for path in index.train.paths] == [
@@ -254,14 +254,14 @@ def test_val_dir_validates_and_all_of_data_trains(tmp_path: Path) -> None:
     assert [(index.root / path, target) for path, target in rows(index.val)] == [(tmp_path / "held/out/dog/7.png", 1)]
 
 
-def test_val_dir_takes_the_place_of_the_val_folder(tmp_path: Path) -> None:
+def test_val_dir_replaces_the_val_folder(tmp_path: Path) -> None:
     tree(tmp_path, *SPLIT, "test/cat/8.png", "other/dog/7.png")
     index = index_of(tmp_path, val_dir=str(tmp_path / "other"))
     assert rows(index.val) == [("other/dog/7.png", 1)]
     assert (len(index.train), len(index.test)) == (3, 0)
 
 
-def test_val_dir_beside_a_manifest(tmp_path: Path) -> None:
+def test_val_dir_with_a_manifest(tmp_path: Path) -> None:
     tree(tmp_path, "lists/cat.png", "lists/dog.png", "other/dog/7.png")
     file = manifest(tmp_path / "lists" / "all.csv", "path,label\ncat.png,cat\ndog.png,dog\n")
     index = index_of(file, val_dir=str(tmp_path / "other"))
@@ -291,7 +291,7 @@ def test_val_dir_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     ],
     ids=["plain", "BOM and CRLF", "other columns and order", "blank lines, test for val"],
 )
-def test_a_manifest_says_path_label_and_split(tmp_path: Path, text: str) -> None:
+def test_manifest_has_path_label_and_split(tmp_path: Path, text: str) -> None:
     index = index_of(manifest(tmp_path / "list.csv", text))
     assert (index.root, index.classes) == (tmp_path, ("x", "y"))
     assert rows(index.train) == [("a.png", 0), ("b.png", 1)]
@@ -339,7 +339,7 @@ def test_absolute_paths_in_a_manifest(tmp_path: Path) -> None:
         (f"path,label\n{'a' * 200_000}.png,x\n", "line 2: not CSV"),
     ],
 )
-def test_manifests_that_are_wrong_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+def test_wrong_manifests_are_refused(tmp_path: Path, text: str, reason: str) -> None:
     said = refusal(manifest(tmp_path / "list.csv", text))
     assert reason in said
 
@@ -350,7 +350,7 @@ def test_manifests_that_are_wrong_are_refused(tmp_path: Path, text: str, reason:
 
 @given(st.lists(st.binary(max_size=40).map(os.fsdecode)))
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_a_path_table_is_the_list_it_was_made_of(paths: list[str]) -> None:
+def test_path_table_equals_its_list(paths: list[str]) -> None:
     table = PathTable(paths)
     assert len(table) == len(paths)
     assert list(table) == paths
@@ -358,7 +358,7 @@ def test_a_path_table_is_the_list_it_was_made_of(paths: list[str]) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_read_part_gives_back_what_write_manifest_wrote(tmp_path: Path, split: str) -> None:
+def test_read_part_inverts_write_manifest(tmp_path: Path, split: str) -> None:
     index = index_of(tree(tmp_path / "data", *SPLIT, "test/dog/9.png"))
     (tmp_path / "run").mkdir()
     write_manifest(tmp_path / "run" / "manifest.csv", index)
@@ -366,12 +366,12 @@ def test_read_part_gives_back_what_write_manifest_wrote(tmp_path: Path, split: s
     assert (part.root, rows(part)) == (index.root, rows(index.part(split)))
 
 
-def test_read_part_numbers_the_classes_as_the_model_does(tmp_path: Path) -> None:
+def test_read_part_uses_the_class_indices_of_the_model(tmp_path: Path) -> None:
     part = read_part(tree(tmp_path, *SPLIT), "val", ("emu", "dog", "cat"))
     assert rows(part) == [("val/cat/3.png", 2), ("val/dog/3.png", 1)]
 
 
-def test_read_part_takes_what_is_not_split_whole(tmp_path: Path) -> None:
+def test_read_part_reads_data_without_splits_whole(tmp_path: Path) -> None:
     tree(tmp_path, "cat/1.png", "dog/2.png")
     file = manifest(tmp_path / "list.csv", "path,label\ncat/1.png,cat\ndog/2.png,dog\n")
     for data in (tmp_path, file):
@@ -416,7 +416,7 @@ def test_the_fingerprint_changes_with_the_name_of_a_class(tmp_path: Path) -> Non
     assert fingerprint(tmp_path / "one", ROWS) != fingerprint(tmp_path / "two", renamed)
 
 
-def test_the_fingerprint_does_not_change_with_the_place_or_the_order(tmp_path: Path) -> None:
+def test_fingerprint_does_not_depend_on_folder_or_order(tmp_path: Path) -> None:
     one, two = fingerprint(tmp_path / "one", ROWS), fingerprint(tmp_path / "two", ROWS[::-1])
     assert one == two
     assert (one["classes"], one["images"]) == (["x", "y"], 4)

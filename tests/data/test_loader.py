@@ -71,7 +71,7 @@ def assert_equal_batches(one: list[list[Batch]], two: list[list[Batch]]) -> None
 
 
 @pytest.mark.parametrize(("samples", "global_batch"), [(24, 6), (25, 6), (29, 6), (5, 6), (5, 12), (1, 4), (100, 1)])
-def test_an_epoch_is_a_permutation_filled_up_from_its_start_or_cut(samples: int, global_batch: int) -> None:
+def test_epoch_is_a_permutation_padded_from_its_start_or_truncated(samples: int, global_batch: int) -> None:
     filled = epoch_order(samples, 0, 0, global_batch, drop_last=False)
     assert len(filled) == global_batch * ((samples + global_batch - 1) // global_batch)
     assert sorted(filled[:samples].tolist()) == list(range(samples))
@@ -97,7 +97,7 @@ SHARES = [(12, 1, 1), (6, 1, 2), (6, 2, 1), (3, 2, 2), (3, 1, 4), (3, 4, 1), (4,
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "world"), SHARES)
 @pytest.mark.parametrize(("samples", "drop_last"), [(50, False), (50, True), (7, False)])
-def test_a_global_batch_is_the_same_however_it_is_made_up(
+def test_global_batch_does_not_depend_on_processes_and_accumulation(
     samples: int, drop_last: bool, batch_size: int, accumulate: int, world: int
 ) -> None:
     """Micro-step by micro-step, and in each process by process, the blocks stand in the order of the epoch."""
@@ -127,7 +127,7 @@ def test_an_epoch_can_begin_at_any_step(first_step: int, batch_size: int, accumu
 # Training batches
 
 
-def test_batches_hold_what_they_say(table: ImageTable) -> None:
+def test_batches_hold_the_samples_of_their_index(table: ImageTable) -> None:
     """Without augmentation: the images, targets and keys of the samples that the order names."""
     steps = list(train_loader(table, Share(5, accumulate=2), cfg=AugmentConfig(aug="none")).epoch(1))
     assert [len(step) for step in steps] == [2, 2, 2]
@@ -141,7 +141,7 @@ def test_batches_hold_what_they_say(table: ImageTable) -> None:
             assert int(key) == sample_key(3, 1, int(index))
 
 
-def test_workers_change_nothing(table: ImageTable) -> None:
+def test_workers_do_not_change_batches(table: ImageTable) -> None:
     """Two epochs in full, one from its middle, and one after an epoch that was left half way."""
     loaders = [train_loader(table, Share(4, accumulate=2), workers) for workers in (0, 2)]
     for epoch, first_step in ((0, 0), (1, 0), (1, 2)):
@@ -193,7 +193,7 @@ def test_loader_processes_go_on_while_the_next_epoch_is_awaited(table: ImageTabl
     assert len(list(stream.epoch(1, until=2))) == stream.steps_per_epoch
 
 
-def test_samples_do_not_depend_on_their_batch_or_their_past(table: ImageTable) -> None:
+def test_samples_do_not_depend_on_batch_or_earlier_samples(table: ImageTable) -> None:
     """A resumed epoch gives bit for bit what the whole one gave, and other shares the same samples."""
     share = Share(4, accumulate=1)
     whole = list(train_loader(table, share).epoch(6))
@@ -206,7 +206,7 @@ def test_samples_do_not_depend_on_their_batch_or_their_past(table: ImageTable) -
             assert torch.equal(parts, getattr(batch, name)), name
 
 
-def test_a_pair_is_mixed_one_way(table: ImageTable) -> None:
+def test_both_samples_of_a_pair_have_the_same_mix(table: ImageTable) -> None:
     """Neighbours of the order of the epoch, by the key of the first; and the pairs differ."""
     for batch in chain(*train_loader(table, Share(4, 3)).epoch(2)):
         assert batch.mix is not None
@@ -215,13 +215,13 @@ def test_a_pair_is_mixed_one_way(table: ImageTable) -> None:
         assert not torch.equal(batch.mix[0], batch.mix[2])
 
 
-def test_nothing_is_drawn_where_nothing_is_asked_for(table: ImageTable) -> None:
+def test_no_flip_and_no_mix_without_their_options(table: ImageTable) -> None:
     (batch,) = next(train_loader(table, Share(24), cfg=AugmentConfig(hflip=0.0)).epoch(0))
     assert batch.flip is None
     assert batch.mix is None
 
 
-def test_drop_last_that_leaves_nothing_is_refused(table: ImageTable) -> None:
+def test_drop_last_without_a_full_batch_is_refused(table: ImageTable) -> None:
     batches = TrainBatches(len(table), 0, Share(25), drop_last=True)
     with pytest.raises(UsageError, match="24 training images do not fill one global batch of 25"):
         TrainLoader(TrainImages(table, SPEC, RANDOM, 0), batches, workers=0, pin_memory=False)
@@ -245,7 +245,7 @@ def test_every_sample_is_evaluated_once(table: ImageTable, samples: int, world: 
     assert sorted(positions(chain(*batches))) == list(range(samples))
 
 
-def test_evaluation_batches_hold_the_evaluation_geometry(table: ImageTable) -> None:
+def test_evaluation_batches_have_the_evaluation_geometry(table: ImageTable) -> None:
     """Twice over, with as many helpers as you like."""
     expected = np.stack([fit(load_image(table, index), SPEC) for index in range(24)])
     for workers in (0, 2):
@@ -296,7 +296,7 @@ def error_of(loader: str, table: ImageTable, workers: int = 0, cfg: AugmentConfi
 @pytest.mark.parametrize("kind", ["truncated", "missing", "dangling link", "folder"])
 @pytest.mark.parametrize("loader", ["train", "eval"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path: Path, kind: str, loader: str, workers: int) -> None:
+def test_unusable_file_is_named_in_one_line(tmp_path: Path, kind: str, loader: str, workers: int) -> None:
     """Without the traceback that an exception in a loader process would bring along."""
     table, bad = spoiled_table(tmp_path, kind)
     said = error_of(loader, table, workers)
@@ -306,7 +306,7 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path: Path, kind: s
 
 
 @pytest.mark.parametrize("loader", ["train", "eval"])
-def test_an_error_lets_the_loader_processes_go(tmp_path: Path, loader: str) -> None:
+def test_loader_processes_end_after_an_error(tmp_path: Path, loader: str) -> None:
     """At once: left to the collection of reference cycles, each would be waited for in vain, five seconds long."""
     before = multiprocessing.active_children()
     error_of(loader, spoiled_table(tmp_path, "truncated")[0], workers=2)
@@ -318,9 +318,7 @@ def test_an_error_lets_the_loader_processes_go(tmp_path: Path, loader: str) -> N
     [("eval", RANDOM), ("train", AugmentConfig(aug="none")), ("train", AugmentConfig(crop="random-pad"))],
     ids=["evaluation", "training, aug none", "training, random-pad"],
 )
-def test_an_image_too_narrow_for_the_evaluation_geometry_is_named_too(
-    tmp_path: Path, loader: str, cfg: AugmentConfig
-) -> None:
+def test_image_too_narrow_for_the_evaluation_geometry_is_named(tmp_path: Path, loader: str, cfg: AugmentConfig) -> None:
     table, bad = spoiled_table(tmp_path, "very narrow")
     said = error_of(loader, table, cfg=cfg)
     assert said.startswith(f"{bad}: ")

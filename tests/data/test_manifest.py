@@ -66,7 +66,7 @@ def test_one_file_in_two_spellings_is_refused_with_both_lines(images: Path, spel
     assert f"line 5: '{spelling.format(images)}' is the same file as 'x/0.png' in line 2" in said
 
 
-def test_a_path_through_a_link_is_not_read_as_text(images: Path) -> None:
+def test_path_through_a_link_is_resolved(images: Path) -> None:
     """near/deep/../0.png is where the link's target has its parent: another file than near/0.png."""
     for place in (images / "0.png", images / "near" / "0.png"):
         write_image(place, seed=1)
@@ -74,7 +74,7 @@ def test_a_path_through_a_link_is_not_read_as_text(images: Path) -> None:
     assert len(index_of(manifest(images, "\n".join(["path,label,split", *rows]))).train) == 2
 
 
-def test_names_that_differ_in_case_are_one_file_where_the_system_says_so(images: Path) -> None:
+def test_names_that_differ_in_case_are_one_file_if_the_file_system_says_so(images: Path) -> None:
     """A second name of the file stands for a system that does not tell them apart."""
     for name in ("0.PNG", "\u00e9.png"):
         write_image(images / "x" / name, seed=5)
@@ -120,7 +120,7 @@ def test_links_in_folders(tmp_path: Path, link: str, allowed: bool) -> None:
             usable(read_index(cfg), cfg)
 
 
-def test_a_test_split_that_is_validation_too_is_warned_of(tmp_path: Path) -> None:
+def test_test_images_used_for_validation_give_a_warning(tmp_path: Path) -> None:
     """`ln -s test val`, as without val/; the test images are no training images all the same."""
     data = make_folder(tmp_path / "data", train=2, val=2)
     (data / "val").rename(data / "test")
@@ -140,7 +140,7 @@ def test_a_test_split_that_is_validation_too_is_warned_of(tmp_path: Path) -> Non
         usable(read_index(cfg), cfg)
 
 
-def test_files_of_one_inode_are_found_among_many(tmp_path: Path) -> None:
+def test_links_to_one_inode_are_found_among_many_files(tmp_path: Path) -> None:
     for i in range(50):
         (tmp_path / str(i)).touch()
     for i, target in ((50, 7), (51, 30), (52, 7)):
@@ -151,7 +151,7 @@ def test_files_of_one_inode_are_found_among_many(tmp_path: Path) -> None:
     assert of_one_file(found[:0]).tolist() == []
 
 
-def test_many_links_to_one_file_take_no_time_for_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_links_to_one_file_take_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """2000 names of one file in one split and class: 2 million pairs."""
     names = PathTable([f"cat/{i}" for i in range(2000)])
     train = ImageTable(Path("/nowhere"), names, np.zeros(len(names), np.int64))
@@ -176,7 +176,7 @@ def labelled(place: Path, *labels: str) -> Path:
 
 
 @pytest.mark.parametrize("around", [" ", "  ", "\t", NBSP, BOM, ZERO_WIDTH, "\u3000", f" {NBSP}\n"], ids=ascii)
-def test_blanks_around_a_label_are_left_out_with_a_warning(tmp_path: Path, around: str) -> None:
+def test_spaces_around_a_label_are_removed_with_a_warning(tmp_path: Path, around: str) -> None:
     for label in (f"x{around}", f"{around}x"):
         index = index_of(labelled(tmp_path, "x", label))
         assert index.classes == ("x", "y")
@@ -197,11 +197,11 @@ def test_labels_that_look_the_same_are_refused(tmp_path: Path, one: str, other: 
 
 
 @pytest.mark.parametrize("label", ["", " ", NBSP, f"{BOM}{ZERO_WIDTH}"], ids=ascii)
-def test_a_label_of_nothing_but_blanks_is_empty(tmp_path: Path, label: str) -> None:
+def test_label_of_spaces_is_empty(tmp_path: Path, label: str) -> None:
     assert "line 2: path and label must not be empty" in refusal(labelled(tmp_path, label))
 
 
-def test_labels_that_only_look_alike_stay(tmp_path: Path) -> None:
+def test_labels_that_only_look_similar_are_kept(tmp_path: Path) -> None:
     """Case is a warning; letters of other alphabets and the blanks of a folder's name are the user's."""
     index = index_of(labelled(tmp_path, "Cat", "cat", "c\u0430t", "sea gull"))
     assert len(index.classes) == 5 and any("differ only in case" in note for note in index.notes)
@@ -233,7 +233,7 @@ def test_labels_that_only_look_alike_stay(tmp_path: Path) -> None:
         ('"path",label\n"a\n.png",x\n\n"b\n.png",\n', 5),
     ],
 )
-def test_a_line_has_the_number_that_an_editor_shows(tmp_path: Path, text: str, line: int) -> None:
+def test_line_numbers_are_those_of_an_editor(tmp_path: Path, text: str, line: int) -> None:
     assert refusal(manifest(tmp_path, text)).startswith(f"{tmp_path / 'list.csv'}, line {line}: path and label")
 
 
@@ -258,12 +258,12 @@ def test_a_line_has_the_number_that_an_editor_shows(tmp_path: Path, text: str, l
         ("path,label,split\na.png,x,train\n\nb.png,x,\n", "1 of 2 rows have no split, the first in line 4"),
     ],
 )
-def test_rows_and_headers_that_are_wrong_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+def test_wrong_rows_and_headers_are_refused(tmp_path: Path, text: str, reason: str) -> None:
     assert reason in refusal(manifest(tmp_path, text))
 
 
 @pytest.mark.parametrize("line", ["", "  ", "\t", ",,", " , ,\t", ",,,,", ",", '"",,'], ids=ascii)
-def test_lines_without_text_are_passed_over(tmp_path: Path, line: str) -> None:
+def test_lines_without_text_are_skipped(tmp_path: Path, line: str) -> None:
     rows = [line, "path,label,split", line, "a.png,x,train", line, "b.png,y,train", "c.png,y,val", line, line]
     index = index_of(manifest(tmp_path, "\n".join(rows)))
     assert list(index.train.paths) == ["a.png", "b.png"] and list(index.val.paths) == ["c.png"]
@@ -282,7 +282,7 @@ def test_utf_16_is_named(tmp_path: Path) -> None:
         read_paths(tmp_path / "list.csv")
 
 
-def test_columns_without_meaning_are_passed_over(tmp_path: Path) -> None:
+def test_other_columns_are_ignored(tmp_path: Path) -> None:
     """The number of the row that pandas writes without a name, columns of one name, blanks in the header."""
     text = ",note,note, path ,label,split\n0,a,b,a.png,x,train\n1,,,b.png,y,train\n2,,,c.png,y,val\n"
     assert [list(index_of(manifest(tmp_path, text)).part(split).paths) for split in ("train", "val")] == [
@@ -296,7 +296,7 @@ def test_columns_without_meaning_are_passed_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spelling", ["./cat/train001.png", "dog/../cat/train001.png", "{}/cat/train001.png"])
 @pytest.mark.parametrize("form", ["{}\n", "note,path\n,{}\n"])
-def test_a_list_may_spell_paths_as_it_likes(tmp_path: Path, spelling: str, form: str) -> None:
+def test_list_may_spell_paths_in_any_way(tmp_path: Path, spelling: str, form: str) -> None:
     data = make_folder(tmp_path / "data", train=3, val=0)
     file = manifest(tmp_path, form.format(spelling.format(data)))
     index = index_of(data, exclude_list=str(file))
@@ -314,13 +314,13 @@ def test_a_list_may_spell_paths_as_it_likes(tmp_path: Path, spelling: str, form:
         ('path\n"a.png\n', "line 2: not CSV"),
     ],
 )
-def test_lists_that_are_wrong_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+def test_wrong_exclude_lists_are_refused(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(DataError, match="--exclude-list") as caught:
         read_paths(manifest(tmp_path, text))
     assert reason in str(caught.value)
 
 
-def test_a_line_of_a_list_ends_only_where_a_line_ends(tmp_path: Path) -> None:
+def test_only_line_feeds_end_a_line_of_a_list(tmp_path: Path) -> None:
     """Not at other characters that Unicode counts as ends of lines, which names may hold."""
     names = ["a\u2028b.png", "c\x85d.png", "e\x0bf.png"]
     assert read_paths(manifest(tmp_path, "\r\n".join(names))) == names
@@ -330,7 +330,7 @@ def test_a_line_of_a_list_ends_only_where_a_line_ends(tmp_path: Path) -> None:
 # The program
 
 
-def test_the_program_says_it_in_one_line(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_command_line_prints_one_line(tmp_path: Path, refused: Callable[..., str]) -> None:
     data = make_folder(tmp_path / "data", train=4, val=0)
     assert main(["split", str(data), str(tmp_path / "s.csv")]) == 0
     with (tmp_path / "s.csv").open("a") as stream:

@@ -35,7 +35,7 @@ def taken() -> int:
     return tracemalloc.get_traced_memory()[0]
 
 
-def test_epochs_leave_nothing_behind(tmp_path: Path) -> None:
+def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
     """Five more, of as many images, grow by less than one image."""
     for number in range(16):
         write_image(tmp_path / f"{number}.png", number, size=(200, 200))

@@ -42,7 +42,7 @@ def counts(labels: Sequence[str], parts: Sequence[str], part: str) -> dict[str, 
         ({"val": 0.6, "test": 0.1}, {"a": 60, "b": 8, "c": 2}, {"a": 10, "b": 1, "c": 1}),
     ],
 )
-def test_shares_of_every_class(shares: dict[str, float], val: dict[str, int], test: dict[str, int]) -> None:
+def test_split_is_stratified(shares: dict[str, float], val: dict[str, int], test: dict[str, int]) -> None:
     """Rounded, and at least one: counted by hand for classes of 100, 14 and 4."""
     paths, labels = images(a=100, b=14, c=4)
     parts = assign(paths, labels, shares, seed=3)
@@ -53,9 +53,7 @@ def test_shares_of_every_class(shares: dict[str, float], val: dict[str, int], te
 
 @given(st.lists(st.integers(3, 40), min_size=1, max_size=5), st.floats(0.01, 0.4), st.floats(0.01, 0.4), st.integers())
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_every_class_has_an_image_on_every_side_or_it_is_an_error(
-    sizes: list[int], val: float, test: float, seed: int
-) -> None:
+def test_every_class_is_in_every_split_or_it_is_an_error(sizes: list[int], val: float, test: float, seed: int) -> None:
     paths, labels = images(**{f"c{i}": size for i, size in enumerate(sizes)})
     fits = all(max(1, round(val * size)) + max(1, round(test * size)) < size for size in sizes)
     if not fits:
@@ -67,7 +65,7 @@ def test_every_class_has_an_image_on_every_side_or_it_is_an_error(
 
 
 @pytest.mark.parametrize("group_by", [None, r"00(\d)"])
-def test_the_order_of_listing_does_not_matter(group_by: str | None) -> None:
+def test_split_does_not_depend_on_file_order(group_by: str | None) -> None:
     paths, labels = images(a=60, b=35)
     shuffled = random.Random(1).sample(list(zip(paths, labels, strict=True)), k=95)
     first = dict(zip(paths, assign(paths, labels, {"val": 0.3}, 0, group_by), strict=True))
@@ -75,7 +73,7 @@ def test_the_order_of_listing_does_not_matter(group_by: str | None) -> None:
     assert first == dict(zip([path for path, _ in shuffled], again, strict=True))
 
 
-def test_the_seed_decides() -> None:
+def test_split_depends_on_the_seed() -> None:
     """Another seed draws another part: two draws of 50 from 100 share 25 on average, standard deviation 2.5."""
     paths, labels = images(a=100)
     draws = [
@@ -112,7 +110,7 @@ def test_groups_stay_together(pattern: str) -> None:
 
 
 @pytest.mark.parametrize(("groups", "size"), [(2, 5), (3, 4), (4, 10), (10, 3)])
-def test_every_part_has_a_group_where_there_are_groups_enough(groups: int, size: int) -> None:
+def test_every_part_has_a_group_if_there_are_enough_groups(groups: int, size: int) -> None:
     """Few, large groups too, of which one exceeds the share."""
     paths = [f"{label}/{label}{group}_{i}.jpg" for label in "ab" for group in range(groups) for i in range(size)]
     labels = [path[0] for path in paths]
@@ -174,7 +172,7 @@ def sizes(index: ImageIndex) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(("how", "name"), [("manifest", "split.csv"), ("link", "split"), ("copy", "split")])
-def test_split_can_be_trained_on_and_leaves_the_sources_alone(photos: Path, how: str, name: str) -> None:
+def test_split_output_can_be_trained_on_and_sources_are_unchanged(photos: Path, how: str, name: str) -> None:
     before, out = contents(photos), photos.parent / name
     assert main(["split", str(photos), str(out), "--how", how, "--val", "0.2", "--test", "0.1"]) == 0
     assert contents(photos) == before
@@ -195,7 +193,7 @@ def test_split_says_what_it_did(photos: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("how", ["link", "copy"])
-def test_links_point_and_copies_do_not(photos: Path, how: str) -> None:
+def test_link_mode_makes_links_and_copy_mode_makes_files(photos: Path, how: str) -> None:
     out = photos.parent / "split"
     assert main(["split", str(photos), str(out), "--how", how]) == 0
     files = list(out.rglob("*.png"))
@@ -204,9 +202,7 @@ def test_links_point_and_copies_do_not(photos: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["beside", "inside", "far"])
-def test_a_manifest_finds_its_images_from_where_it_lies(
-    photos: Path, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_manifest_paths_are_relative_to_the_manifest(photos: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the source was named relative to the working folder."""
     monkeypatch.chdir(photos.parent)
     out = {"beside": photos.parent, "inside": photos, "far": photos.parent / "far"}[where] / "split.csv"
@@ -218,7 +214,7 @@ def test_a_manifest_finds_its_images_from_where_it_lies(
     assert Path(index.train.paths[0]).is_absolute() == (where == "far")
 
 
-def test_split_twice_gives_the_same_bytes_and_another_seed_others(photos: Path) -> None:
+def test_same_seed_gives_the_same_manifest_and_another_seed_does_not(photos: Path) -> None:
     outs = [photos.parent / f"{i}.csv" for i in range(3)]
     for out, seed in zip(outs, ("5", "5", "6"), strict=True):
         assert main(["split", str(photos), str(out), "--seed", seed]) == 0
@@ -239,7 +235,7 @@ def test_label_by_on_a_flat_folder(tmp_path: Path, how: str, name: str) -> None:
         assert Path(path).name.startswith(index.classes[target])
 
 
-def test_group_by_keeps_patients_on_one_side(tmp_path: Path) -> None:
+def test_group_by_keeps_patients_in_one_split(tmp_path: Path) -> None:
     for i in range(24):
         write_image(tmp_path / "scans" / "ab"[i % 2] / f"patient{i // 4}_{i}.png", seed=i)
     out = tmp_path / "split.csv"
@@ -251,7 +247,7 @@ def test_group_by_keeps_patients_on_one_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["link", "copy"])
-def test_files_of_one_name_in_sub_folders_are_all_kept(tmp_path: Path, how: str) -> None:
+def test_files_with_equal_names_in_sub_folders_are_all_kept(tmp_path: Path, how: str) -> None:
     """However the folders are called: 'a_b' and 'a/b' would be one name if joined."""
     places = [f"{label}/{place}" for label in ("cat", "dog") for place in ("", "a", "b", "a_b", "a/b", "c_a", "c/a")]
     for seed, place in enumerate(places):
@@ -322,13 +318,13 @@ def test_a_folder_that_is_split_is_refused(
     assert main(["split", str(tmp_path / "photos" / parts[0]), str(out), "--how", how]) == 0
 
 
-def test_split_refuses_an_image_that_is_there_twice(photos: Path, refused: Callable[..., str]) -> None:
+def test_split_refuses_an_image_listed_twice(photos: Path, refused: Callable[..., str]) -> None:
     (photos / "dog" / "link.png").symlink_to(photos / "cat" / "train003.png")
     said = refused(3, "split", photos, photos.parent / "out.csv")
     assert "'cat/train003.png' and 'dog/link.png' are links to one file" in said
 
 
-def test_labels_from_names_are_without_blanks(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_spaces_around_labels_from_names_are_removed(tmp_path: Path, refused: Callable[..., str]) -> None:
     for i in range(6):
         write_image(tmp_path / "flat" / f"cat{' ' * (i % 2)}{i}.png", seed=i)
         write_image(tmp_path / "flat" / f"dog{i}.png", seed=10 + i)
@@ -340,6 +336,6 @@ def test_labels_from_names_are_without_blanks(tmp_path: Path, refused: Callable[
     assert "look the same" in said and "\\xe9mu" in said
 
 
-def test_images_without_a_group_are_a_warning(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_without_a_group_give_a_warning(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["split", str(photos), str(photos.parent / "s.csv"), "--group-by", r"cat/train00[01]"]) == 0
     assert "WARNING: --group-by 'cat/train00[01]' matches 2 of 30 paths" in capsys.readouterr().out

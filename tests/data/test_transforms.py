@@ -129,7 +129,7 @@ def test_aug_none_is_the_evaluation_geometry(mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_augmentations_change_the_pixels_and_keep_their_form(name: str) -> None:
+def test_augmentations_change_pixels_and_keep_the_shape(name: str) -> None:
     """Crops, compared with the evaluation geometry; the others, with the same crop alone."""
     options = AUGMENTATIONS[name]
     without = {"aug": "none"} if name.startswith("random-") else {"crop": options.get("crop", "random-resized")}
@@ -149,7 +149,7 @@ def reference_pixels(key: int, transform: v2.Transform, image: np.ndarray) -> np
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.5, 0.6)])
-def test_random_resized_is_torchvisions(interpolation: str, scale: tuple[float, float]) -> None:
+def test_random_resized_crop_equals_torchvision(interpolation: str, scale: tuple[float, float]) -> None:
     spec = Preprocessing(img_size=16, resize=18, interpolation=interpolation)
     reference = v2.RandomResizedCrop(16, scale=scale, interpolation=v2.InterpolationMode(interpolation), antialias=True)
     for key in keys(10):
@@ -157,7 +157,7 @@ def test_random_resized_is_torchvisions(interpolation: str, scale: tuple[float, 
         assert np.array_equal(pixels_of(key, {"crop_scale": scale}, spec)[0], expected)
 
 
-def test_random_pad_is_torchvisions_random_crop_of_the_evaluation_geometry() -> None:
+def test_random_pad_equals_torchvisions_random_crop() -> None:
     reference = v2.RandomCrop(16, padding=3)
     for key in keys(10):
         expected = reference_pixels(key, reference, fit(IMAGE, SPEC))
@@ -174,7 +174,7 @@ def test_erasing_fills_with_the_mean_colour() -> None:
 
 
 @pytest.mark.parametrize(("hflip", "low", "high"), [(0.0, 0, 0), (1.0, 1500, 1500), (0.3, 361, 539)])
-def test_flips_come_with_their_probability(hflip: float, low: int, high: int) -> None:
+def test_flips_have_the_given_probability(hflip: float, low: int, high: int) -> None:
     """Of 1500; five standard deviations of sqrt(1500 * 0.3 * 0.7) = 17.7 about 450."""
     cfg = AugmentConfig(hflip=hflip)
     transform = augment(cfg, SPEC)
@@ -209,7 +209,7 @@ def to_input(batch: Batch) -> np.ndarray:
     return values.permute(0, 2, 3, 1).numpy()
 
 
-def test_input_is_bit_equal_to_the_predictors() -> None:
+def test_input_is_bit_equal_to_the_predictor() -> None:
     """For every value of every channel."""
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
     images = np.stack([levels, levels[:, ::-1], levels.swapaxes(1, 2)], axis=-1)
@@ -237,7 +237,7 @@ def mixed_by_hand(values: np.ndarray, rows: list[tuple[float, int, int, int, int
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 1.0, "cutmix": 1.0}], ids=str)
-def test_pairs_are_mixed_as_by_a_loop(options: dict[str, float]) -> None:
+def test_mix_equals_a_loop_over_pairs(options: dict[str, float]) -> None:
     """After the flips, and the targets of the partners are those of the other one of the pair."""
     images, flip = noise(24), [i % 3 == 0 for i in range(24)]
     rows = [mix_of_pair(sample_key(3, 1, i // 2), AugmentConfig(**options), 16) for i in range(24)]  # type: ignore[arg-type]
@@ -257,7 +257,7 @@ def test_swap_pairs_of_any_shape() -> None:
 
 
 @pytest.mark.parametrize("size", [16, 32, 33, 224])
-def test_the_share_of_cutmix_is_the_area_left(size: int) -> None:
+def test_cutmix_weight_is_the_area_outside_the_box(size: int) -> None:
     for key in keys(2000):
         share, left, top, right, bottom = mix_of_pair(key, AugmentConfig(cutmix=1.0), size)
         assert 0 <= left <= right <= size
@@ -269,7 +269,7 @@ def test_the_share_of_cutmix_is_the_area_left(size: int) -> None:
 
 @pytest.mark.parametrize("size", [16, 32, 224])
 @pytest.mark.parametrize("options", [{"mixup": 1.0}, {"mixup": 0.2}, {"cutmix": 1.0}, {"cutmix": 50.0}], ids=str)
-def test_an_images_own_label_is_the_main_one(options: dict[str, float], size: int) -> None:
+def test_own_label_has_at_least_half_the_weight(options: dict[str, float], size: int) -> None:
     cfg = AugmentConfig(**options)  # type: ignore[arg-type]
     shares = [mix_of_pair(key, cfg, size)[0] for key in keys(5000)]
     assert min(shares) >= 0.5
@@ -277,21 +277,21 @@ def test_an_images_own_label_is_the_main_one(options: dict[str, float], size: in
     assert max(shares) - min(shares) > 0.2
 
 
-def test_mixup_draws_its_share_from_the_beta_distribution() -> None:
+def test_mixup_weight_has_the_beta_distribution() -> None:
     """Beta(1, 1) is uniform, so the larger share is uniform on 0.5 .. 1: mean 0.75, standard deviation 1 / sqrt(48)."""
     rows = [mix_of_pair(key, AugmentConfig(mixup=1.0), 16) for key in keys(4000)]
     assert all(row[1:] == (0, 0, 0, 0) for row in rows)
     assert abs(np.mean([row[0] for row in rows]) - 0.75) < 5 / math.sqrt(48 * 4000)
 
 
-def test_with_both_on_each_pair_takes_one_of_the_two() -> None:
+def test_each_pair_uses_either_mixup_or_cutmix() -> None:
     """Half of 4000 each, within five standard deviations; few boxes have rounded to nothing."""
     rows = [mix_of_pair(key, AugmentConfig(mixup=1.0, cutmix=1.0), 224) for key in keys(4000)]
     boxes = sum(right > left for _, left, _, right, _ in rows)
     assert abs(boxes - 2000) < 5 * math.sqrt(1000)
 
 
-def test_a_batch_moves_whole() -> None:
+def test_batch_moves_all_its_tensors() -> None:
     batch = batch_of(noise(4), [True, False, True, False], [(0.5, 0, 0, 0, 0)] * 4)
     moved = batch.to(torch.device("meta"))
     assert {name: (value.shape, value.dtype) for name, value in vars(moved).items()} == {
@@ -300,7 +300,7 @@ def test_a_batch_moves_whole() -> None:
     assert all(value.is_meta for value in vars(moved).values())
 
 
-def test_flips_are_numpys_and_leave_the_batch_alone() -> None:
+def test_flips_equal_numpy_and_do_not_change_the_batch() -> None:
     """Some of a batch, none and all."""
     images = np.random.default_rng(3).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     batch = torch.from_numpy(images.copy())

@@ -70,13 +70,13 @@ def test_bins_are_open_below_and_closed_above() -> None:
     assert bins_of(np.nextafter(edges, 2)).tolist() == [*range(1, 15), 14]
 
 
-def test_a_calibrated_world_has_little_error_and_a_sharp_one_much() -> None:
+def test_calibrated_data_has_low_error_and_overconfident_data_high() -> None:
     assert reliability(world(40_000, 1.0)).error < 0.01
     assert reliability(world(40_000, 3.0)).error > 0.1
 
 
 @pytest.mark.parametrize("sharpness", [0.3, 1.0, 4.0])
-def test_temperature_is_the_likeliest_and_never_changes_the_best_class(sharpness: float) -> None:
+def test_temperature_minimises_loss_and_keeps_the_top_class(sharpness: float) -> None:
     records = world(500, sharpness)
     logits = records.logits
     assert logits is not None
@@ -95,13 +95,13 @@ def test_temperature_is_the_likeliest_and_never_changes_the_best_class(sharpness
     assert better.probabilities == pytest.approx(expected, abs=1e-6)
 
 
-def test_temperature_recovers_how_much_too_sharp_a_world_is() -> None:
+def test_temperature_recovers_the_overconfidence_of_simulated_data() -> None:
     records = world(20_000, 2.5)
     assert records.logits is not None
     assert fit_temperature(records.logits, records.target) == pytest.approx(2.5, rel=0.05)
 
 
-def test_without_a_mistake_no_temperature_is_likeliest() -> None:
+def test_temperature_without_mistakes_stays_1() -> None:
     logits = np.eye(4)[[0, 1, 2, 3]] * 2
     assert fit_temperature(logits, np.arange(4)) is None
     made = calibrate(records_of(logits, np.arange(4)), CLASSES, None, "0" * 64).calibration
@@ -137,7 +137,7 @@ def test_few_images_can_be_cross_fitted(n: int) -> None:
     assert len(judged) == n and np.isfinite(judged.loss).all()
 
 
-def test_fitted_loss_flatters_and_the_cross_fitted_does_not() -> None:
+def test_fitted_loss_is_optimistic_and_cross_fitted_loss_is_not() -> None:
     """Of 12 images, in the median of 60: the loss on the fitting data is below that on fresh data, the other is not."""
     fresh, found = world(2_000, 2.5, seed=10_000), []
     for seed in range(60):
@@ -158,7 +158,7 @@ def test_fewest_images_that_show_a_precision(precision: float, images: int) -> N
 
 
 @pytest.mark.parametrize("precision", [0.5, 0.8, 0.95])
-def test_thresholds_keep_what_shows_the_precision(precision: float) -> None:
+def test_thresholds_reach_the_precision(precision: float) -> None:
     """Of confidences with many ties, kept together: the binomial test by scipy; no class of few images has one."""
     records = world(600, 1.0, seed=5)
     rounded = replace(records, probabilities=records.probabilities.round(2))
@@ -200,7 +200,7 @@ def test_the_precision_holds_on_fresh_data(sharpness: float, precision: float, a
 
 @pytest.mark.parametrize("precision", [0.6, 0.8, 0.9, 0.95])
 @pytest.mark.parametrize("n", [80, 400])
-def test_a_precision_that_is_just_missed_is_seldom_shown(precision: float, n: int) -> None:
+def test_precision_that_is_just_missed_is_rarely_accepted(precision: float, n: int) -> None:
     """The hardest case: whatever the confidence, a prediction is right with that probability."""
     random = np.random.default_rng(1)
     sure = np.linspace(0.9, 0.3, n).astype(np.float32)[:, None]
@@ -227,7 +227,7 @@ def test_the_cross_fitted_precision_is_that_of_fresh_data() -> None:
     assert len(differences) > 15 and abs(np.mean(differences)) < 0.01
 
 
-def test_a_class_that_cannot_be_precise_is_never_believed() -> None:
+def test_class_that_cannot_reach_the_precision_always_abstains() -> None:
     """Class 0 is always wrong, 1 always right, 2 never predicted, 3 right only when it is sure."""
     prediction = np.repeat([0, 1, 3], 100)
     target = np.concatenate([np.repeat([1, 2, 1, 1], 50), np.repeat([3, 2], 50)])
@@ -253,7 +253,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return file
 
 
-def test_calibration_file_is_read_as_it_was_written(checkpoint: Path) -> None:
+def test_calibration_file_round_trip(checkpoint: Path) -> None:
     assert read_calibration(checkpoint, 4) is None
     made = calibrate(world(100, 2.0), CLASSES, 0.8, sha256_of(checkpoint)).calibration
     file = write_calibration(checkpoint, made)

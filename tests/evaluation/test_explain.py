@@ -73,7 +73,7 @@ def share_on_object(maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return (maps * masks).sum((1, 2)) / maps.sum((1, 2)).clamp_min(1e-9)
 
 
-def test_grad_cam_equals_captums(network: nn.Module) -> None:
+def test_grad_cam_equals_captum(network: nn.Module) -> None:
     images, classes, _ = scenes(4, seed=2000)
     expected = LayerGradCam(network, network.layer4).attribute(images, target=classes, relu_attributions=True)
     assert torch.allclose(class_activation(network, images, classes), expected[:, 0], atol=1e-6)
@@ -108,7 +108,7 @@ def test_another_class_has_another_map(network: nn.Module) -> None:
     assert share_on_object(own, masks).mean() > 1.5 * share_on_object(other, masks).mean()
 
 
-def test_integrated_gradients_are_captums(network: nn.Module) -> None:
+def test_integrated_gradients_equal_captum(network: nn.Module) -> None:
     images, classes, _ = scenes(2, seed=6000)
     found = IntegratedGradients(network).attribute(images, target=classes, n_steps=32).sum(1).relu()
     smooth = torch.stack([blurred(part, 3) for part in found])
@@ -135,13 +135,13 @@ def test_every_method_gives_the_same_map_again(network: nn.Module, method: str) 
     assert np.array_equal(before[1], np.random.get_state()[1])
 
 
-def test_scaling_takes_the_995th_of_1000() -> None:
+def test_scaling_uses_the_99_5th_percentile() -> None:
     found = scaled(torch.arange(2000.0).view(2, 40, 25))
     assert found[0].max() == 1 and found[0].view(-1)[497] == pytest.approx(497 / 994)
     assert torch.equal(scaled(torch.zeros(1, 3, 3)), torch.zeros(1, 3, 3))
 
 
-def test_overlay_leaves_the_image_where_there_is_no_evidence() -> None:
+def test_overlay_does_not_change_pixels_without_evidence() -> None:
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     heat = np.zeros((8, 8), np.float32)
     heat[:4] = 1
@@ -192,7 +192,7 @@ def test_the_worst_mistakes_are_explained(run: Path, capsys: pytest.CaptureFixtu
     assert len(list(out.glob("0*.png"))) == 1, "pictures of an earlier call do not stand among these"
 
 
-def test_named_images_and_a_class(run: Path, tmp_path: Path) -> None:
+def test_explains_given_images_and_a_given_class(run: Path, tmp_path: Path) -> None:
     files = sorted((run.parent / "data/val/emu").iterdir())
     out = tmp_path / "out"
     arguments = [str(files[0]), str(run.parent / "data/val/dog"), "--target", "emu", "--threads", "1"]
@@ -216,7 +216,7 @@ def test_named_images_and_a_class(run: Path, tmp_path: Path) -> None:
         (2, ["{empty}"], "no images found"),
     ],
 )
-def test_explain_refuses(
+def test_explain_refuses_wrong_input(
     run: Path, tmp_path: Path, refused: Refused, code: int, arguments: list[str], said: str
 ) -> None:
     (tmp_path / "bad.jpg").write_text("no image")
@@ -226,12 +226,12 @@ def test_explain_refuses(
     assert not (tmp_path / "out").exists()
 
 
-def test_explain_of_a_checkpoint_alone_says_what_is_missing(run: Path, refused: Refused) -> None:
+def test_explain_of_a_checkpoint_names_the_missing_options(run: Path, refused: Refused) -> None:
     said = refused(2, "explain", run / "checkpoints/best.safetensors")
     assert "IMAGES are missing" in said and "--output-dir is missing" in said
 
 
-def test_without_captum_the_way_out_is_one_line(run: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_captum_gives_one_line(run: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def no_captum(name: str, *arguments: Any, **named: Any) -> Any:

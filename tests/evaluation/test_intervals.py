@@ -14,7 +14,7 @@ def test_wilson_interval_equals_scipy(k: int, n: int) -> None:
 
 
 @pytest.mark.parametrize(("share", "n"), [(0.956, 153), (0.8, 300), (0.5, 40)])
-def test_wilson_covers_by_simulation(share: float, n: int) -> None:
+def test_wilson_coverage_by_simulation(share: float, n: int) -> None:
     hits = np.random.default_rng(1).binomial(n, share, 2000)
     inside = [low <= share <= high for low, high in (wilson(int(k), n) for k in hits)]
     assert 0.93 < np.mean(inside) < 0.97
@@ -27,7 +27,7 @@ def test_lower_bound_equals_scipy(k: int, n: int, confidence: float) -> None:
     assert lower_bound(k, n, confidence) == pytest.approx(expected, abs=1e-12)
 
 
-def test_interval_of_a_paired_drop_by_simulation() -> None:
+def test_coverage_of_the_paired_drop_by_simulation() -> None:
     """Of 2,000 simulated pairs of classifiers, the interval holds the true drop in about 95 %."""
     random = np.random.default_rng(0)
     shares = [0.06, 0.03, 0.91]  # only the first right, only the second, both or none
@@ -43,7 +43,7 @@ def test_bootstrap_of_a_mean_equals_scipy() -> None:
     assert found == pytest.approx((expected.low, expected.high), abs=0.02)
 
 
-def test_bootstrap_counts_every_image_and_repeats_itself() -> None:
+def test_bootstrap_is_deterministic_and_uses_every_image() -> None:
     seen = []
 
     def weighted(weights: np.ndarray) -> np.ndarray:

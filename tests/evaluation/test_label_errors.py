@@ -52,7 +52,7 @@ def brute_force(target: list[int], probabilities: list[list[float]]) -> tuple[li
 
 @settings(derandomize=True, deadline=None, database=None, max_examples=60)
 @given(n=st.integers(1, 30), classes=st.integers(2, 6), seed=st.integers(0, 10_000))
-def test_equals_the_definition(n: int, classes: int, seed: int) -> None:
+def test_ranking_equals_the_definition(n: int, classes: int, seed: int) -> None:
     """Also where a class has no images. Suspected is what is neither counted as its label nor predicted as it, the
     worst first, no more than there are by the estimate, and nothing where the judge cannot tell."""
     generator = np.random.default_rng(seed)
@@ -97,7 +97,7 @@ def judged(
 
 
 @pytest.mark.parametrize("apart", [2.5, 3.5, 5.0])
-def test_a_judge_that_can_tell_is_right_more_often_than_not(apart: float) -> None:
+def test_strong_model_is_mostly_right_about_labels(apart: float) -> None:
     """Of 5 % wrong labels; and of none it suspects hardly any."""
     found = [judged(apart, seed, wrong=0.05) for seed in range(4)]
     told = [(errors, wrong) for errors, wrong in found if errors.judge.can_tell]
@@ -111,7 +111,7 @@ def test_a_judge_that_can_tell_is_right_more_often_than_not(apart: float) -> Non
     assert clean.suspected.mean() < 0.02
 
 
-def test_a_weak_judge_says_that_it_cannot_tell() -> None:
+def test_weak_model_says_that_it_cannot_tell() -> None:
     """Where the paper's count alone would suspect a large part of the labels, all of which are right."""
     errors, _ = judged(apart=1.0, seed=0, wrong=0)
     assert errors.judge.right / 400 < 0.6 and not errors.suspected.any() and not errors.judge.can_tell
@@ -134,13 +134,13 @@ def test_a_weak_judge_says_that_it_cannot_tell() -> None:
         (640, 1000, 0.001, True),
     ],
 )
-def test_what_a_judge_needs(right: int, images: int, chance: float, can_tell: bool) -> None:
+def test_accuracy_needed_to_judge_labels(right: int, images: int, chance: float, can_tell: bool) -> None:
     judge = confident_learning.Judge(right, images, chance)
     low = binomtest(right, images, alternative="greater").proportion_ci(0.95, method="exact").low
     assert judge.low == pytest.approx(low) and judge.can_tell == can_tell == (low >= 0.4 * chance + 0.6)
 
 
-def test_records_hold_enough_where_there_are_up_to_five_classes() -> None:
+def test_records_suffice_for_up_to_five_classes() -> None:
     """All probabilities are in the records then, so that nothing is lost."""
     records = made_records(np.arange(200) % 5, 5, right=0.8)
     full = np.empty((200, 5), np.float32)
@@ -151,7 +151,7 @@ def test_records_hold_enough_where_there_are_up_to_five_classes() -> None:
     assert 0 < found.suspected.sum() < 200
 
 
-def test_the_label_counts_where_it_is_not_among_the_five_best() -> None:
+def test_label_outside_the_top_five_counts() -> None:
     """Its probability comes through the loss: the quality is the true one."""
     generator = np.random.default_rng(0)
     logits = torch.from_numpy(generator.normal(size=(50, 20)) * 3)
@@ -222,7 +222,7 @@ def test_misplaced_images_come_first(run: Path, weights: Path, capsys: pytest.Ca
     assert said.splitlines()[0] in (run / "report.html").read_text(), "the page says the same"
 
 
-def test_a_weak_judge_accuses_nobody(run: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weak_model_suspects_no_label(run: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of labels that the pictures say nothing about: in the file, on the terminal and on the page."""
     from resnet_dist.data.index import read_run_part
     from resnet_dist.evaluation.label_errors import judge
@@ -237,7 +237,7 @@ def test_a_weak_judge_accuses_nobody(run: Path, weights: Path, capsys: pytest.Ca
     assert ranking.sentence in (run / "report.html").read_text()
 
 
-def test_what_cannot_judge_is_said(run: Path, weights: Path, refused: Callable[..., str]) -> None:
+def test_runs_that_cannot_judge_labels_are_refused(run: Path, weights: Path, refused: Callable[..., str]) -> None:
     said = refused(2, "label-errors", run)
     assert "--weights is missing" in said and "random weights" in said
     config, begun = run / "config.toml", (run / "config.toml").read_text()

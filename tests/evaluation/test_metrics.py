@@ -46,7 +46,7 @@ def test_headline_equals_scikit_learn(table: tuple[np.ndarray, np.ndarray]) -> N
     assert found["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"])
 
 
-def test_per_class_equals_scikit_learn_and_knows_absent_classes(table: tuple[np.ndarray, np.ndarray]) -> None:
+def test_per_class_equals_scikit_learn_with_absent_classes(table: tuple[np.ndarray, np.ndarray]) -> None:
     probabilities, target = table
     report = classification_report(
         target, probabilities.argmax(1), labels=range(7), target_names=CLASSES, output_dict=True, zero_division=0
@@ -85,7 +85,7 @@ def test_confused_pairs_equal_counting(table: tuple[np.ndarray, np.ndarray]) -> 
     assert confused_pairs(np.diag([3, 4]), ["a", "b"]) == []
 
 
-def test_resampled_statistics_equal_those_of_repeated_images(table: tuple[np.ndarray, np.ndarray]) -> None:
+def test_bootstrap_statistics_equal_those_of_repeated_images(table: tuple[np.ndarray, np.ndarray]) -> None:
     """Counting an image twice is the same as having it twice; classes that were not drawn do not count."""
     probabilities, target = table
     records, random = records_of(probabilities, target), np.random.default_rng(7)
@@ -110,7 +110,7 @@ def draw(n: int, sharpness: float, random: np.random.Generator) -> Records:
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 1.4])
-def test_intervals_hold_the_truth(sharpness: float) -> None:
+def test_intervals_cover_the_true_value(sharpness: float) -> None:
     """Of 120 sets of 150 images; the interval of the ece is wide by design, the others are 95 %."""
     random = np.random.default_rng(1)
     whole = draw(300_000, sharpness, random)
@@ -123,7 +123,7 @@ def test_intervals_hold_the_truth(sharpness: float) -> None:
     assert all(part[name].low <= part[name].value <= part[name].high for part in found for name in part)
 
 
-def test_intervals_know_of_mistakes_that_were_not_seen() -> None:
+def test_intervals_include_mistakes_not_in_the_sample() -> None:
     found = measured(records_of(np.array([[0.9, 0.1], [0.2, 0.8]] * 10), np.array([0, 1] * 10), k=2))
     assert found["macro_f1"].value == 1 and found["macro_f1"].low == found["top1"].low < 0.9
     assert found["ece"].high > found["ece"].value + 0.1

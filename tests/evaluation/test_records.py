@@ -34,7 +34,7 @@ def network(classes: int) -> nn.Module:
 
 @pytest.mark.parametrize("classes", [3, 9])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_equals_one_image_after_the_other(index: ImageIndex, classes: int, batch_size: int) -> None:
+def test_records_equal_a_loop_over_single_images(index: ImageIndex, classes: int, batch_size: int) -> None:
     accelerator, _ = start(SystemConfig(mixed_precision="no", threads=1))
     loader = EvalLoader(EvalImages(index.val, SPEC), batch_size, workers=0, pin_memory=False)
     model = network(classes)
@@ -72,7 +72,7 @@ def test_rows_come_in_the_order_of_the_table(order: list[int]) -> None:
 
 
 @pytest.mark.parametrize("indices", [[0, 1], [0, 1, 1], [0, 1, 3], [0, 1, 2, 2]])
-def test_missing_and_double_samples_are_noticed(indices: list[int]) -> None:
+def test_missing_and_duplicate_samples_are_an_error(indices: list[int]) -> None:
     whole = np.array([[i, 0, 0] for i in indices])
     with pytest.raises(RuntimeError, match="missing or double"):
         _in_order(whole, np.zeros((len(indices), 2), np.float32), 3)

@@ -18,7 +18,7 @@ def mcnemar(b: int, c: int) -> float:
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (5, 0), (6, 0), (3, 9), (12, 12), (2, 30)])
-def test_one_run_each_is_mcnemars_test(b: int, c: int) -> None:
+def test_with_one_run_each_p_equals_mcnemar(b: int, c: int) -> None:
     first = np.array([[True] * b + [False] * c + [True] * 40 + [False] * 7])
     second = np.array([[False] * b + [True] * c + [True] * 40 + [False] * 7])
     found = sign_test(first, second)
@@ -26,7 +26,7 @@ def test_one_run_each_is_mcnemars_test(b: int, c: int) -> None:
     assert found.p == pytest.approx(mcnemar(b, c))
 
 
-def test_several_runs_count_an_image_once() -> None:
+def test_with_several_runs_an_image_counts_once() -> None:
     """Two seeds against three: compared by the share of the runs that are right."""
     first = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)  # shares 1, 1/2, 1/2, 0
     second = np.array([[1, 1, 0, 1], [1, 1, 0, 0], [1, 0, 1, 0]], bool)  # 1, 2/3, 1/3, 1/3
@@ -34,14 +34,14 @@ def test_several_runs_count_an_image_once() -> None:
     assert (found.first_better, found.second_better) == (1, 2)
 
 
-def test_repeating_a_run_does_not_make_a_difference_more_real() -> None:
+def test_copies_of_a_run_do_not_lower_p() -> None:
     random = np.random.default_rng(0)
     first, second = random.random((1, 200)) < 0.9, random.random((1, 200)) < 0.85
     once = sign_test(first, second)
     assert sign_test(np.repeat(first, 5, axis=0), np.repeat(second, 5, axis=0)) == once
 
 
-def test_holm_is_the_step_down_of_the_definition() -> None:
+def test_holm_equals_the_definition() -> None:
     random = np.random.default_rng(1)
     for n in (1, 2, 5, 15):
         p = random.random(n) ** 3
@@ -55,14 +55,14 @@ def test_holm_is_the_step_down_of_the_definition() -> None:
             assert {i for i in range(n) if corrected[i] <= level} == rejected
 
 
-def test_t_interval_is_scipys() -> None:
+def test_t_interval_equals_scipy() -> None:
     values = [0.91, 0.94, 0.925, 0.93]
     wanted = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
     assert t_interval(values) == pytest.approx(wanted)
     assert t_interval([0.99, 1.0])[1] == 1.0
 
 
-def test_equal_techniques_are_seldom_called_different() -> None:
+def test_equal_techniques_are_rarely_called_different() -> None:
     """Six techniques of one accuracy with two seeds each, hard and easy images: under 5 % of the comparisons err."""
     random = np.random.default_rng(2)
     wrong = 0

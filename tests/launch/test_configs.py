@@ -53,7 +53,7 @@ def test_command_on_one_machine(
 
 
 @pytest.mark.matrix
-def test_torchrun_starts_anew(photos: Path, tmp_path: Path) -> None:
+def test_torchrun_restarts(photos: Path, tmp_path: Path) -> None:
     """After a process was killed the run goes on from its last checkpoint: every epoch once, in order."""
     stand_ins = {"photos": str(photos), "runs/photos": str(tmp_path / "run")}
     command = replaced(commands("torchrun")[0], stand_ins, ["--nproc_per_node", "2"])
@@ -89,7 +89,7 @@ def config_file(command: Command) -> str | None:
 
 
 @pytest.mark.parametrize("section", ["torchrun", "Two nodes by hand"])
-def test_restarts_come_with_what_makes_them_work(section: str) -> None:
+def test_restarts_have_the_settings_that_they_need(section: str) -> None:
     """With the static rendezvous a restarted process never finds the others, with a shared store only sometimes."""
     for command in commands(section):
         assert {"--max-restarts", "--max_restarts"} & set(command.arguments)

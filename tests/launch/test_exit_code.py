@@ -52,18 +52,18 @@ def test_returns_the_code_of_the_run(
 
 
 @pytest.mark.parametrize(("script", "expected"), [("exit 1", 1), ("exit 0", 0), ("kill -9 $$", 128 + 9)])
-def test_what_an_earlier_attempt_wrote_does_not_count(script: str, expected: int, tmp_path: Path) -> None:
+def test_exit_code_of_an_earlier_attempt_does_not_count(script: str, expected: int, tmp_path: Path) -> None:
     """Else a job that no longer starts would be repeated for ever."""
     subprocess.run(["sh", "-c", write(tmp_path, "preempted", 75)], check=True)
     assert subprocess.run(wrapped(tmp_path, script)).returncode == expected
 
 
-def test_the_same_said_again_counts(tmp_path: Path) -> None:
+def test_same_exit_code_written_again_counts(tmp_path: Path) -> None:
     subprocess.run(["sh", "-c", write(tmp_path, "preempted", 75)], check=True)
     assert subprocess.run(wrapped(tmp_path, f"{write(tmp_path, 'preempted', 75)}; exit 1")).returncode == 75
 
 
-def test_run_that_was_killed_has_no_code(exit_code: ModuleType, tmp_path: Path) -> None:
+def test_killed_run_has_no_recorded_code(exit_code: ModuleType, tmp_path: Path) -> None:
     """Its status stays "running"; then the launcher's code stands."""
     subprocess.run(["sh", "-c", write(tmp_path, "running")], check=True)
     assert exit_code.recorded_code(tmp_path / "run.json", ("", 0)) == 0
@@ -89,7 +89,7 @@ def test_passes_signals_on(number: signal.Signals, tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-def test_training_that_is_told_to_stop_goes_on(photos: Path, tmp_path: Path) -> None:
+def test_stopped_training_continues(photos: Path, tmp_path: Path) -> None:
     """SIGTERM to the first process of a container: 75; the same command again finishes, every epoch once, in order."""
     run = tmp_path / "run"
     launcher = ["accelerate", "launch", "--config_file", str(LAUNCH / "cpu.yaml"), "-m", "resnet_dist", "train"]

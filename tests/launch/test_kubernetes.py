@@ -42,7 +42,7 @@ def test_pods_find_each_other() -> None:
     assert int(environment["PROCESSES"]) == spec["completions"] * gpus
 
 
-def test_what_is_mounted_is_there_and_there_is_time_to_save() -> None:
+def test_mounts_exist_and_grace_period_allows_saving() -> None:
     volumes = {volume["name"] for volume in POD["volumes"]}
     assert {mount["name"] for mount in CONTAINER["volumeMounts"]} == volumes
     assert int(values()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < POD["terminationGracePeriodSeconds"]
@@ -52,7 +52,7 @@ def test_what_is_mounted_is_there_and_there_is_time_to_save() -> None:
     ("code", "action"),
     [(75, "Ignore"), (1, "Count"), (2, "FailJob"), (3, "FailJob"), (4, "Count"), (137, "Count")],
 )
-def test_what_an_exit_code_means(code: int, action: str) -> None:
+def test_exit_codes_decide_about_retries(code: int, action: str) -> None:
     """Preempted is no failure, a broken machine is worth another try, wrong data is not."""
     assert POD["restartPolicy"] == "Never", "without it the policy is refused"
     assert JOB["spec"]["completionMode"] == "Indexed"

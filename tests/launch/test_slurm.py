@@ -70,12 +70,12 @@ def test_requeues_once_after_preempted(seen: Path) -> None:
         ("exit 1", 1),
     ],
 )
-def test_requeues_after_nothing_else(training: str, code: int, seen: Path) -> None:
+def test_does_not_requeue_after_other_exit_codes(training: str, code: int, seen: Path) -> None:
     assert run_script(seen, training, "photos").returncode == code
     assert requeued(seen) == []
 
 
-def test_an_old_preempted_does_not_requeue(seen: Path) -> None:
+def test_preempted_of_an_earlier_attempt_does_not_requeue(seen: Path) -> None:
     run_script(seen, f"{says('preempted', 75)}; exit 1", "photos")
     assert run_script(seen, "exit 1", "photos").returncode == 1
     assert requeued(seen) == ["requeue 417"]
@@ -90,12 +90,12 @@ def test_requeues_up_to_the_limit(before: str, again: bool, seen: Path) -> None:
 
 
 @pytest.mark.parametrize("job", ["", "417; touch evil", "$(touch evil)", "417_1"])
-def test_job_id_that_is_none_is_refused(job: str, seen: Path) -> None:
+def test_invalid_job_id_is_refused(job: str, seen: Path) -> None:
     assert run_script(seen, says("done", 0), "photos", SLURM_JOB_ID=job, SEEN=str(seen)).returncode == 2
     assert not (seen / "accelerate").exists() and not list(ROOT.glob("evil"))
 
 
-def test_arguments_reach_training_as_they_are(seen: Path) -> None:
+def test_arguments_reach_training_unchanged(seen: Path) -> None:
     """None is read as shell, whatever characters it has."""
     awkward = ["my photos", "--name", "$(touch evil); `touch evil` \"'*"]
     assert run_script(seen, says("done", 0), *awkward).returncode == 0
@@ -106,7 +106,7 @@ def test_arguments_reach_training_as_they_are(seen: Path) -> None:
     assert not list(ROOT.glob("evil")), "a shell read an argument"
 
 
-def test_restarts_come_with_what_makes_them_work(seen: Path) -> None:
+def test_restarts_have_the_settings_that_they_need(seen: Path) -> None:
     """See the test of this name in test_configs.py; and USR1 is for the processes, it must not end the launcher."""
     run_script(seen, says("done", 0), "photos")
     words, variables = ((seen / name).read_text().splitlines() for name in ("accelerate", "environment"))
@@ -115,7 +115,7 @@ def test_restarts_come_with_what_makes_them_work(seen: Path) -> None:
     assert any(line.startswith("PET_SIGNALS_TO_HANDLE=") and "SIGUSR1" in line for line in variables)
 
 
-def test_one_process_needs_no_launcher(seen: Path) -> None:
+def test_one_process_runs_without_launcher(seen: Path) -> None:
     write_program(seen / "bin" / "python", 'case "$1" in -m) echo "$*" > "$SEEN/python";; *) exec python3 "$@";; esac')
     run_script(seen, "exit 1", "photos", SLURM_JOB_NUM_NODES="1", SLURM_GPUS_ON_NODE="1")
     assert (seen / "python").read_text() == f"-m resnet_dist train photos -o {seen}/run --resume auto\n"
@@ -170,7 +170,7 @@ def test_trains_on_a_cluster(nodes: int, gpus: int, cluster: dict[str, str], pho
 
 
 @pytest.mark.matrix
-def test_job_whose_time_is_up_goes_on_later(cluster: dict[str, str], photos: Path, tmp_path: Path) -> None:
+def test_job_continues_after_its_time_limit(cluster: dict[str, str], photos: Path, tmp_path: Path) -> None:
     """USR1, as SLURM sends it before the end: all save, the job is requeued and goes on, every epoch once, in order."""
     log, run = tmp_path / "log", tmp_path / "run"
     options = ["--nodes=2", "--gpus-per-node=1"]

@@ -73,7 +73,7 @@ def test_two_machines_train_one_model(machines: tuple[str, str], photos: Path, t
 
 
 @pytest.mark.matrix
-def test_machine_that_loses_its_process_recovers(machines: tuple[str, str], photos: Path, tmp_path: Path) -> None:
+def test_machine_recovers_after_losing_its_process(machines: tuple[str, str], photos: Path, tmp_path: Path) -> None:
     """Both launchers start anew, and the run goes on from its last checkpoint: every epoch once, in order."""
     processes = start(machines, tmp_path / "run", photos, "--epochs", "12")
     try:

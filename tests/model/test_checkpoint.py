@@ -54,7 +54,7 @@ def test_round_trip(tmp_path: Path, head: str, stem: str) -> None:
     assert torch.equal(loaded(x), model(x))
 
 
-def test_two_saves_are_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+def test_saving_twice_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     model, description = load_checkpoint(saved)
     save_best(tmp_path / "again.safetensors", model, description)
     assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()
@@ -85,7 +85,7 @@ def test_file_mode_follows_umask(saved: Path, tmp_path: Path) -> None:
     assert saved.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_trained_checkpoint_carries_no_path(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_checkpoint_contains_no_path(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from resnet_dist.config.stored import portable
     from tests.training.helpers import config_of
 

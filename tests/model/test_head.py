@@ -61,7 +61,7 @@ def test_mask_needs_no_random_state() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_fewer_features_are_the_first_ones() -> None:
+def test_mask_of_fewer_features_is_a_prefix() -> None:
     assert torch.equal(dropout_mask(KEYS, 10, 0.5, 0), dropout_mask(KEYS, 30, 0.5, 0)[:, :10])
 
 
@@ -88,7 +88,7 @@ def test_neighbouring_features_and_keys_do_not_correlate(distance: int) -> None:
         assert abs(products.mean().item()) * math.sqrt(products.numel()) < 5
 
 
-def test_no_feature_and_no_sample_is_favoured() -> None:
+def test_features_and_samples_are_dropped_equally_often() -> None:
     values = signs(dropout_mask(KEYS, 512, 0.5, layer=0))
     for dim in (0, 1):
         deviations = values.sum(dim) / math.sqrt(values.shape[dim])
@@ -156,7 +156,7 @@ def test_linear_head_drops_its_input() -> None:
     torch.testing.assert_close(head(x), F.linear(dropped, head.weight, head.bias))
 
 
-def test_linear_head_begins_as_torch_would_begin_it() -> None:
+def test_linear_head_is_initialised_like_torchs() -> None:
     torch.manual_seed(3)
     head = LinearHead(12, 5, dropout=0.5)
     torch.manual_seed(3)
@@ -189,14 +189,14 @@ def test_deep_head_is_linear_batchnorm_relu_dropout_then_linear(hidden: tuple[in
 
 
 @pytest.mark.parametrize("make", [mlp, deep_head])
-def test_dropouts_of_a_head_have_their_rate_and_a_number_each(make: Callable[..., nn.Module]) -> None:
+def test_dropouts_of_a_head_have_the_rate_and_different_numbers(make: Callable[..., nn.Module]) -> None:
     """Two layers of one number would drop the same features of a sample."""
     drops = [layer for layer in make(10, (6, 5, 4), 3, 0.2).modules() if isinstance(layer, Dropout)]
     assert [layer.p for layer in drops] == [0.2] * 3
     assert len({layer.layer for layer in drops}) == 3
 
 
-def test_output_of_a_training_forward_depends_on_the_keys_alone() -> None:
+def test_dropout_of_a_training_forward_depends_only_on_the_keys() -> None:
     head = mlp(10, (32, 32), 3, dropout=0.5)
     x = torch.randn(1, 10).expand(6, 10)
     set_sample_keys(head, torch.tensor([5, 9, 5, 9, 5, 5]))

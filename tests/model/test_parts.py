@@ -11,7 +11,7 @@ from resnet_dist.model.trainable import set_trainable, train_mode
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("head", ["linear", "concat-pool"])
-def test_both_parts_together_are_the_network(name: str, head: str) -> None:
+def test_both_parts_together_equal_the_network(name: str, head: str) -> None:
     torch.manual_seed(0)
     stem = "small" if head == "concat-pool" else "standard"
     model = build(Architecture.of(ModelConfig(model=name, head=head, stem=stem, weights="none"), 3)).eval()
@@ -41,7 +41,7 @@ def test_first_changing_stage(phase: Phase, stage: str) -> None:
 
 
 @pytest.mark.parametrize("trainable", ["head", "layer4 head", "layer2 layer3 layer4 head"])
-def test_nothing_before_that_stage_changes_or_is_kept_for_the_backward_pass(trainable: str) -> None:
+def test_stages_before_it_do_not_change_and_save_nothing_for_backward(trainable: str) -> None:
     """Brute force: a real step, all tensors before and after; and the memory that autograd holds on to."""
     torch.manual_seed(0)
     model = build(Architecture.of(ModelConfig(model="resnet18", weights="none"), 2))

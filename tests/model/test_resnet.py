@@ -58,7 +58,7 @@ def network(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_parameters_bear_torchvisions_names_and_shapes(name: str) -> None:
+def test_parameters_have_torchvisions_names_and_shapes(name: str) -> None:
     model = empty(architecture(name))
     with torch.device("meta"):
         plain = getattr(torchvision.models, name)(num_classes=CLASSES)
@@ -78,7 +78,7 @@ def test_other_libraries_load_it_and_agree(network: tuple[str, nn.Module], libra
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
-def test_what_other_libraries_hold_loads_strictly(network: tuple[str, nn.Module], library: str) -> None:
+def test_state_dicts_of_other_libraries_load_strictly(network: tuple[str, nn.Module], library: str) -> None:
     name, model = network
     tensors = theirs(library, name, model.state_dict()).state_dict()
     back = empty(architecture(name))
@@ -113,7 +113,7 @@ def test_small_stem_keeps_32_pixels_until_layer2(name: str) -> None:
     assert logits.shape == (2, CLASSES)
 
 
-def test_small_stem_begins_as_torchvision_begins_a_convolution() -> None:
+def test_small_stem_is_initialised_like_torchvisions_convolutions() -> None:
     """He et al.'s initialisation over the fan-out: a standard deviation of sqrt(2 / (64 * 9))."""
     model = build(architecture("resnet18", stem="small"))
     assert model.conv1.weight.shape == (64, 3, 3, 3)
@@ -122,7 +122,7 @@ def test_small_stem_begins_as_torchvision_begins_a_convolution() -> None:
 
 
 @pytest.mark.parametrize(("name", "head"), [("resnet18", "mlp"), ("resnet50", "concat-pool")])
-def test_other_heads_stand_on_torchvisions_features(name: str, head: str) -> None:
+def test_other_heads_get_torchvisions_features(name: str, head: str) -> None:
     """Average pooling for the mlp; average and maximum for the deeper head."""
     torch.manual_seed(0)
     model = build(architecture(name, head)).eval()
@@ -152,7 +152,7 @@ def test_every_parameter_belongs_to_a_stage(head: str) -> None:
     assert {name.split(".")[0] for name in names if stage_of(name) == "head"} == {"fc"}
 
 
-def test_hidden_widths_are_no_part_of_a_linear_head() -> None:
+def test_linear_head_has_no_hidden_widths() -> None:
     """Else two equal networks would be told apart."""
     assert Architecture.of(ModelConfig(head="linear", head_hidden=(9,)), 3).head_hidden == ()
     assert Architecture.of(ModelConfig(head="mlp", head_hidden=(9,)), 3).head_hidden == (9,)
@@ -215,6 +215,6 @@ def test_incomplete_architecture_is_refused(missing: str) -> None:
         Architecture.from_dict({key: value for key, value in GOOD.items() if key != missing}, 2)
 
 
-def test_weights_lie_in_memory_channels_last() -> None:
+def test_weights_are_channels_last() -> None:
     model = build(architecture("resnet18"))
     assert model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)

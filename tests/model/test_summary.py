@@ -40,7 +40,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, list[Layer]]:
     return model, summarise(empty(made(request.param)), SIDE)
 
 
-def test_flops_are_those_that_torch_counts_on_the_real_network(pair: tuple[nn.Module, list[Layer]]) -> None:
+def test_flops_equal_torchs_count_of_the_real_network(pair: tuple[nn.Module, list[Layer]]) -> None:
     model, layers = pair
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.zeros(1, 3, SIDE, SIDE))
@@ -53,7 +53,7 @@ def test_parameters_are_counted_once(pair: tuple[nn.Module, list[Layer]]) -> Non
     assert total(layers, "trainable") == total(layers, "parameters")
 
 
-def test_layers_and_their_shapes_are_those_of_a_real_forward(pair: tuple[nn.Module, list[Layer]]) -> None:
+def test_layers_and_shapes_equal_a_real_forward(pair: tuple[nn.Module, list[Layer]]) -> None:
     """In the order in which they run (a ReLU that runs twice comes where it runs first); without the batch."""
     model, layers = pair
     seen: dict[str, tuple[int, ...]] = {}
@@ -85,7 +85,7 @@ def test_flops_of_every_layer_are_two_per_multiply_add(pair: tuple[nn.Module, li
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_numbers_are_those_that_torchvision_publishes(name: str) -> None:
+def test_numbers_equal_those_published_by_torchvision(name: str) -> None:
     """Parameters, and 10^9 multiply-adds at 224 pixels to three decimals."""
     published = torchvision.models.get_model_weights(name).DEFAULT.meta
     layers = summarise(empty(made(name)), 224)
@@ -105,7 +105,7 @@ def test_other_heads_and_stems_are_counted_too(settings: dict[str, str]) -> None
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_model_is_left_as_it_was(training: bool) -> None:
+def test_summary_does_not_change_the_model(training: bool) -> None:
     """Its mode, its statistics and its hooks."""
     model = build(made("resnet18")).train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -73,13 +73,13 @@ def parameters(model: nn.Module, chosen: Callable[[str], bool]) -> list[str]:
 
 @pytest.mark.parametrize("head", ["linear", "mlp", "concat-pool"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_stage_means_its_parameters(head: str, stage: str) -> None:
+def test_stage_selects_its_parameters(head: str, stage: str) -> None:
     model = network(head)
     assert select(model, stage) == parameters(model, lambda name: in_stages(name, stage)) != []
 
 
 @pytest.mark.parametrize("head", ["linear", "concat-pool"])
-def test_batchnorm_means_the_backbones_weights_and_biases(head: str) -> None:
+def test_batchnorm_selects_weights_and_biases_of_the_backbone(head: str) -> None:
     """Not those of a deeper head, which are new and always learn with it."""
     model = network(head)
     assert select(model, "batchnorm") == parameters(model, is_norm)
@@ -87,7 +87,7 @@ def test_batchnorm_means_the_backbones_weights_and_biases(head: str) -> None:
 
 
 @pytest.mark.parametrize("head", ["linear", "concat-pool"])
-def test_all_means_everything_in_the_models_order(head: str) -> None:
+def test_all_selects_everything_in_the_models_order(head: str) -> None:
     model = network(head)
     assert select(model, "all") == parameters(model, everything)
     assert select(model, "head stem layer4") == parameters(model, lambda n: in_stages(n, "stem", "layer4", "head"))
@@ -106,7 +106,7 @@ def test_all_means_everything_in_the_models_order(head: str) -> None:
         ("head head", lambda name: in_stages(name, "head")),
     ],
 )
-def test_words_add_and_take_away_from_left_to_right(text: str, chosen: Moved) -> None:
+def test_words_add_and_remove_from_left_to_right(text: str, chosen: Moved) -> None:
     model = network()
     assert select(model, text) == parameters(model, chosen)
 
@@ -125,18 +125,18 @@ def test_words_add_and_take_away_from_left_to_right(text: str, chosen: Moved) ->
         ("*.bias -fc", lambda name: name.endswith(".bias") and not name.startswith("fc.")),
     ],
 )
-def test_patterns_mean_parameter_names_and_modules(pattern: str, chosen: Moved) -> None:
+def test_patterns_select_parameters_and_modules(pattern: str, chosen: Moved) -> None:
     model = network()
     assert select(model, pattern) == parameters(model, chosen) != []
 
 
-def test_batchnorm_can_be_taken_away() -> None:
+def test_batchnorm_can_be_removed() -> None:
     model = network()
     assert select(model, "all -batchnorm") == parameters(model, all_but_norms)
 
 
 @pytest.mark.parametrize("text", ["layer5", "head layer5", "all -layer5", "Head", "layer4.7.*", "conv", "all -"])
-def test_word_that_means_nothing_is_an_error_that_lists_what_exists(text: str) -> None:
+def test_unknown_word_is_an_error_that_lists_what_exists(text: str) -> None:
     with pytest.raises(UsageError) as error:
         select(network(), text)
     for known in ("all", *STAGES, "batchnorm"):
@@ -144,12 +144,12 @@ def test_word_that_means_nothing_is_an_error_that_lists_what_exists(text: str) -
 
 
 @pytest.mark.parametrize("text", ["", "  ", ",", "-head", "head -head", "all -all", "batchnorm -all"])
-def test_selection_that_leaves_nothing_is_an_error(text: str) -> None:
+def test_empty_selection_is_an_error(text: str) -> None:
     with pytest.raises(UsageError, match="selects no parameters"):
         select(network(), text)
 
 
-def test_exactly_the_selected_parameters_take_gradients() -> None:
+def test_exactly_the_selected_parameters_get_gradients() -> None:
     """Whatever the phase before let learn; its gradients are gone."""
     model = network(make=build)
     for text in ("all", "layer2 head", "head", "all -batchnorm"):
@@ -205,7 +205,7 @@ TECHNIQUES = [
 
 
 @pytest.mark.parametrize(("recipe", "number", "weights", "norms"), TECHNIQUES)
-def test_technique_moves_what_it_promises(recipe: str, number: int, weights: Moved, norms: Moved) -> None:
+def test_technique_changes_exactly_what_it_says(recipe: str, number: int, weights: Moved, norms: Moved) -> None:
     """The table of the six techniques, with the phases of the shipped recipes: weights, statistics, nothing else."""
     cfg, problems = build_config(TrainConfig, layers()[recipe])
     assert not problems
@@ -228,7 +228,7 @@ def test_automatic_statistics_update_in_the_stages_that_learn(text: str, stages:
     assert_moved("linear", [Phase(trainable=text)], learning.__contains__, lambda name: in_stages(name, *stages))
 
 
-def test_head_keeps_its_own_statistics_though_all_of_it_is_frozen() -> None:
+def test_statistics_of_the_head_update_even_if_it_is_frozen() -> None:
     """A deeper head is new: its BatchNorm needs statistics even where the backbone's are frozen."""
     for phase in (Phase(trainable="head", batch_norm_stats="frozen"), Phase(trainable="layer4")):
         torch.manual_seed(0)
@@ -237,7 +237,7 @@ def test_head_keeps_its_own_statistics_though_all_of_it_is_frozen() -> None:
 
 
 @pytest.mark.parametrize("stats", ["update", "frozen", None])
-def test_train_mode_leaves_only_batchnorm_in_evaluation(stats: str | None) -> None:
+def test_train_mode_sets_only_batchnorm_to_evaluation(stats: str | None) -> None:
     """Dropout stays on, and it does not matter in which mode the model was."""
     model = network("concat-pool")
     for start in (model.train, model.eval):
@@ -260,7 +260,7 @@ def test_synchronised_batchnorm_is_batchnorm() -> None:
 
 @pytest.mark.parametrize("head", ["linear", "concat-pool"])
 @pytest.mark.parametrize("stem", ["standard", "small"])
-def test_batch_norm_of_one_value_is_where_torch_refuses(head: Any, stem: Any) -> None:
+def test_batch_norm_of_one_value_is_where_torch_raises(head: Any, stem: Any) -> None:
     """Over phases, image sizes and batches: the first layer named is the one at which torch's forward fails."""
     made = Architecture.of(ModelConfig(model="resnet18", head=head, head_hidden=(4,), stem=stem, weights="none"), 2)
     model, refused = build(made), 0

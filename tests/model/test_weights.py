@@ -68,7 +68,7 @@ def test_pth_files_of_all_trainers_are_read(tmp_path: Path, wrap: Callable[[Any]
 
 
 @pytest.mark.parametrize("format_", ["safetensors", "pth"])
-def test_wrappers_before_names_are_taken_off(tmp_path: Path, format_: str) -> None:
+def test_prefixes_of_names_are_removed(tmp_path: Path, format_: str) -> None:
     """Those of DDP, torch.compile, Lightning, in any order, and of parts that were compiled by themselves."""
     plain = {"conv1.weight": torch.zeros(2), "layer1.0.bn1.bias": torch.ones(3), "fc.bias": torch.ones(2)}
     for wrapper in (
@@ -107,7 +107,7 @@ def test_shapes_are_read_without_values(tmp_path: Path, name: str) -> None:
         check_backbone(read, Architecture.of(ModelConfig(model="resnet34"), 2), name)
 
 
-def test_of_safetensors_only_the_header_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_of_safetensors_come_from_the_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every type as it is; one that torch does not have is an error."""
     kinds = [*DTYPES.values()]
     save_file(
@@ -164,7 +164,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, wrap: Callable[[Malicious
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_the_malicious_file_is_one(tmp_path: Path) -> None:
+def test_the_malicious_file_is_malicious(tmp_path: Path) -> None:
     """Else the test before would show nothing."""
     pickle.loads(pickle.dumps(Malicious(tmp_path / "marker")))
     assert (tmp_path / "marker").exists()
@@ -191,7 +191,7 @@ WRONG = {
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
 @pytest.mark.parametrize("content", WRONG.values(), ids=WRONG)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_file_that_holds_no_weights_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+def test_file_without_weights_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ArtifactError, match=name) as error:
         read_tensors(tmp_path / name)
@@ -208,7 +208,7 @@ def test_pth_without_a_state_dict_is_refused(tmp_path: Path, value: object) -> N
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_damaged_file_is_read_or_refused_and_nothing_else(tmp_path: Path, kind: str) -> None:
+def test_damaged_file_is_either_read_or_refused(tmp_path: Path, kind: str) -> None:
     """Cut short or with bytes changed: never an exception that is none of ours."""
     file = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
     if kind == "safetensors":
@@ -332,7 +332,7 @@ def test_small_stem_is_loaded_into_a_small_stem() -> None:
         (lambda t: t.clear(), "conv1.weight is missing .and 99 more"),
     ],
 )
-def test_what_does_not_fit_is_said(change: Callable[[dict[str, torch.Tensor]], Any], said: str) -> None:
+def test_error_names_the_tensor_that_does_not_fit(change: Callable[[dict[str, torch.Tensor]], Any], said: str) -> None:
     """Without advice where it fits nothing."""
     model, made = network("resnet18")
     tensors = pretrained("resnet18")
@@ -358,13 +358,13 @@ def test_default_weights_are_torchvisions_default(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34"])
-def test_weights_that_an_architecture_lacks_are_an_error_that_lists_the_others(name: str) -> None:
+def test_unavailable_weights_are_an_error_that_lists_the_available_ones(name: str) -> None:
     with pytest.raises(UsageError, match=f"IMAGENET1K_V2: {name} has IMAGENET1K_V1"):
         named_weights(ModelConfig(model=name, weights="IMAGENET1K_V2"))
 
 
 @pytest.mark.parametrize("text", ["none", "weights.pth", "/somewhere/DEFAULT"])
-def test_no_weights_and_files_have_no_name(text: str) -> None:
+def test_none_and_files_are_not_named_weights(text: str) -> None:
     assert named_weights(ModelConfig(weights=text)) is None
 
 
@@ -379,7 +379,7 @@ def test_preprocessing_of_weights_is_torchvisions_transform(weights: Any, size: 
     torch.testing.assert_close(ours, weights.transforms()(image), rtol=0, atol=1e-6)
 
 
-def test_preprocessing_without_weights_is_imagenets() -> None:
+def test_preprocessing_without_weights_is_that_of_imagenet() -> None:
     assert preprocessing_of(None) == preprocessing_of(torchvision.models.ResNet50_Weights.IMAGENET1K_V1)
 
 
@@ -394,17 +394,17 @@ def checkpoint(file: Path, metadata: dict[str, str] | None) -> Path:
     return file
 
 
-def test_checkpoint_brings_its_preprocessing(tmp_path: Path) -> None:
+def test_checkpoint_has_its_own_preprocessing(tmp_path: Path) -> None:
     metadata = {"resnet_dist": json.dumps({"preprocessing": SPEC.to_dict()})}
     assert preprocessing_in(checkpoint(tmp_path / "best.safetensors", metadata)) == SPEC
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_other_safetensors_have_imagenets(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+def test_other_safetensors_have_imagenet_preprocessing(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     assert preprocessing_in(checkpoint(tmp_path / "w.safetensors", metadata)) == Preprocessing()
 
 
-def test_pth_files_have_imagenets(tmp_path: Path) -> None:
+def test_pth_files_have_imagenet_preprocessing(tmp_path: Path) -> None:
     assert preprocessing_in(save(tmp_path / "w.pth", TENSORS)) == Preprocessing()
 
 
@@ -437,7 +437,7 @@ def changed(**values: Any) -> str:
     ],
     ids=lambda text: text[-40:],
 )
-def test_description_that_is_not_one_is_refused(tmp_path: Path, stored: str) -> None:
+def test_damaged_description_is_refused(tmp_path: Path, stored: str) -> None:
     file = checkpoint(tmp_path / "best.safetensors", {"resnet_dist": stored})
     with pytest.raises(ArtifactError, match=r"best\.safetensors"):
         preprocessing_in(file)
@@ -509,7 +509,7 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def test_download_arrives_in_torchs_cache(server: ThreadingHTTPServer, torch_home: Path) -> None:
+def test_download_goes_to_torchs_cache(server: ThreadingHTTPServer, torch_home: Path) -> None:
     file = download(url(server, "good"))
     assert file == torch_home / "hub" / "checkpoints" / NAME
     assert file.read_bytes() == CONTENT
@@ -540,7 +540,7 @@ def test_download_with_another_hash_is_refused(server: ThreadingHTTPServer, torc
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "noise"])
-def test_failed_download_names_the_ways_out(server: ThreadingHTTPServer, torch_home: Path, folder: str) -> None:
+def test_failed_download_says_what_to_do(server: ThreadingHTTPServer, torch_home: Path, folder: str) -> None:
     address = url(server, folder)
     with pytest.raises(MachineError) as error:
         download(address)
@@ -549,7 +549,7 @@ def test_failed_download_names_the_ways_out(server: ThreadingHTTPServer, torch_h
     assert "\n" not in str(error.value) and files_in(torch_home) == []
 
 
-def test_without_network_the_ways_out_are_named() -> None:
+def test_missing_network_says_what_to_do() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         address = f"http://127.0.0.1:{unused.getsockname()[1]}/{NAME}"
@@ -560,7 +560,7 @@ def test_without_network_the_ways_out_are_named() -> None:
     assert "\n" not in str(error.value)
 
 
-def test_file_put_there_by_hand_is_taken(torch_home: Path) -> None:
+def test_file_copied_into_the_cache_is_used(torch_home: Path) -> None:
     """The way out that the error names."""
     address = f"http://127.0.0.1:1/{NAME}"
     cached_file(address).parent.mkdir(parents=True)
@@ -568,14 +568,14 @@ def test_file_put_there_by_hand_is_taken(torch_home: Path) -> None:
     assert download(address).read_bytes() == CONTENT
 
 
-def test_cache_that_cannot_be_written_is_an_error_of_the_machine(server: ThreadingHTTPServer, torch_home: Path) -> None:
+def test_unwritable_cache_is_a_machine_error(server: ThreadingHTTPServer, torch_home: Path) -> None:
     torch_home.write_text("a file where the folder should be")
     with pytest.raises(MachineError, match="--weights FILE"):
         download(url(server, "good"))
 
 
 @pytest.mark.parametrize("folder", ["good", "bad", "nowhere"])
-def test_downloading_leaves_no_timeout_behind(server: ThreadingHTTPServer, folder: str) -> None:
+def test_download_restores_the_socket_timeout(server: ThreadingHTTPServer, folder: str) -> None:
     before = socket.getdefaulttimeout()
     try:
         download(url(server, folder))
@@ -585,7 +585,7 @@ def test_downloading_leaves_no_timeout_behind(server: ThreadingHTTPServer, folde
 
 
 @pytest.mark.parametrize("weights", ALL_WEIGHTS, ids=str)
-def test_names_of_torchvisions_files_carry_a_hash(weights: Any) -> None:
+def test_torchvisions_file_names_contain_a_hash(weights: Any) -> None:
     """The download trusts it: a file of that name with other content is refused."""
     file = cached_file(weights.url)
     file.parent.mkdir(parents=True)

@@ -135,7 +135,7 @@ def test_a_cell_shows_its_images(page: webdriver.Chrome, evaluation: Evaluation)
 
 
 @pytest.mark.matrix
-def test_the_matrix_by_keys(page: webdriver.Chrome, evaluation: Evaluation) -> None:
+def test_matrix_works_with_the_keyboard(page: webdriver.Chrome, evaluation: Evaluation) -> None:
     """One tab stop; arrows move, the words follow, Enter and Space open."""
     assert len(page.find_elements(By.CSS_SELECTOR, ".matrix td[tabindex='0']")) == 1
     cell(page, 0, 0).send_keys(Keys.ARROW_DOWN, Keys.NULL)
@@ -155,7 +155,7 @@ def test_the_matrix_by_keys(page: webdriver.Chrome, evaluation: Evaluation) -> N
 
 
 @pytest.mark.matrix
-def test_everything_is_reached_by_the_tabulator(page: webdriver.Chrome) -> None:
+def test_every_control_is_reached_with_tab(page: webdriver.Chrome) -> None:
     """The first stop skips to the content; of the matrix one stop; every control has a name."""
     page.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
     assert page.switch_to.active_element.text == "Skip to the content"
@@ -173,7 +173,7 @@ def test_everything_is_reached_by_the_tabulator(page: webdriver.Chrome) -> None:
 
 
 @pytest.mark.matrix
-def test_filters(page: webdriver.Chrome, evaluation: Evaluation) -> None:
+def test_filters_of_the_gallery(page: webdriver.Chrome, evaluation: Evaluation) -> None:
     records = evaluation.records
     wrong = {as_script(evaluation.paths[i]) for i in (records.target != records.prediction).nonzero()[0]}
     page.find_element(By.ID, "filter-wrong").send_keys(Keys.SPACE)
@@ -199,7 +199,7 @@ def test_filters(page: webdriver.Chrome, evaluation: Evaluation) -> None:
 
 
 @pytest.mark.matrix
-def test_marks_are_exported(page: webdriver.Chrome, evaluation: Evaluation, downloads: Path) -> None:
+def test_marked_labels_are_exported(page: webdriver.Chrome, evaluation: Evaluation, downloads: Path) -> None:
     """Of odd names byte for byte, as Python's own reader takes them; a mark shows wherever the image does."""
     content = evaluation_content(evaluation, None, None, {})
     rows = [content["images"]["path"].index(name) for name in ODD]
@@ -233,7 +233,7 @@ def test_marks_are_exported(page: webdriver.Chrome, evaluation: Evaluation, down
 
 
 @pytest.mark.matrix
-def test_classes_sort(page: webdriver.Chrome, evaluation: Evaluation) -> None:
+def test_class_table_can_be_sorted(page: webdriver.Chrome, evaluation: Evaluation) -> None:
     table = page.find_element(By.CSS_SELECTOR, "section[aria-labelledby='classes'] table")
     heading = table.find_element(By.XPATH, ".//th[.='recall']")
 
@@ -251,7 +251,7 @@ def test_classes_sort(page: webdriver.Chrome, evaluation: Evaluation) -> None:
 
 
 @pytest.mark.matrix
-def test_a_dot_of_the_map_shows_its_image(page: webdriver.Chrome, evaluation: Evaluation, tmp_path: Path) -> None:
+def test_point_of_the_embedding_shows_its_image(page: webdriver.Chrome, evaluation: Evaluation, tmp_path: Path) -> None:
     """The map is there where embeddings are, with a dot for every image."""
     content = evaluation_content(evaluation, None, None, {})
     content["map"] = [[row, row % 8, row // 8] for row in range(60)]
@@ -265,7 +265,7 @@ def test_a_dot_of_the_map_shows_its_image(page: webdriver.Chrome, evaluation: Ev
 
 
 @pytest.mark.matrix
-def test_hostile_names_do_nothing(page: webdriver.Chrome, tmp_path: Path) -> None:
+def test_hostile_names_run_no_script(page: webdriver.Chrome, tmp_path: Path) -> None:
     """Classes and title that are markup are shown as they are: no dialog opens, no element appears."""
     evaluation = made_evaluation(tmp_path / "hostile", HOSTILE, 12, names=ODD)
     file = tmp_path / "report.html"  # the page that the fixture expects
@@ -279,7 +279,7 @@ def test_hostile_names_do_nothing(page: webdriver.Chrome, tmp_path: Path) -> Non
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_follow_the_system_and_can_be_read(page: webdriver.Chrome, scheme: str) -> None:
+def test_colours_follow_the_system_theme_and_have_contrast(page: webdriver.Chrome, scheme: str) -> None:
     """Text against its ground at a contrast of at least 4.5 to 1 (WCAG 2.1, level AA)."""
     page.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}

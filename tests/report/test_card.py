@@ -64,7 +64,7 @@ def code_in(card: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", card.read_text(), flags=re.DOTALL)
 
 
-def test_code_of_the_cards_runs(run: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_model_cards_runs(run: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block, where the card lies: the class and probability that our own model gives."""
     model, description = load_checkpoint(run / "checkpoints/best.safetensors")
     with torch.inference_mode():
@@ -81,7 +81,7 @@ def test_code_of_the_cards_runs(run: Path, hub: Path, monkeypatch: pytest.Monkey
         assert float(probability) == pytest.approx(float(wanted.max()), abs=1e-5)
 
 
-def test_card_says_what_was_measured(run: Path) -> None:
+def test_card_has_the_measured_numbers(run: Path) -> None:
     card = (run / "README.md").read_text()
     metrics = json.loads((run / "eval/val/metrics.json").read_text())
     low, high = metrics["intervals"]["top1"]
@@ -93,7 +93,7 @@ def test_card_says_what_was_measured(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a|b", "[x](http://y)", "# title", "<script>", "`code`", "a\nb", "\x1b[2J", "$x$"])
-def test_names_show_as_they_are(name: str) -> None:
+def test_names_in_cards_are_escaped(name: str) -> None:
     shown = plain_text(name)
     assert "\n" not in shown and shown.isprintable()
     assert not re.search(r"(?<!\\)(\\\\)*[|\[\]()#<>`$*_]", shown)
@@ -113,7 +113,7 @@ def test_timm_gives_the_same_logits(run: Path, hub: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_timm_prepares_images_alike(run: Path, tmp_path: Path, mode: str, interpolation: str) -> None:
+def test_timm_preprocesses_images_equally(run: Path, tmp_path: Path, mode: str, interpolation: str) -> None:
     """In every mode of ours, from config.json alone; rounding may move a padded border by a pixel."""
     import dataclasses
 
@@ -132,7 +132,7 @@ def test_timm_prepares_images_alike(run: Path, tmp_path: Path, mode: str, interp
         torch.testing.assert_close(theirs, ours)
 
 
-def test_crop_share_means_the_resize_to_timm() -> None:
+def test_crop_pct_gives_timm_the_same_resize() -> None:
     for img_size in range(8, 400, 3):
         for resize in range(img_size, img_size + 90):
             assert math.floor(img_size / crop_share(img_size, resize)) == resize
@@ -148,7 +148,7 @@ def test_hub_folder_holds_the_checkpoint_and_front_matter(run: Path, hub: Path) 
     assert fields["model-index"][0]["results"][0]["metrics"][0] == {"type": "accuracy", "value": metrics["top1"]}
 
 
-def test_network_that_timm_has_not_is_said_to_be_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_card_says_if_timm_cannot_load_the_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its folder has no config.json, by which timm would build another network; ours loads it."""
     run = trained(tmp_path, "--head", "mlp", "--head-hidden", "8")
     (run / "hub").mkdir()
@@ -233,14 +233,14 @@ def test_upload_is_one_commit_with_the_three_files(
     assert files == {name: (folder / name).read_bytes() for name in ("README.md", "config.json", "model.safetensors")}
 
 
-def test_upload_that_fails_is_one_line(run: Path, server: Hub, tmp_path: Path, refused: Refused) -> None:
+def test_failed_upload_gives_one_line(run: Path, server: Hub, tmp_path: Path, refused: Refused) -> None:
     server.status = 403
     said = refused(4, "hub", run, "-o", tmp_path / "a", "--push-to-hub", "you/ants")
     assert said.startswith("resnet-dist hub: error: --push-to-hub you/ants: ") and len(said.splitlines()) == 1
     assert "the folder is written" in said and (tmp_path / "a/model.safetensors").exists()
 
 
-def test_hub_refuses(run: Path, tmp_path: Path, refused: Refused) -> None:
+def test_hub_refuses_wrong_input(run: Path, tmp_path: Path, refused: Refused) -> None:
     assert "not the name of a repository" in refused(2, "hub", run, "--push-to-hub", "a/b/c d")
     assert "--private needs --push-to-hub" in refused(2, "hub", run, "--private")
     assert "RUN is missing" in refused(2, "hub")

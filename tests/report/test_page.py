@@ -69,7 +69,7 @@ def picture_of(address: str) -> Image.Image:
 # The file
 
 
-def test_nothing_in_a_name_becomes_a_part_of_the_page(tmp_path: Path) -> None:
+def test_names_cannot_inject_html(tmp_path: Path) -> None:
     """Class names, paths and the title with markup, quotes and our own placeholders."""
     plain = made_evaluation(tmp_path / "plain", CLASSES, 6)
     write_page(tmp_path / "plain.html", "plain", evaluation_content(plain, None, None, {}))
@@ -85,14 +85,14 @@ def test_nothing_in_a_name_becomes_a_part_of_the_page(tmp_path: Path) -> None:
     assert set(names) <= set(content["images"]["path"])
 
 
-def test_a_file_name_that_is_no_text_survives(tmp_path: Path) -> None:
+def test_file_name_that_is_not_utf8_survives(tmp_path: Path) -> None:
     """A byte that is not UTF-8 stays what Python makes of it, for the script to turn back."""
     evaluation = made_evaluation(tmp_path / "odd", CLASSES, 3, names=["\udcff.jpg"])
     write_page(tmp_path / "odd.html", "odd", evaluation_content(evaluation, None, None, {}))
     assert "\udcff.jpg" in content_of(tmp_path / "odd.html")["images"]["path"]
 
 
-def test_the_policy_admits_this_script_and_style_only(tmp_path: Path) -> None:
+def test_policy_allows_only_this_script_and_style(tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", "page", {"classes": []})
     page = Parsed(tmp_path / "page.html")
     policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy") or ""
@@ -110,7 +110,7 @@ def test_the_policy_admits_this_script_and_style_only(tmp_path: Path) -> None:
     }
 
 
-def test_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
+def test_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     """No address but within the page, no import in the style, nothing in the script that asks the network."""
     evaluation = made_evaluation(tmp_path / "plain", CLASSES, 6)
     write_page(tmp_path / "page.html", "page", evaluation_content(evaluation, None, None, {}))
@@ -128,7 +128,7 @@ def test_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
 # What it shows
 
 
-def test_records_survive_the_disk(tmp_path: Path) -> None:
+def test_records_are_equal_after_saving_and_loading(tmp_path: Path) -> None:
     """predictions.csv holds every bit of the records."""
     evaluation = made_evaluation(tmp_path / "a", ("x", "y\nz", "ä,b", "c", "d", "e", "f"), 40)
     wanted = made_records(np.arange(40) % 7, 7)
@@ -136,7 +136,7 @@ def test_records_survive_the_disk(tmp_path: Path) -> None:
         assert np.array_equal(getattr(evaluation.records, name), getattr(wanted, name)), name
 
 
-def test_cells_and_classes_are_scikit_learns(tmp_path: Path) -> None:
+def test_matrix_and_class_metrics_equal_scikit_learn(tmp_path: Path) -> None:
     evaluation = made_evaluation(tmp_path / "a", CLASSES, 60)
     content = evaluation_content(evaluation, None, None, {})
     records = evaluation.records
@@ -164,7 +164,7 @@ def test_top_losses_are_the_highest_losses(tmp_path: Path) -> None:
     assert shown == [evaluation.paths[i] for i in wanted]
 
 
-def test_pictures_are_small_copies_and_stop_where_the_room_ends(tmp_path: Path) -> None:
+def test_pictures_are_small_and_within_the_size_limit(tmp_path: Path) -> None:
     write_image(tmp_path / "wide.png", seed=1, size=(400, 100))
     write_image(tmp_path / "tiny.png", seed=2, size=(20, 10))
     files = [tmp_path / name for name in ("wide.png", "gone.png", "tiny.png")]
@@ -176,7 +176,7 @@ def test_pictures_are_small_copies_and_stop_where_the_room_ends(tmp_path: Path) 
     assert many == [tiny] * 10 + [""] * 190
 
 
-def test_where_there_is_little_room_the_mistakes_have_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_little_space_only_mistakes_have_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluation = made_evaluation(tmp_path / "a", CLASSES, 300)
     asked: list[Path] = []
     monkeypatch.setattr(page_content, "pictures", lambda files, _: asked.extend(files) or [""] * len(files))
@@ -207,7 +207,7 @@ def test_more_images_than_can_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
     assert listed_wrong == wrong <= 30
 
 
-def test_of_many_classes_those_with_mistakes_are_in_the_matrix(tmp_path: Path) -> None:
+def test_matrix_of_many_classes_shows_those_with_mistakes(tmp_path: Path) -> None:
     classes = tuple(f"class {i}" for i in range(130))
     content = evaluation_content(made_evaluation(tmp_path / "a", classes, 260, side=8), None, None, {})
     assert len(content["matrix"]) == 100 and content["matrix"] == sorted(content["matrix"])
@@ -217,7 +217,7 @@ def test_of_many_classes_those_with_mistakes_are_in_the_matrix(tmp_path: Path) -
     )
 
 
-def test_an_evaluation_that_is_not_there_or_of_other_classes(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_missing_or_foreign_evaluation_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "not a run folder" in refused(2, "report", tmp_path)
     evaluation = made_evaluation(tmp_path / "a", CLASSES, 6)
     with pytest.raises(
@@ -237,7 +237,7 @@ def test_an_evaluation_that_is_not_there_or_of_other_classes(tmp_path: Path, ref
         ("embeddings.npy", "no array", "embeddings.npy: damaged"),
     ],
 )
-def test_a_damaged_evaluation_is_one_line(tmp_path: Path, name: str, text: str, said: str) -> None:
+def test_damaged_evaluation_gives_one_line(tmp_path: Path, name: str, text: str, said: str) -> None:
     evaluation = made_evaluation(tmp_path / "a", CLASSES, 6)
     folder = tmp_path / "a" / "eval"
     (folder / name).write_text(text)
@@ -245,7 +245,7 @@ def test_a_damaged_evaluation_is_one_line(tmp_path: Path, name: str, text: str, 
         read_evaluation(folder, evaluation.root, "val", CLASSES, evaluation.spec)
 
 
-def test_labels_that_the_network_learnt_are_not_judged(tmp_path: Path) -> None:
+def test_labels_of_training_images_are_not_judged(tmp_path: Path) -> None:
     evaluation = replace(made_evaluation(tmp_path / "a", CLASSES, 6), split="train")
     (judged,) = evaluation_content(evaluation, None, None, {})["label_errors"]
     assert judged["rows"] == [] and "learned these labels" in judged["note"]
@@ -283,7 +283,7 @@ def test_a_run_ends_with_its_page(run: Path) -> None:
     assert "1 of them across splits" in content["duplicates_note"]
 
 
-def test_the_page_made_anew_is_the_same(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_written_again_is_the_same(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = content_of(run / "report.html")
     assert main(["report", str(run)]) == 0
@@ -296,7 +296,7 @@ def test_the_page_made_anew_is_the_same(run: Path, tmp_path: Path, monkeypatch: 
     assert content_of(copy / "report.html")["near_duplicates"] == []
 
 
-def test_a_run_without_a_report_gets_the_same_one_later(
+def test_run_without_a_report_gets_the_same_report_later(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -325,7 +325,7 @@ def test_eval_writes_a_page_too(run: Path, tmp_path: Path) -> None:
     assert len(content["overlays"]) == 24
 
 
-def test_a_damaged_run_is_one_line(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_damaged_run_gives_one_line(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (copy / "metrics.jsonl").write_text('{"step": 1, "lr"')
@@ -335,9 +335,7 @@ def test_a_damaged_run_is_one_line(run: Path, tmp_path: Path, refused: Callable[
     assert "label_errors.csv: damaged, or of another run ('cow'" in refused(6, "report", copy, "--no-near-duplicates")
 
 
-def test_images_that_are_gone_are_listed_without_pictures(
-    run: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
+def test_missing_images_are_listed_without_pictures(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     facts = json.loads((run / "run.json").read_text())
