@@ -1,4 +1,4 @@
-"""The folder that is deployed: model files that passed the gate, and what others need beside them."""
+"""The folder that is deployed: model files that passed the gate, and files that other programs need."""
 
 import json
 import os
@@ -34,7 +34,7 @@ python predict.py {model} --verify
 - `labels.txt` has the class names in index order; `export_report.json` says what was checked before these files got
   their names; `test_data_set_0/` holds an input and its output as the ONNX model zoo has them.
 - `config.json` and `preprocessor_config.json` are for libraries of the Hugging Face style. Their resize and crop round
-  otherwise than training did, so a few images in a hundred differ by a pixel; `predict.py` is exact.
+  in another way than training did, so a few images in a hundred differ by a pixel; `predict.py` is exact.
 """
 
 
@@ -121,7 +121,7 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def put_in_place(made: Path, out: Path) -> None:
-    """Give the finished bundle its name in one step; what stood there stays until then.
+    """Give the finished bundle its name in one step; what was there before stays until then.
 
     Of an export that it replaces, files that the program did not write are kept. Raises MachineError.
     """

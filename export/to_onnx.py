@@ -1,4 +1,4 @@
-"""From a network in torch to the bytes of a .onnx file that says everything about itself."""
+"""From a network in PyTorch to the bytes of an .onnx file with classes, preprocessing and hashes in its metadata."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ _PLACEHOLDER = hashlib.sha256(b"the digest goes here").hexdigest()
 
 
 class WithFeatures(nn.Module):
-    """The network with what its head takes as a second output."""
+    """The network with its features (the input of the head) as a second output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -60,8 +60,8 @@ def graph_of(
     """The network as an ONNX graph with a dynamic axis `batch`, BatchNorm folded into the convolutions.
 
     float32 `pixel_values` (batch, 3, H, W) to `logits`; or, `in_graph`, uint8 `image` (batch, H, W, 3) to `logits` and
-    `probabilities`, which are of the logits divided by `temperature`. With `embeddings` also to `features`, what the
-    head takes. No path of this machine is left in it.
+    `probabilities`, which are of the logits divided by `temperature`. With `embeddings` also to `features`, the
+    input of the head. It holds no path of this machine.
     """
     model = model.eval().float().cpu().to(memory_format=torch.contiguous_format)
     size = spec.img_size
@@ -91,7 +91,7 @@ def graph_of(
 
 
 def cleaned(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Without what the exporter notes about this machine, unused operator sets, and shapes that no longer hold."""
+    """Without the exporter's notes about this machine, unused operator sets, and shapes that no longer hold."""
     parts = (graph.graph.node, graph.graph.initializer, graph.graph.input, graph.graph.output)
     for item in (item for part in parts for item in part):
         item.ClearField("metadata_props")
@@ -117,7 +117,7 @@ def describe(
     self_test: np.ndarray,
     calibration: Calibration | None,
 ) -> dict[str, Any]:
-    """What the file says of itself: enough to use it, and to know where it is from."""
+    """The metadata of the file: all that is needed to use it, and where it is from."""
     thresholds = {"thresholds": list(calibration.thresholds)} if calibration and calibration.thresholds else {}
     return {
         "format_version": FORMAT_VERSION,

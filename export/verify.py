@@ -1,4 +1,4 @@
-"""The gate: a file gets its name only once it is shown to equal training on real images, from files to labels."""
+"""The gate: a file is kept only if it gives the results of PyTorch on real images, from the image file to the label."""
 
 import math
 from collections.abc import Iterator

@@ -1,1 +1,1 @@
-"""What a model makes of images: one record per sample first, every metric from those."""
+"""Evaluation: one record per image first, then every metric from the records."""

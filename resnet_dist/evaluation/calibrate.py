@@ -30,7 +30,7 @@ def fit_temperature(logits: np.ndarray | None, target: np.ndarray) -> float | No
     """The temperature that makes softmax(logits / T) most likely (Guo et al. 2017), in 0.05..20.
 
     logits: float (n, classes); target: int64 (n,). The mean loss is convex in 1 / T, so its slope is brought to zero by
-    halving, in float64. None where every image is right: the likeliest T would then be 0, absolute certainty.
+    bisection, in float64. None if every image is classified correctly: the best T would then be 0, absolute certainty.
     """
     assert logits is not None
     if (logits.argmax(axis=1) == target).all():
@@ -59,11 +59,11 @@ def tempered(records: Records, temperature: float) -> Records:
 
 
 def cross_fitted(records: Records, num_classes: int, precision: float | None = None) -> tuple[Records, np.ndarray]:
-    """What calibrating does for images that it was not fitted on, measured on images that it could be fitted on.
+    """The effect of calibrating on images that it was not fitted on, estimated by cross-fitting.
 
     Each image of `records`, which must hold logits, is judged by a temperature, and with a `precision` by thresholds,
-    that were fitted on the other folds. Gives the tempered records and bool (n,): which predictions are kept. The
-    folds are the same in every call.
+    that were fitted on the other folds. Returns the tempered records and bool (n,): which predictions are kept.
+    The folds are the same in every call.
     """
     assert records.logits is not None
     fold = np.random.default_rng(0).permutation(len(records)) % FOLDS
@@ -94,13 +94,14 @@ def taken(records: Records, rows: np.ndarray) -> Records:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What was learnt on validation images about a checkpoint, which itself is left as it is.
+    """Temperature and thresholds that were fitted on validation images for a checkpoint, which does not change.
 
     Attributes:
         checkpoint_sha256: of the file that this belongs to.
-        temperature: what its logits are to be divided by.
-        thresholds: for every class the least probability to believe, None for never; empty where none were asked for.
-        measured: what it was learnt from and what it changes, for people to read.
+        temperature: the logits are divided by it.
+        thresholds: the confidence threshold of every class, None if predict must always abstain from it; empty if
+            there are none.
+        measured: what it was fitted on and what it changes, for people to read.
     """
 
     checkpoint_sha256: str
@@ -111,10 +112,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What calibrating gives.
+    """The result of calibrating.
 
     Attributes:
-        records: those of the evaluation, with the temperature that is kept.
+        records: those of the evaluation, with the fitted temperature applied.
         judged: the same with probabilities and losses that are cross-fitted, from which metrics are to be computed.
     """
 
@@ -124,11 +125,11 @@ class Calibrated:
 
 
 def calibrate(records: Records, classes: Sequence[str], precision: float | None, checkpoint_sha256: str) -> Calibrated:
-    """The calibration that evaluated images suggest. The records must hold logits.
+    """Fit a temperature, and thresholds if a precision is given, on evaluated images. The records must hold logits.
 
-    `precision`, above 0 and below 1: what each class's threshold is to reach; None for no thresholds. Every number in
-    `measured` about the calibrated model is cross-fitted; those of a class's threshold come with the lower bound by
-    which it was chosen. Raises DataError where no class has images enough to show the precision.
+    `precision`, above 0 and below 1: the precision that each class's threshold must reach; None for no thresholds.
+    Every number in `measured` about the calibrated model is cross-fitted; those of a class's threshold come with the
+    lower bound by which it was chosen. Raises DataError if no class has enough images to show the precision.
     """
     assert records.logits is not None
     fitted = fit_temperature(records.logits, records.target)
@@ -136,7 +137,7 @@ def calibrate(records: Records, classes: Sequence[str], precision: float | None,
     judged, kept = cross_fitted(records, len(classes), precision)
     measured: dict[str, Any] = {"images": len(records), "folds": min(FOLDS, len(records))}
     if fitted is None:
-        measured["note"] = "every image is right, so no temperature is the likeliest: 1 is kept"
+        measured["note"] = "every image is classified correctly, so no temperature fits best: 1 is kept"
     measured["loss"] = [float(part.loss.mean(dtype=np.float64)) for part in (plain, judged)]
     measured["ece"] = [reliability(part).error for part in (plain, judged)]
     limits: list[Threshold] = []
@@ -184,7 +185,7 @@ def write_calibration(checkpoint: Path, calibration: Calibration) -> Path:
 def read_calibration(checkpoint: Path, num_classes: int) -> Calibration | None:
     """The calibration of a checkpoint, or None where it has none.
 
-    Raises ArtifactError where calibration.json is damaged, or was made for another checkpoint.
+    Raises ArtifactError if calibration.json is damaged, or was made for another checkpoint.
     """
     file = checkpoint.with_name(FILE_NAME)
     if not file.exists():

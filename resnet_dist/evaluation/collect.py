@@ -66,13 +66,13 @@ def collect_records(
 
 
 def head_width(model: nn.Module) -> int:
-    """How many features the head of a ResNet takes."""
+    """The number of input features of a ResNet's head."""
     return next(layer.in_features for layer in model.get_submodule("fc").modules() if isinstance(layer, nn.Linear))
 
 
 @contextmanager
 def _features_of(model: nn.Module, rows: list[torch.Tensor] | None) -> Iterator[None]:
-    """Within it, what the head is given in every forward is added to `rows`, unless that is None."""
+    """Within it, the input of the head in every forward pass is added to `rows`, unless that is None."""
     if rows is None:
         yield
         return

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from resnet_dist.evaluation.intervals import lower_bound
 from resnet_dist.evaluation.records import Records
 
-# Strong, because a label that is wrong must not be learnt: few images stand against 512 or 2,048 features.
+# Strong, because a wrong label must not be learned: there are few images and 512 or 2,048 features.
 REGULARISATION = 0.01
 # How far a judge must be on the way from always naming the largest class (0) to always being right (1). Simulated with
 # 2 and 10 classes, 300 and 500 images: with 5 % wrong labels, 13 of 100 suspects of a judge at 0.45 are wrong labels,
@@ -27,7 +27,7 @@ OUT_OF_FOLD = "classifiers that were fitted without the image"
 
 @dataclass(frozen=True)
 class Judge:
-    """How well the labels are predicted by what judges them, and whether that is enough to judge at all.
+    """How well the labels can be predicted, and whether that is enough to judge them.
 
     Attributes:
         right: how many of the `images` labels it predicts.
@@ -59,7 +59,7 @@ class Judge:
         return self.low >= self.needed
 
     def sentence(self, suspected: int, name: str) -> str:
-        """What there is to say of the labels, for people. `name` says who judges: "the network"."""
+        """The result in words. `name` says who judges the labels: "the network"."""
         predicted = f"{self.right:,} of {self.images:,} labels ({self.right / self.images:.2f})"
         if self.can_tell:
             return f"{suspected:,} labels are suspected. {predicted} are predicted correctly by {name}."
@@ -72,14 +72,14 @@ class Judge:
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """What speaks against each label, in the order of the images.
+    """The evidence against each label, in the order of the images.
 
     Attributes:
-        likely: int64 (n,), the class that speaks most against the label.
+        likely: int64 (n,), the class that is most probable instead of the label.
         quality: float64 (n,), the normalised margin in 0..1: (p of the label - p of the best other class + 1) / 2.
-        suspected: bool (n,), whether the label is probably wrong; none where the judge cannot tell.
+        suspected: bool (n,), whether the label is probably wrong; none if the judge cannot tell.
         order: int64 (n,), positions from the most to the least likely error: the suspected ones first, each by quality.
-        judge: how far the suspicions can be believed.
+        judge: whether the suspicions can be believed.
     """
 
     likely: np.ndarray

@@ -1,4 +1,4 @@
-"""An exported .onnx file in the place of the network, so that it gets the same records as one."""
+"""An exported .onnx file used like a network, so that it is evaluated in the same way."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from resnet_dist.errors import ArtifactError
 
 
 class Exported(nn.Module):
-    """What onnxruntime makes of images, computed by the very predictor that is deployed."""
+    """The logits that onnxruntime computes, through the same predictor that is deployed."""
 
     def __init__(self, file: str, threads: int) -> None:
         """Load the file. Raises ArtifactError."""

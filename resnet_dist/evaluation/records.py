@@ -1,4 +1,4 @@
-"""What a model makes of images, one fixed-width record per sample, from which every metric is computed."""
+"""The predictions for images: one fixed-width record per sample, from which every metric is computed."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ TOP_K = 5
 
 @dataclass(frozen=True)
 class Keep:
-    """What an evaluation keeps of every sample besides its record: all its logits, the features that the head takes."""
+    """What an evaluation keeps of every sample besides its record: all logits, the features (the input of the head)."""
 
     logits: bool = False
     features: bool = False
@@ -20,15 +20,15 @@ KEEP_NOTHING = Keep()
 
 @dataclass(frozen=True)
 class Records:
-    """What the model made of every sample, in the order of the table.
+    """What the model predicts for every sample, in the order of the table.
 
     Attributes:
         target: int64 (n,), class indices.
         loss: float32 (n,), cross-entropy in nats, without label smoothing or class weights.
         classes: int64 (n, k), the k = min(5, classes) best, best first.
         probabilities: float32 (n, k), theirs.
-        logits: float32 (n, classes), before any temperature, where they were kept.
-        features: float32 (n, F), what the head takes, where they were kept.
+        logits: float32 (n, classes), before any temperature, if they were kept.
+        features: float32 (n, F), the input of the head, if they were kept.
     """
 
     target: np.ndarray

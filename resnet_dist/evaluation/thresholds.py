@@ -1,4 +1,4 @@
-"""Confidence thresholds per class, so that what a model says above them is right as often as was asked for."""
+"""Confidence thresholds per class above which predictions reach a given precision."""
 
 import math
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ LOOKS = 5  # cuts that are tried for a class
 
 @dataclass(frozen=True)
 class Threshold:
-    """The least probability at which a class may be believed, and the images predicted as it from which that follows.
+    """The confidence threshold of a class, and the images predicted as that class that it was chosen on.
 
     Attributes:
-        threshold: 0..1, or None where the precision is not shown at any cut, so that the class is never believed.
+        threshold: 0..1, or None if no cut shows the precision, so that predict must always abstain from the class.
         images: how many images were predicted as the class.
         kept: how many of them reach the threshold; `right` how many of those have the class as their label.
-        lower: the lower confidence bound of the precision of the kept ones (0 where none are).
+        lower: the lower confidence bound of the precision of the kept ones (0 if there are none).
     """
 
     threshold: float | None
@@ -37,7 +37,7 @@ class Threshold:
 
 
 def fewest(precision: float, confidence: float = CONFIDENCE) -> int:
-    """How many images, all of them right, it takes to show a precision in 0..1, both ends excluded."""
+    """The number of images, all predicted correctly, that it takes to show a precision in 0..1, both ends excluded."""
     return math.ceil(math.log(1 - confidence) / math.log(precision))
 
 

@@ -1,4 +1,4 @@
-"""The model card: what a run trained, how good it is, where it ends, how it is loaded. Markdown, from its files."""
+"""The model card in Markdown: what a run trained, how good it is, its limits, and how to load it."""
 
 import json
 import re
@@ -21,7 +21,7 @@ SHOWN_CLASSES = 50
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is made from: run.json, the headline metrics with their intervals, the checkpoint's description."""
+    """What a card is made from: run.json, the metrics with their intervals, the checkpoint's description."""
 
     facts: Mapping[str, Any]
     metrics: Mapping[str, Any]
@@ -39,7 +39,7 @@ def is_plain(architecture: Architecture) -> bool:
 
 
 def read_card_facts(run: Path) -> CardFacts:
-    """Read a finished run. Raises UsageError where it is none, ArtifactError where a file is missing or damaged."""
+    """Read a finished run. Raises UsageError if it is none, ArtifactError if a file is missing or damaged."""
     facts, best = read_facts(run), best_of(run)
     try:
         metrics = json.loads((run / "eval" / "val" / "metrics.json").read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def read_card_facts(run: Path) -> CardFacts:
 
 
 def plain_text(name: str) -> str:
-    """A name from the data as Markdown that shows just it: nobody's class is a link or a heading."""
+    """A name from the data, escaped for Markdown: a class name cannot become a link or a heading."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|&~$:-])", r"\\\1", printable(name).replace("\n", " "))
 
 
@@ -141,12 +141,12 @@ def _machine(facts: Mapping[str, Any]) -> str:
 
 def _limits(known: CardFacts) -> Iterator[str]:
     metrics, classes = known.metrics, known.description.architecture.num_classes
-    yield f"- It assigns one of {counted(classes, 'class')} to every image, also to an image that shows none of them."
-    yield "- The validation images chose the best epoch, so that unseen images may do a little worse; see a test split."
-    yield "- The interval is about other images like these; other cameras, places or times are not in it."
+    yield f"- It assigns one of {counted(classes, 'class')} to every image, even if the image shows none of them."
+    yield "- The best epoch was chosen on the validation images, so unseen images may do a little worse."
+    yield "- The interval is about other images like these, not about other cameras, places or times."
     if int(metrics["images"]) < 30 * classes:
-        yield f"- {metrics['images']} validation images for {classes} classes are few: look at the interval first."
-    yield "- Nothing here says that the images may be used, or the model for a purpose: that is for its user to know."
+        yield f"- {metrics['images']} validation images for {classes} classes are few: the intervals are wide."
+    yield "- The rights to the images, and whether the model fits a purpose, were not checked."
 
 
 # How to load it

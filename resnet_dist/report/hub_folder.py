@@ -98,7 +98,7 @@ def hub_card(known: CardFacts) -> str:
 
 
 def why_not(known: CardFacts) -> str:
-    """What of the network timm does not have."""
+    """The parts of the network that timm does not have."""
     made_of = known.description.architecture
     parts = [f"head {made_of.head}"] if made_of.head != "linear" else []
     return " and ".join([*parts, "small stem"] if made_of.stem != "standard" else parts)

@@ -2,9 +2,10 @@
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,53 @@ def with_features(records: Records, file: Path) -> Records:
     return replace(records, features=features)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What the curves and the page of a run show besides its evaluation.
+
+    Attributes:
+        path: the run folder.
+        facts: run.json.
+        epochs: the rows of metrics.csv; NaN where a cell is empty.
+        steps: the rows of metrics.jsonl: the learning rates of every logged optimizer step.
+        training_images: the number of training images of each class.
+        label_errors: the rows of label_errors.csv, or None if the labels were not judged.
+        texts: (name, text) of config.toml and command.txt.
+    """
+
+    path: Path
+    facts: Mapping[str, Any]
+    epochs: list[dict[str, float]]
+    steps: list[dict[str, Any]]
+    training_images: Mapping[str, int]
+    label_errors: list[dict[str, str]] | None
+    texts: list[tuple[str, str]]
+
+
+def read_run_record(run: Path, training_images: Mapping[str, int] | None = None) -> RunRecord:
+    """The record of a run; the number of training images is read from its manifest if it is not given.
+
+    Raises UsageError, ArtifactError.
+    """
+    by_epoch, by_step, labels = run / "metrics.csv", run / "metrics.jsonl", run / "label_errors.csv"
+    with understood(by_epoch):
+        epochs = [{name: float(value or "nan") for name, value in row.items()} for row in read_csv(by_epoch)]
+    with understood(by_step):
+        steps = [json.loads(line) for line in read_text(by_step).splitlines()]
+    if training_images is None:
+        rows = read_csv(run / "data" / "manifest.csv")
+        training_images = Counter(row["label"] for row in rows if row["split"] == "train")
+    return RunRecord(
+        path=run,
+        facts=read_facts(run),
+        epochs=epochs,
+        steps=steps,
+        training_images=training_images,
+        label_errors=read_csv(labels) if labels.exists() else None,
+        texts=[(name, read_text(run / name)) for name in ("config.toml", "command.txt") if (run / name).exists()],
+    )
+
+
 @contextmanager
 def understood(file: Path) -> Iterator[None]:
     """Within it, what does not fit together in a file is raised as an ArtifactError with its name."""
@@ -85,7 +133,7 @@ def understood(file: Path) -> Iterator[None]:
         yield
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         reason = f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error)
-        raise ArtifactError(f"{file}: damaged, or of another run ({reason}); make it anew") from None
+        raise ArtifactError(f"{file}: damaged, or of another run ({reason}); make it again") from None
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from resnet_dist.data.check import Finding, report_on, summary
 from resnet_dist.evaluation.result import Evaluation
 from resnet_dist.files.run import write_atomically
+from resnet_dist.report.on_disk import RunRecord
 from resnet_dist.report.page_content import evaluation_content
 from resnet_dist.runtime.wording import counted, printable
 
@@ -29,7 +30,7 @@ def write_evaluation_page(file: Path, evaluation: Evaluation, evidence: "Mapping
 
 
 def write_run_page(
-    run: Path,
+    run: RunRecord,
     evaluation: Evaluation,
     evidence: "Mapping[int, Evidence]",
     findings: Sequence[Finding] | None,
@@ -38,9 +39,9 @@ def write_run_page(
 
     Raises ArtifactError, UsageError, MachineError.
     """
-    file = run / "report.html"
+    file = run.path / "report.html"
     data = summary(report_on(findings), evaluation.spec) if findings is not None else None
-    write_page(file, run.absolute().name, evaluation_content(evaluation, run, data, overlays_of(evidence)))
+    write_page(file, run.path.absolute().name, evaluation_content(evaluation, run, data, overlays_of(evidence)))
     return file
 
 

@@ -15,8 +15,7 @@ from PIL import Image
 from resnet_dist.evaluation import confident_learning
 from resnet_dist.evaluation.records import Records
 from resnet_dist.evaluation.result import Evaluation
-from resnet_dist.files.run import read_facts
-from resnet_dist.report.on_disk import read_csv, read_text, understood
+from resnet_dist.report.on_disk import RunRecord, understood
 from resnet_dist.report.pictures import pictures
 from resnet_dist.runtime.wording import counted
 
@@ -64,12 +63,12 @@ class Images:
 
 
 def evaluation_content(
-    evaluation: Evaluation, run: Path | None, data: Mapping[str, Any] | None, overlays: Mapping[int, str]
+    evaluation: Evaluation, run: RunRecord | None, data: Mapping[str, Any] | None, overlays: Mapping[int, str]
 ) -> dict[str, Any]:
     """Everything that the page shows, as plain JSON values.
 
-    `run` is the folder of the run for whose own page this is, `data` the summary of a look at all of its images
-    (see `data.check`), `overlays` pictures of where the evidence lies, by position in the evaluation.
+    `run` is what is known of the run if this is a run's own page, `data` the summary of a look at all of its images
+    (see `data.check`), `overlays` pictures of where the evidence is, by position in the evaluation.
     """
     records, classes = evaluation.records, evaluation.classes
     counts = evaluation.confusion
@@ -83,7 +82,7 @@ def evaluation_content(
     judged = [item[0] for part in errors for item in part["rows"][:MOST_PICTURED]]
     needed = [*worst, *judged, *(row for pair in pairs or [] for row in pair)]
     needed += [place[position] for position in _by_need(records, listed)]
-    training = _training_counts(run)
+    training = run.training_images if run else {}
     return {
         "classes": list(classes),
         "about": _about(evaluation, run),
@@ -101,13 +100,11 @@ def evaluation_content(
         "label_errors": errors,
         "near_duplicates": pairs,
         "duplicates_note": pairs_note,
-        "curves": curves(run) if run else [],
+        "curves": list(curves(run)) if run else [],
         "map": _map(evaluation, place),
         "data": _data_rows(data) if data else [],
-        "facts": list(_flat(read_facts(run) if run else evaluation.summary)),
-        "texts": [
-            [name, read_text(run / name)] for name in ("config.toml", "command.txt") if run and (run / name).exists()
-        ],
+        "facts": list(_flat(run.facts if run else evaluation.summary)),
+        "texts": [list(text) for text in run.texts] if run else [],
     }
 
 
@@ -194,14 +191,12 @@ def _evaluated_errors(evaluation: Evaluation, place: Mapping[int, int]) -> dict[
     return {"title": title, "note": note, "rows": rows[:MOST_JUDGED]}
 
 
-def _training_errors(run: Path, images: Images, classes: Sequence[str]) -> dict[str, Any]:
-    file = run / "label_errors.csv"
-    if not file.exists():
-        note = f"Not looked for yet: `resnet-dist label-errors {run}` judges them, out of fold."
+def _training_errors(run: RunRecord, images: Images, classes: Sequence[str]) -> dict[str, Any]:
+    if run.label_errors is None:
+        note = f"Not looked for yet: `resnet-dist label-errors {run.path}` judges them, out of fold."
         return {"title": "Training images", "note": note, "rows": []}
-    number = {name: index for index, name in enumerate(classes)}
-    found = read_csv(file)
-    with understood(file):
+    number, found = {name: index for index, name in enumerate(classes)}, run.label_errors
+    with understood(run.path / "label_errors.csv"):
         rows = [
             [
                 images.row("train", row["path"], number[row["label"]]),
@@ -259,25 +254,22 @@ def _data_rows(data: Mapping[str, Any]) -> list[list[str]]:
 # Curves
 
 
-def curves(run: Path) -> list[dict[str, Any]]:
+def curves(run: RunRecord) -> Iterator[dict[str, Any]]:
     """Charts of a run: losses and scores by epoch, learning rates by optimizer step. A value of None is a gap."""
-    by_epoch, by_step = run / "metrics.csv", run / "metrics.jsonl"
-    rows, lines = read_csv(by_epoch), read_text(by_step).splitlines()
-    with understood(by_epoch):
-        charts = list(_of_epochs(rows))
-    with understood(by_step):
-        steps = [json.loads(line) for line in lines[:: max(1, len(lines) // MOST_POINTS)]]
+    yield from _of_epochs(run.epochs)
+    with understood(run.path / "metrics.jsonl"):
+        steps = run.steps[:: max(1, len(run.steps) // MOST_POINTS)]
         names = dict.fromkeys(name for row in steps for name in row["lr"])
         series = [{"name": name, "points": [[row["step"], row["lr"].get(name)] for row in steps]} for name in names]
-    return [*charts, {"title": "Learning rate", "x": "optimizer step", "log": True, "phases": [], "series": series}]
+    yield {"title": "Learning rate", "x": "optimizer step", "log": True, "phases": [], "series": series}
 
 
-def _of_epochs(epochs: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
-    phases = [float(row["epoch"]) - 0.5 for before, row in pairwise(epochs) if row["phase"] != before["phase"]]
+def _of_epochs(epochs: Sequence[Mapping[str, float]]) -> Iterator[dict[str, Any]]:
+    phases = [row["epoch"] - 0.5 for before, row in pairwise(epochs) if row["phase"] != before["phase"]]
     for title, metric in (("Loss", "loss"), ("Top-1 accuracy", "top1"), ("Macro F1", "macro_f1")):
         names = [kind for kind in ("train", "val", "ema") if epochs and f"{kind}_{metric}" in epochs[0]]
         series = [
-            {"name": kind, "points": [[float(r["epoch"]), _number(r[f"{kind}_{metric}"])] for r in epochs]}
+            {"name": kind, "points": [[row["epoch"], _or_gap(row[f"{kind}_{metric}"])] for row in epochs]}
             for kind in names
         ]
         if series:
@@ -287,13 +279,13 @@ def _of_epochs(epochs: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
 # Words
 
 
-def _about(evaluation: Evaluation, run: Path | None) -> list[str]:
+def _about(evaluation: Evaluation, run: RunRecord | None) -> list[str]:
     """Sentences about what was evaluated."""
     split = {"train": "training", "val": "validation", "test": "test"}[evaluation.split]
     images = counted(len(evaluation.paths), f"{split} image")
     lines = [f"{images} of {counted(len(evaluation.classes), 'class')}, evaluated in float32."]
     if run:
-        images = read_facts(run).get("images", {})
+        images = run.facts.get("images", {})
         lines.append("Images of the run: " + ", ".join(f"{count} {name}" for name, count in images.items()) + ".")
     return lines
 
@@ -315,12 +307,6 @@ def _headline(evaluation: Evaluation) -> list[list[Any]]:
     ]
 
 
-def _training_counts(run: Path | None) -> Counter[str]:
-    if run is None:
-        return Counter()
-    return Counter(row["label"] for row in read_csv(run / "data" / "manifest.csv") if row["split"] == "train")
-
-
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[list[Any]]:
     """(dotted name, value) of nested JSON objects, each value as text."""
     for name, value in values.items():
@@ -332,8 +318,7 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[list[Any]]:
             yield [f"{before}{name}", value if isinstance(value, str) else json.dumps(value)]
 
 
-def _number(text: str) -> float | None:
-    value = float(text) if text else math.nan
+def _or_gap(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 

@@ -35,7 +35,7 @@ def run_report(cfg: ReportConfig) -> Path:
     from resnet_dist.evaluation.evidence import evidence_of
     from resnet_dist.files.run import is_run, read_facts
     from resnet_dist.model.checkpoint import load_checkpoint
-    from resnet_dist.report.on_disk import read_run_evaluation
+    from resnet_dist.report.on_disk import read_run_evaluation, read_run_record
     from resnet_dist.report.training import write_run_report
 
     run = Path(cfg.run or "")
@@ -45,7 +45,7 @@ def run_report(cfg: ReportConfig) -> Path:
     evaluation = read_run_evaluation(run, description.classes, description.preprocessing)
     findings = look_at(index_of(run, evaluation)) if cfg.near_duplicates else None
     has_images = evaluation.root.is_dir()  # otherwise the page says that they are gone
-    return write_run_report(run, evaluation, evidence_of(model, evaluation), findings, has_images)
+    return write_run_report(read_run_record(run), evaluation, evidence_of(model, evaluation), findings, has_images)
 
 
 def index_of(run: Path, evaluation: "Evaluation") -> "ImageIndex":

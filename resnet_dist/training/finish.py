@@ -69,12 +69,15 @@ def write_report(job: Job, model: nn.Module, evaluation: Evaluation) -> None:
 
     Near duplicates are listed if the run has so few images that all of them are read quickly.
     """
+    from resnet_dist.report.on_disk import read_run_record
     from resnet_dist.report.training import write_run_report  # it imports matplotlib, which takes a second
 
     index = job.index
     images = len(index.train) + len(index.val) + len(index.test)
     findings = look_at_all(index, full=True) if images <= FEW else None
-    write_run_report(job.run.path, evaluation, evidence_of(model, evaluation), findings)
+    counts = np.bincount(index.train.targets, minlength=len(index.classes)).tolist()
+    run = read_run_record(job.run.path, dict(zip(index.classes, counts, strict=True)))
+    write_run_report(run, evaluation, evidence_of(model, evaluation), findings)
 
 
 def first_samples(

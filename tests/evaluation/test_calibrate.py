@@ -105,7 +105,7 @@ def test_temperature_without_mistakes_stays_1() -> None:
     logits = np.eye(4)[[0, 1, 2, 3]] * 2
     assert fit_temperature(logits, np.arange(4)) is None
     made = calibrate(records_of(logits, np.arange(4)), CLASSES, None, "0" * 64).calibration
-    assert made.temperature == 1 and "every image is right" in made.measured["note"]
+    assert made.temperature == 1 and "every image is classified correctly" in made.measured["note"]
 
 
 def test_cross_fitting_judges_by_the_other_folds() -> None:
