@@ -16,7 +16,15 @@ from export.predict import Preprocessing
 from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.decode import Reader
 from resnet_dist.data.index import ImageTable
-from resnet_dist.data.transforms import Batch, augment, mix_of_pair, sample_key, starts_fitted, training_pixels
+from resnet_dist.data.transforms import (
+    Batch,
+    augment,
+    mix_of_pair,
+    sample_key,
+    sample_keys,
+    starts_fitted,
+    training_pixels,
+)
 from resnet_dist.errors import DataError, UsageError
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.faults import lost_loader
@@ -156,6 +164,19 @@ def _batch_of(table: ImageTable, images: np.ndarray, positions: Sequence[int], k
     return Batch(torch.from_numpy(images), targets, index, torch.tensor(keys, dtype=torch.int64))
 
 
+def unpacked(keys: Sequence[Key | int], seed: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """The epochs, positions and sample keys of a batch, int64 (n,) each; of an evaluation, which has only positions, 0.
+
+    At once for all samples: where nothing is decoded, this is most of the work of a batch.
+    """
+    if isinstance(keys[0], tuple):
+        epochs, positions = map(list, zip(*keys, strict=True))
+        hashed = sample_keys(seed, epochs, positions)
+    else:
+        epochs, positions, hashed = [0] * len(keys), list(keys), np.zeros(len(keys), np.int64)
+    return np.array(epochs), torch.from_numpy(np.array(positions, np.int64)), torch.from_numpy(hashed)
+
+
 class DeviceImages(Dataset[Batch]):
     """Samples that are the same in every epoch, decoded once and cached on a device.
 
@@ -170,12 +191,10 @@ class DeviceImages(Dataset[Batch]):
 
     def __getitems__(self, keys: Sequence[Key | int]) -> Batch:
         """The batch, with its images on the device. Keys: (epoch, position) in training, positions in evaluation."""
-        positions = [key[1] if isinstance(key, tuple) else key for key in keys]
-        sample_keys = [sample_key(self.seed, *key) if isinstance(key, tuple) else 0 for key in keys]
-        index = torch.tensor(positions, dtype=torch.int64)
+        _, index, sample_keys = unpacked(keys, self.seed)
         targets = torch.from_numpy(self.table.targets)[index]
         pixels = self.pixels[index.to(self.pixels.device, non_blocking=True)]
-        return Batch(pixels, targets, index, torch.tensor(sample_keys, dtype=torch.int64))
+        return Batch(pixels, targets, index, sample_keys)
 
 
 class TrainLoader:

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from resnet_dist.config.schema import Phase
 from resnet_dist.data.index import ImageTable
-from resnet_dist.data.loader import EvalImages, EvalLoader, Key, TrainImages, TrainLoader
-from resnet_dist.data.transforms import Batch, sample_key
+from resnet_dist.data.loader import EvalImages, EvalLoader, Key, TrainImages, TrainLoader, unpacked
+from resnet_dist.data.transforms import Batch
 from resnet_dist.errors import DataError
 from resnet_dist.model.parts import cut, first_changing_stage
 from resnet_dist.runtime import environment as launcher
@@ -32,10 +32,8 @@ class KnownSamples(Dataset[Batch]):
 
     def __getitems__(self, keys: Sequence[Key | int]) -> Batch:
         """By (epoch, position) in training, by position in evaluation; `index` counts view after view."""
-        pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
-        positions = torch.tensor([position for _, position in pairs])
-        views = torch.tensor([epoch % self.views for epoch, _ in pairs])
-        sample_keys = torch.tensor([sample_key(self.seed, epoch, position) for epoch, position in pairs])
+        epochs, positions, sample_keys = unpacked(keys, self.seed)
+        views = torch.from_numpy(epochs % self.views)
         targets = torch.from_numpy(self.table.targets)[positions]
         return Batch(self._none, targets, views * len(self.table) + positions, sample_keys)
 

@@ -19,6 +19,7 @@ from resnet_dist.data.transforms import (
     mirrored,
     mix_of_pair,
     sample_key,
+    sample_keys,
     starts_fitted,
     swap_pairs,
     training_pixels,
@@ -309,3 +310,11 @@ def test_flips_equal_numpy_and_do_not_change_the_batch() -> None:
         expected = np.stack([image[:, ::-1] if f else image for image, f in zip(images, flips, strict=True)])
         assert np.array_equal(mirrored(batch, flip).numpy(), expected)
     assert np.array_equal(batch.numpy(), images)
+
+
+def test_keys_of_many_samples_are_those_of_each() -> None:
+    random = np.random.default_rng(0)
+    for seed in (0, 7, 2**63 - 1, sample_key(3, -2, -1)):
+        epochs, positions = random.integers(0, 1000, 200).tolist(), random.integers(0, 2**40, 200).tolist()
+        expected = [sample_key(seed, epoch, position) for epoch, position in zip(epochs, positions, strict=True)]
+        assert sample_keys(seed, epochs, positions).tolist() == expected
