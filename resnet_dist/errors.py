@@ -1,12 +1,12 @@
-"""The errors a user can meet. Each is one line on the terminal and one documented exit code.
+"""The errors that users see. Each is one line on the terminal and one documented exit code.
 
-ResnetDistError            1   (itself only for a bug of the main process, on the others; any other exception: also 1)
-├── UsageError             2   a flag, a config file or a combination of them is wrong
+ResnetDistError            1   (itself only for a bug of the main process, raised on the others)
+├── UsageError             2   an option, a config file or a combination of them is wrong
 ├── DataError              3   the images, labels or manifest are wrong
-├── MachineError           4   disk, permission, network, device or launcher
+├── MachineError           4   disk, permissions, network, device or launcher
 ├── NonFiniteError         5   the loss or a gradient became NaN or infinite
-├── ArtifactError          6   a checkpoint, weights file or exported model is not what it should be
-└── Preempted             75   told to stop by a signal; a checkpoint to resume from is written (EX_TEMPFAIL)
+├── ArtifactError          6   a checkpoint, weights file or exported model cannot be used
+└── Preempted             75   stopped by a signal; a checkpoint to resume from is written (EX_TEMPFAIL)
 """
 
 import errno
@@ -51,7 +51,7 @@ class ResnetDistError(Exception):
 
 
 class UsageError(ResnetDistError):
-    """A flag, a config file, or a combination of them is wrong. Carries every problem found, not the first."""
+    """An option, a config file or a combination of them is wrong. `problems` lists everything that is wrong."""
 
     exit_code = 2
 
@@ -72,13 +72,13 @@ class DataError(ResnetDistError):
 
 
 class MachineError(ResnetDistError):
-    """Disk, permission, network, device or launcher: the machine, not the data."""
+    """Disk, permissions, network, device or launcher."""
 
     exit_code = 4
 
 
 def disk_error(error: OSError) -> MachineError | None:
-    """The error to show for a disk, or a device in its place, that cannot be written; None for another cause."""
+    """The error to show if a disk or device cannot be written; None for any other cause."""
     if error.errno not in DISK_ERRORS:
         return None
     return MachineError(f"{error.filename or 'the output'}: cannot be written ({error.strerror})")
@@ -91,13 +91,13 @@ class NonFiniteError(ResnetDistError):
 
 
 class ArtifactError(ResnetDistError):
-    """A checkpoint, weights file or exported model is not what it should be."""
+    """A checkpoint, weights file or exported model cannot be used."""
 
     exit_code = 6
 
 
-class Preempted(ResnetDistError):  # noqa: N818 - not a mistake of anybody's
-    """Told to stop by a signal; a checkpoint to resume from is written."""
+class Preempted(ResnetDistError):  # noqa: N818 - nobody's mistake
+    """Stopped by a signal; a checkpoint to resume from is written."""
 
     exit_code = 75
     shared = True

@@ -1,4 +1,4 @@
-"""`resnet-dist VERB ...`: find the verb, read its options, run it; an error is one line and an exit code."""
+"""`resnet-dist VERB ...`: find the verb, read its options, run it. An error is one line and an exit code."""
 
 import importlib
 import os
@@ -20,23 +20,23 @@ from resnet_dist.runtime.wording import printable
 VERBS = {  # verb: what it does; its module is resnet_dist.cli.<verb> unless MODULES says otherwise
     "train": "fine-tune a ResNet on a folder of images",
     "lr-find": "find a learning rate for a recipe on your data",
-    "reproduce": "do a run again, and say what differs",
-    "compare": "train several techniques on your data: which differences are real",
-    "eval": "evaluate a run or a checkpoint, exactly, with one line per image",
+    "reproduce": "repeat a run and report what differs",
+    "compare": "train several techniques on your data and test which differences are real",
+    "eval": "evaluate a run, a checkpoint or an ONNX model, with one line per image",
     "export": "export the best checkpoint to ONNX and verify it against PyTorch",
-    "hub": "a folder of the best checkpoint that timm and the Hugging Face Hub read",
-    "predict": "label images with an exported model, without torch",
-    "explain": "where in an image the network sees what it says",
-    "report": "make the page of a run anew: report.html, one file to look at",
-    "label-errors": "rank the training labels that are probably wrong",
-    "check": "look at every image: unusable, odd, duplicate, leaking between splits",
-    "split": "split a folder into train, val and test, as a manifest, links or copies",
-    "summary": "layers, shapes, parameters and FLOPs of a model",
+    "hub": "write the best checkpoint in the format of timm and the Hugging Face Hub",
+    "predict": "classify images with an exported model, without torch",
+    "explain": "saliency: show which parts of an image led to the prediction",
+    "report": "write report.html of a run again",
+    "label-errors": "rank the training images by how likely their label is wrong",
+    "check": "check every image: unusable, unusual, duplicate, or in several splits",
+    "split": "split a folder into train, val and test: a manifest, links or copies",
+    "summary": "show layers, shapes, parameters and FLOPs of a model",
     "recipes": "list the named techniques, or print one",
-    "bench": "where the time of training goes on this machine, and what to change",
-    "bench ladder": "what each lever of speed is worth here, one after the other",
-    "bench scaling": "how training speeds up with processes on this machine",
-    "doctor": "what this machine has, and a proof that two processes equal one",
+    "bench": "measure where training spends its time here, and what to change",
+    "bench ladder": "measure what each optimisation gains here, one after the other",
+    "bench scaling": "measure how training scales with the number of processes here",
+    "doctor": "show what this machine has, and test that two processes equal one",
     "demo": "train on handwritten digits, offline, in two minutes",
 }
 MODULES = {"predict": "export.predict"}

@@ -1,1 +1,1 @@
-"""What is read and written: the run folder, the rule for outputs, bounded reads. No torch here."""
+"""Reading and writing files: the run folder, the rule for outputs, bounded reads. Imports no torch."""

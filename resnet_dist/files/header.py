@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, read from the first bytes of its file: bounded, strict, and without torch."""
+"""The description in the header of a checkpoint, read without torch and without the weights."""
 
 import stat
 import struct
@@ -9,7 +9,7 @@ from resnet_dist.errors import ArtifactError
 from resnet_dist.files.reading import parse_json
 
 METADATA_KEY = "resnet_dist"
-MAX_HEADER = 1 << 25  # a hundred thousand class names of moderate length; the header of a ResNet alone has 30 KB
+MAX_HEADER = 1 << 25  # room for a hundred thousand class names; the header of a ResNet alone has 30 KB
 
 
 def best_of(run_or_file: str | Path) -> Path:
@@ -19,10 +19,10 @@ def best_of(run_or_file: str | Path) -> Path:
 
 
 def description_in(file: Path) -> dict[str, Any] | None:
-    """The description that resnet-dist wrote into a safetensors file, unchecked JSON values; None if there is none.
+    """The description that resnet-dist wrote into a safetensors file, as unchecked JSON values; None if there is none.
 
-    The format is 8 bytes with the length of a JSON object, then that object; free text is in its `__metadata__`
-    (https://github.com/huggingface/safetensors). Raises ArtifactError in one line.
+    A safetensors file starts with 8 bytes that give the length of a JSON object, then that object; its `__metadata__`
+    holds free text (https://github.com/huggingface/safetensors). Raises ArtifactError.
     """
     try:
         header = parse_json(_header_of(file))
@@ -59,7 +59,7 @@ def _header_of(file: Path) -> bytes:
 
 
 def random_stream_of(run_or_file: str | Path) -> int:
-    """The random stream of an old run or checkpoint; 0 where it has none yet. Raises ArtifactError."""
+    """The random stream of an old run or checkpoint; 0 if it has none. Raises ArtifactError."""
     file = best_of(run_or_file)
     config = (description_in(file) or {}).get("config")
     run = config.get("run") if isinstance(config, dict) else None
@@ -74,10 +74,10 @@ def network_of(run_or_file: str | Path) -> dict[str, Any]:
     file = best_of(run_or_file)
     values = description_in(file)
     if values is None:
-        raise ArtifactError(f"{file}: not written by resnet-dist; weights from elsewhere are given as --weights FILE")
+        raise ArtifactError(f"{file}: not written by resnet-dist; give other weights as --weights FILE")
     head = values.get("head")
     if not isinstance(head, dict) or not {"name", "hidden", "dropout"} <= head.keys() or "stem" not in values:
-        raise ArtifactError(f"{file}: its description is damaged: no network in it")
+        raise ArtifactError(f"{file}: its description is damaged: it names no network")
     network = {"model": values.get("architecture"), "stem": values["stem"], "head": head["name"]}
     hidden = {"head_hidden": head["hidden"]} if head["hidden"] else {}
     return {**network, **hidden, "dropout": head["dropout"], "weights": "none"}

@@ -1,9 +1,9 @@
-"""One rule for everything that is written: only what this program wrote is ever replaced.
+"""The rule for outputs: only files that this program wrote are replaced.
 
-- A folder to write into must be new, empty, or hold what the same verb wrote before. One file in it, the first that the
-  verb writes, shows that by its content. Files under other names than the verb's stay as they are.
-- A file to write must be new, or one that the same verb wrote before.
-- Below a run folder no symbolic link is followed: it would lead out of it.
+- An output folder must be new, empty, or an output of the same verb. The content of one file, the first that the verb
+  writes, shows this. Files with other names are kept.
+- An output file must be new, or an output of the same verb.
+- Inside a run folder no symbolic link is followed, as it could lead out of the folder.
 """
 
 import os
@@ -14,19 +14,19 @@ from pathlib import Path
 from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.files.reading import parse_json, read_bounded
 
-MAX_MARK = 1 << 26  # bytes of a file by which an output is recognised
-TEMPORARY = ".tmp-"  # begins the name of a file that is still being written
-LOCK = ".lock"  # a file of a run folder that the process that writes the run keeps locked
+MAX_MARK = 1 << 26  # bytes of the file that identifies an output
+TEMPORARY = ".tmp-"  # prefix of a file that is being written
+LOCK = ".lock"  # a file in the run folder; the process that writes the run holds a lock on it
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a verb writes into a folder.
+    """The kind of output that a verb writes into a folder.
 
     Attributes:
-        name: what errors call it, such as "an evaluation".
-        mark: the file of the folder that is written first, or a pattern that finds it.
-        is_ours: whether this program wrote the file that it is given.
+        name: its name in error messages, such as "an evaluation".
+        mark: the file that is written first, or a glob pattern for it.
+        is_ours: tells whether this program wrote a given file.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Kind:
 
 
 def json_with(*keys: str) -> Callable[[Path], bool]:
-    """Whether a file is a JSON object that has these keys."""
+    """A test of whether a file is a JSON object with these keys."""
 
     def is_ours(file: Path) -> bool:
         try:
@@ -52,7 +52,7 @@ def json_with(*keys: str) -> Callable[[Path], bool]:
 
 
 def table_with(*columns: str) -> Callable[[Path], bool]:
-    """Whether a file is a CSV file whose first line names just these columns."""
+    """A test of whether a file is a CSV file with exactly these columns."""
 
     def is_ours(file: Path) -> bool:
         try:
@@ -65,7 +65,7 @@ def table_with(*columns: str) -> Callable[[Path], bool]:
 
 
 def check_folder(folder: Path, kind: Kind, option: str = "--output-dir") -> None:
-    """See before any work that a verb may write into `folder`, and can. Raises UsageError, MachineError."""
+    """Check, before any work, that a verb may and can write into `folder`. Raises UsageError, MachineError."""
     try:
         if not is_free(folder) and not (folder.is_dir() and kind.is_in(folder)):
             raise UsageError(f"{option} {folder}: it exists and is not {kind.name}; choose another folder")
@@ -77,7 +77,7 @@ def check_folder(folder: Path, kind: Kind, option: str = "--output-dir") -> None
 
 
 def make_folder(folder: Path, kind: Kind, option: str = "--output-dir") -> None:
-    """Make a folder that a verb may write into. Raises UsageError, MachineError."""
+    """Check and make the output folder of a verb. Raises UsageError, MachineError."""
     check_folder(folder, kind, option)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def make_folder(folder: Path, kind: Kind, option: str = "--output-dir") -> None:
 
 
 def check_file(file: Path, is_ours: Callable[[Path], bool], option: str) -> None:
-    """See that a verb may write `file`. Raises UsageError."""
+    """Check that a verb may write `file`. Raises UsageError."""
     if os.path.lexists(file) and (file.is_symlink() or not is_ours(file)):
         raise UsageError(f"{option} {file}: it exists and was not written by this verb; choose another name")
     if not file.parent.is_dir():
@@ -94,7 +94,7 @@ def check_file(file: Path, is_ours: Callable[[Path], bool], option: str) -> None
 
 
 def json_problems(option: str, file: str | None, *keys: str) -> Iterator[str]:
-    """What is wrong with a JSON file that is written at the end of a verb; an older one has `keys` and is replaced."""
+    """Problems of a JSON output file; an existing file with `keys` is an older output and may be replaced."""
     try:
         if file is not None:
             check_file(Path(file), json_with(*keys), option)
@@ -103,19 +103,19 @@ def json_problems(option: str, file: str | None, *keys: str) -> Iterator[str]:
 
 
 def inside(run: Path, *names: str) -> Path:
-    """A path below a run folder that leads through no symbolic link. Raises UsageError where one is in the way."""
+    """A path inside a run folder. Raises UsageError if a symbolic link is on the way."""
     path = run
     for name in names:
         path /= name
         if path.is_symlink():
-            raise UsageError(f"{path}: a symbolic link; nothing in a run folder is written through one, so remove it")
+            raise UsageError(f"{path}: a symbolic link, which must not be in a run folder; remove it")
     return path
 
 
 def is_free(path: Path) -> bool:
-    """Whether nothing is at `path`, or a folder in which there is no file. Raises OSError.
+    """Whether `path` does not exist or is a folder without files. Raises OSError.
 
-    Locks and files that were never finished do not count.
+    Lock files and unfinished files do not count.
     """
     if not os.path.lexists(path):
         return True

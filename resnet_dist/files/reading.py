@@ -1,4 +1,4 @@
-"""Files that somebody else may have written: read whole, but only up to a size, and as strict JSON."""
+"""Reading files that others may have written: up to a size limit, and as strict JSON."""
 
 import json
 import math
@@ -6,14 +6,14 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
-MAX_DEPTH = 32  # our own files nest to five
+MAX_DEPTH = 32  # our own files have a depth of 5
 
 
 def read_bounded(file: Path, most: int) -> bytes:
     """The bytes of a file of at most `most` bytes.
 
-    Raises OSError where it cannot be read, ValueError where it is larger, or no file at all but a pipe or a device,
-    which would never end.
+    Raises OSError if it cannot be read, and ValueError if it is larger or not a regular file (a pipe or a device could
+    be endless).
     """
     status = file.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -28,10 +28,10 @@ def read_bounded(file: Path, most: int) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A JSON value. Raises ValueError for whatever is not plain JSON.
+    """A JSON value. Raises ValueError if the text is not strict JSON.
 
-    Stricter than json.loads: a key that comes twice, numbers that are not finite (NaN, 1e999) and nesting beyond
-    MAX_DEPTH are refused.
+    Stricter than json.loads: duplicate keys, numbers that are not finite (NaN, 1e999) and nesting beyond MAX_DEPTH are
+    errors.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
@@ -48,7 +48,7 @@ def parse_json(text: str | bytes) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key comes twice in one object")
+        raise ValueError("a key occurs twice in one object")
     return found
 
 
@@ -59,7 +59,7 @@ def _no_constant(name: str) -> NoReturn:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is not a number that can be kept")
+        raise ValueError(f"{text[:20]} is too large for a number")
     return value
 
 

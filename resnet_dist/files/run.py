@@ -1,4 +1,4 @@
-"""What is on disk for a run, and how it gets there: whole or not at all."""
+"""The run folder: its files, its lock, and atomic writes."""
 
 import csv
 import errno
@@ -25,15 +25,20 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MAX_FACTS = 1 << 24  # bytes of run.json
 STATE_NAME = re.compile(r"step-\d{9,}(\.replaced\d*)?")  # the folder of a checkpoint to resume from
-MANIFEST = "manifest.json"  # in it: written last, removed first
-UNFINISHED = re.compile(r"^\.tmp-\d+-")  # before the name of a file while it is written
+MANIFEST = "manifest.json"  # in such a folder: written last, removed first
+UNFINISHED = re.compile(r"^\.tmp-\d+-")  # prefix of a file that is being written
 FOLDERS = ("checkpoints", "plots", "data")
-LINKABLE = (*((name,) for name in FOLDERS), ("eval",), ("eval", "val"), ("tracker",))  # where training writes
+LINKABLE = (
+    *((name,) for name in FOLDERS),
+    ("eval",),
+    ("eval", "val"),
+    ("tracker",),
+)  # training writes there
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 STATUSES = ("running", "done", "failed", "preempted")
-Replace = Literal["nothing", "unfinished", "any"]  # the run that a new one may take the place of
+Replace = Literal["nothing", "unfinished", "any"]  # which run a new one may replace
 
-# Every file that the program writes into a run folder; nothing else is ever removed from one.
+# Every file that the program writes into a run folder; no other file is ever removed.
 _EVALUATION = "predictions.csv per_class.csv confused.csv metrics.json confusion_matrix.png reliability.png "
 _EVALUATION += "predictions.png embeddings.npy embeddings.png report.html"
 _EXPORT = "model.onnx model.*.onnx labels.txt config.json preprocessor_config.json README.md predict.py "
@@ -60,15 +65,15 @@ _PATTERNS = [(folder + name).split("/") for folder, names in WRITTEN.items() for
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Put a file in place in one step, durably: temporary file, fsync, rename, fsync of the folder.
+    """Write a file atomically and durably: temporary file, fsync, rename, fsync of the folder.
 
-    Raises MachineError in one line; whatever stood there before is then still there.
+    Raises MachineError; an existing file is then unchanged.
     """
     data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
     temporary = file.with_name(f"{TEMPORARY}{os.getpid()}-{file.name}")
     try:
         temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as stream:  # never through a link
+        with temporary.open("xb") as stream:  # "x": never through a link
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
@@ -81,7 +86,7 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Windows cannot open a folder, and needs no such call."""
+    """Make a rename in `folder` durable. Windows cannot open a folder and does not need this."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -92,14 +97,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def to_json(value: Any) -> str:
-    """JSON for people to read."""
+    """Indented JSON."""
     return json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
 
 
 def to_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """CSV text with lines that end in a newline."""
+    """CSV text; lines end with a newline character."""
     cells = [[str(cell) if cell is not None else "" for cell in row] for row in rows]
-    # Before Python 3.13 a lone carriage return is not quoted by itself, and cuts the line when it is read.
+    # Before Python 3.13 a lone carriage return is not quoted, and splits the line when the file is read.
     odd = any("\r" in cell for row in cells for cell in row)
     stream = io.StringIO(newline="")
     writer = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL)
@@ -108,22 +113,22 @@ def to_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 class RunFolder:
-    """The folder of one run. On all processes but the main one it is not active: nothing is written."""
+    """The folder of one run. It is active, and written to, on the main process only."""
 
     def __init__(self, path: Path, active: bool = True) -> None:
         self.path = path
         self.active = active
         self.plots = path / "plots"
         self.best = path / "checkpoints" / "best.safetensors"
-        self.is_open = False  # whether this launch has written into run.json that the run is running
+        self.is_open = False  # whether this launch has set the status in run.json to "running"
         self._warned = False
         self._lock: FileLock | None = None
 
     def lock(self) -> None:
-        """Keep other processes from writing this run, until `unlock` or the end of this object or process.
+        """Lock the run for this process, until `unlock` or the end of this object or process.
 
-        Loader processes that are forked do not hold the lock. Raises UsageError if another process writes the run,
-        MachineError if the folder cannot be written.
+        Forked loader processes do not hold the lock. Raises UsageError if another process writes the run, MachineError
+        if the folder cannot be written.
         """
         if not self.active or self._lock is not None:
             return
@@ -131,7 +136,7 @@ class RunFolder:
 
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise MachineError(f"{self.path}: the run folder cannot be written")
-        # Never the soft lock: its file would outlive a killed process, and lock the run for ever.
+        # Never the soft lock: its file would outlive a killed process and lock the run forever.
         lock = FileLock(self.path / LOCK, timeout=0, thread_local=False, fallback_to_soft=False)
         try:
             lock.acquire()
@@ -142,17 +147,20 @@ class RunFolder:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise MachineError(f"{self.path}: the run folder cannot be written ({error.strerror})") from None
-            print(f"WARNING: {self.path}: this file system has no locks; start no second run in it", file=sys.stderr)
+            print(
+                f"WARNING: {self.path}: this file system has no locks; do not start a second run in this folder",
+                file=sys.stderr,
+            )
         self._lock = lock
 
     def unlock(self) -> None:
-        """Let others write this run."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def check(self, replace: Replace) -> None:
-        """See, before any work is done, that the folder can be made. Raises what `create` would, but for its space."""
+        """Check, before any work, that the folder can be made. Raises as `create` does, except for disk space."""
         try:
             if not is_free(self.path):
                 _check_replaceable(self.path, replace)
@@ -166,24 +174,24 @@ class RunFolder:
         self.check_links()
 
     def check_links(self) -> None:
-        """Raises UsageError where a symbolic link would lead what training writes out of the folder."""
+        """Raises UsageError if training would write through a symbolic link."""
         for names in LINKABLE:
             inside(self.path, *names)
 
     def create(self, replace: Replace, needed_bytes: int, facts: Mapping[str, Any]) -> None:
-        """Make the folder, locked, with `facts` as its run.json, if the disk has the space that the run will need.
+        """Make and lock the folder, and write `facts` to run.json, if the disk has `needed_bytes` free.
 
-        Of a run that it replaces, only files that this program wrote are removed. Raises UsageError if the folder is in
-        use, MachineError if it cannot be made or the disk is too small; nothing is then made or removed.
+        If it replaces a run, only files that this program wrote are removed. Raises UsageError if the folder is in use,
+        MachineError if it cannot be made or the disk is too small; nothing is then made or removed.
         """
         self.check(replace)
         self._check_space(needed_bytes)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
-            self.check(replace)  # again: another run may have begun before the lock was ours
+            self.check(replace)  # again: another run may have started before we got the lock
             old = list(written_in(self.path))
-            # Whenever this is cut off, run.json tells the truth: the old run cannot go on, or the new one has begun.
+            # If this is interrupted, run.json is still true: the old run cannot be resumed, or the new one has started.
             _remove(self.path, [file for file in old if file.parent.name.startswith(("step-", TEMPORARY))])
             self.write("run.json", to_json(dict(facts)))
             self.is_open = True
@@ -199,27 +207,27 @@ class RunFolder:
             free = usage.free + sum(file.stat().st_size for file in written_in(self.path))
         except OSError as error:
             raise MachineError(f"{self.path}: cannot be made into a run folder ({error.strerror})") from None
-        if usage.total and free < needed_bytes:  # some file systems, such as /proc, have no size
+        if usage.total and free < needed_bytes:  # some file systems, such as /proc, report no size
             raise MachineError(
-                f"{self.path}: needs {needed_bytes >> 20} MiB for checkpoints, the disk has {free >> 20} MiB free"
+                f"{self.path}: the checkpoints need {needed_bytes >> 20} MiB, the disk has only {free >> 20} MiB free"
             )
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a file of the run folder, whole or not at all."""
+        """Write a file of the run folder atomically."""
         if self.active:
             write_atomically(self.path / name, content)
 
     def update(self, **fields: Any) -> None:
-        """Change fields of run.json: the status of the run, and where its facts are."""
+        """Change fields of run.json."""
         if self.active:
             known = read_facts(self.path) if (self.path / "run.json").exists() else {}
             self.write("run.json", to_json(known | fields))
             self.is_open = self.is_open or fields.get("status") == "running"
 
     def end(self, status: str, exit_code: int, reason: str) -> None:
-        """Record how the run ended, on the process that knows it; the first record stays.
+        """Record how the run ended, on any process; the first record is kept.
 
-        A run that this launch made "done" can still fail: the page and the pictures are made after that.
+        A run that this launch marked "done" can still fail, while the report is written.
         """
         try:
             if read_facts(self.path).get("status") in ("running", "done" if self.is_open else ""):
@@ -228,19 +236,19 @@ class RunFolder:
             print(f"WARNING: {error}", file=sys.stderr)
 
     def append_step(self, row: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+        """Append a line to metrics.jsonl."""
         self._append("metrics.jsonl", json.dumps(row, allow_nan=False) + "\n")
 
     def append_epoch(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics.csv, after its header where the file is new."""
+        """Append a row to metrics.csv, after a header if the file is new."""
         text = to_csv(list(row), [list(row.values())])
         is_new = not (self.path / "metrics.csv").exists()
         self._append("metrics.csv", text if is_new else text.partition("\n")[2])
 
     def cut_back(self, steps: int, epochs: int) -> None:
-        """Take out of the metrics files what came after so many optimizer steps and validated epochs.
+        """Remove rows after this optimizer step and this epoch from the metrics files; training will repeat them.
 
-        It will be done again; so will a last line that a full disk cut off. Raises MachineError.
+        A last line that was cut off by a full disk is removed too. Raises MachineError.
         """
         if not self.active:
             return
@@ -258,7 +266,7 @@ class RunFolder:
             self.write("metrics.csv", "".join(f"{','.join(row)}\n" for row in (names, *kept)))
 
     def _append(self, name: str, text: str) -> None:
-        """Add to a log. One that cannot be written is worth a warning, not the run."""
+        """Append to a log. If that fails, warn once and go on."""
         if not self.active:
             return
         try:
@@ -277,7 +285,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _step_of(line: str) -> float:
-    """The optimizer step of a line of metrics.jsonl; of one that a full disk cut off, infinity."""
+    """The optimizer step of a line of metrics.jsonl; infinity for an incomplete line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -285,14 +293,14 @@ def _step_of(line: str) -> float:
 
 
 def append(file: Path, text: str) -> None:
-    """Add to a log that is no symbolic link. Raises OSError."""
+    """Append to a file that is not a symbolic link. Raises OSError."""
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     with os.fdopen(descriptor, "a", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         stream.write(text)
 
 
 def written_in(path: Path) -> Iterator[Path]:
-    """The files of a run folder that this program wrote, by their names; no link is one or is followed."""
+    """The files of a run folder that this program wrote, recognised by name. Links are not followed."""
     for folder, _, names in os.walk(path):
         for file in (Path(folder, name) for name in names):
             parts = file.relative_to(path).parts
@@ -301,14 +309,14 @@ def written_in(path: Path) -> Iterator[Path]:
 
 
 def is_written(parts: Sequence[str]) -> bool:
-    """Whether a path below a run folder is one that this program writes, or the unfinished form of one."""
+    """Whether this program writes a file of this path inside a run folder, unfinished files included."""
     *folders, name = parts
     parts = (*folders, UNFINISHED.sub("", name))
     return any(len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern)) for pattern in _PATTERNS)
 
 
 def _remove(path: Path, files: Iterable[Path]) -> None:
-    """Remove files below a folder, and the folders that this leaves empty. Raises OSError."""
+    """Remove files inside a folder, and subfolders that become empty. Raises OSError."""
     for file in files:
         file.unlink(missing_ok=True)
         folder = file.parent
@@ -318,13 +326,13 @@ def _remove(path: Path, files: Iterable[Path]) -> None:
 
 
 def has_state(path: Path) -> bool:
-    """Whether a run folder holds a checkpoint to resume from: a folder of that name with a manifest."""
+    """Whether a run folder has a checkpoint to resume from, complete with its manifest."""
     manifests = (path / "checkpoints").glob(f"step-*/{MANIFEST}")
     return any(STATE_NAME.fullmatch(manifest.parent.name) for manifest in manifests)
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run of this program, by the content of its run.json: fields that all runs have."""
+    """Whether a folder is a run of this program: its run.json has the fields that all runs have."""
     try:
         facts = read_facts(path)
     except UsageError:
@@ -344,12 +352,14 @@ def _check_replaceable(path: Path, replace: Replace) -> None:
         raise UsageError(f"--output-dir {path}: it exists and is not a run; choose another folder")
     is_done = read_facts(path).get("status") == "done"
     if replace == "nothing" or (replace == "unfinished" and is_done):
-        held = "a finished run" if is_done else "a run already"
-        raise UsageError(f"--output-dir {path}: it holds {held}; choose another folder, or --overwrite to replace it")
+        held = "a finished run" if is_done else "a run"
+        raise UsageError(
+            f"--output-dir {path}: it holds {held}; choose another folder, or give --overwrite to replace it"
+        )
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """run.json of a run folder. Raises UsageError where there is none that can be read."""
+    """The content of run.json. Raises UsageError if it is missing or damaged."""
     file = path / "run.json"
     try:
         facts = parse_json(read_bounded(file, MAX_FACTS))

@@ -1,4 +1,4 @@
-"""Start Accelerate the one right way, and the few things that processes say to each other."""
+"""Starting Accelerate, and communication between processes."""
 
 import ctypes
 import os
@@ -36,31 +36,30 @@ HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.B
 
 
 def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tuple[Accelerator, str]:
-    """The Accelerator of this run, and a line that says what it is: processes, device, precision, threads, and why.
+    """The Accelerator of this run, and a line about processes, device, precision and threads, with the reasons.
 
-    A line that begins with WARNING follows for whatever makes the run slow or odd. Raises UsageError for a launch or a
-    setting that cannot work: above all several processes that do not know of each other, each believing itself to be
-    the main one and writing the same files. Raises MachineError where the launcher's variables are set in part, or the
-    processes do not find each other.
+    Lines that begin with WARNING follow, about a slow or unusual setup. Raises UsageError for a launch or a setting
+    that cannot work, such as several processes that are not connected: each would write the same files. Raises
+    MachineError if launcher variables are missing, or the processes cannot connect.
     """
     launcher.check()
     missing = sorted(set(trackers) - {str(tracker) for tracker in get_available_trackers()})
     if missing:
-        raise UsageError(f"--tracker {missing[0]}: not a tracker that Accelerate knows and whose package is installed")
+        raise UsageError(f"--tracker {missing[0]}: Accelerate does not support it, or its package is not installed")
     on_cpu = launcher.cpu_is_asked_for() or not torch.accelerator.is_available()
     check_gpus(on_cpu)
     precision, why_precision = choose_precision(cfg.mixed_precision, on_cpu)
     if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first use
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # from a run before this one, in the same process
+        AcceleratorState._reset_state()  # left by an earlier run in this process
     with finding_each_other():
         accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision=precision,
             step_scheduler_with_optimizer=False,
             log_with=list(trackers) or None,
-            project_dir="." if trackers else None,  # demanded here; start_trackers knows the place
+            project_dir="." if trackers else None,  # required here; start_trackers sets the folder
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=HOOKS[cfg.ddp_comm_hook]),
                 InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.dist_timeout)),
@@ -75,7 +74,7 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
-    torch.backends.cudnn.benchmark = not cfg.deterministic  # the shapes of training never change
+    torch.backends.cudnn.benchmark = not cfg.deterministic  # the shapes in training do not change
     processes = accelerator.num_processes
     backend = f", {torch.distributed.get_backend()}" if processes > 1 else ""
     line = (
@@ -86,7 +85,7 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
 
 
 def check_gpus(on_cpu: bool) -> None:
-    """Refuse more processes on this machine than GPUs that this one sees: each needs a GPU of its own."""
+    """Raises UsageError if there are more processes on this machine than visible GPUs: each needs its own."""
     if on_cpu or not torch.cuda.is_available():
         return
     seen, (needed, is_exact) = torch.cuda.device_count(), launcher.processes_here()
@@ -94,30 +93,30 @@ def check_gpus(on_cpu: bool) -> None:
         at_least = "" if is_exact else "at least "
         raise UsageError(
             f"{at_least}{needed} processes on this machine, but this one sees {counted(seen, 'GPU')} "
-            f"({launcher.visible_gpus()}); start at most {seen}, and let each see the GPUs of all: with srun "
-            "--gpus-per-node, not --gpus-per-task; of MIG slices a process sees only one"
+            f"({launcher.visible_gpus()}); start at most {seen}, and make all GPUs visible to every process: with srun "
+            "--gpus-per-node, not --gpus-per-task; a process sees only one MIG slice"
         )
 
 
 def launch_warnings(asked: str, chosen: str, on_cpu: bool) -> Iterator[str]:
-    """What the launcher was told in vain, or without knowing what it costs."""
+    """Warnings about launcher options that had no effect or make training slow."""
     if launcher.is_one_of_several():
         yield (
-            "accelerate launch was told of several processes (it set MASTER_ADDR and MASTER_PORT), but started one; "
-            "on CPUs take --config_file launch/cpu.yaml instead of --cpu, on GPUs --multi_gpu"
+            "accelerate launch was asked for several processes (it set MASTER_ADDR and MASTER_PORT), but started one; "
+            "on CPUs use --config_file launch/cpu.yaml instead of --cpu, on GPUs --multi_gpu"
         )
     slow = asked == "auto" and chosen == "no" and not on_cpu and torch.cuda.is_available()
     if slow and torch.cuda.is_bf16_supported(including_emulation=False):
         yield (
-            "the launcher asks for mixed precision no, its default, but this GPU has bf16, about twice as fast: "
+            "the launcher sets mixed precision to no, its default, but this GPU has bf16, about twice as fast: use "
             "accelerate launch --mixed_precision bf16, or --mixed-precision bf16 after the verb"
         )
 
 
 def compare_processes(accelerator: Accelerator, precision: str) -> list[str]:
-    """Warnings where processes have different GPUs or versions of torch.
+    """Warnings if processes have different GPUs or versions of torch.
 
-    Raises UsageError, on all of them, where they have chosen different precisions, as their gradients are averaged.
+    Raises UsageError, on every process, if they chose different precisions, as their gradients are averaged.
     """
     if accelerator.num_processes == 1:
         return []
@@ -127,7 +126,7 @@ def compare_processes(accelerator: Accelerator, precision: str) -> list[str]:
     precisions, devices, versions = (ranks_by_value(values) for values in zip(*facts, strict=True))
     if len(precisions) > 1:
         raise UsageError(
-            f"the processes chose different precisions ({in_words(precisions)}); give all the same, such as "
+            f"the processes chose different precisions ({in_words(precisions)}); give all of them the same, such as "
             f"--mixed-precision {'bf16' if 'fp16' not in precisions else 'fp16'}"
         )
     kinds = {"devices": devices, "versions of torch": versions}
@@ -145,12 +144,11 @@ def in_words(ranks: Mapping[str, Sequence[int]]) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep, from now on, the memory that its tensors free, for the next ones; with glibc only.
+    """Let malloc keep freed memory for the next tensors, from now on. Works with glibc only.
 
-    It maps blocks above 32 MiB anew each time and gives the top of its heap back, and every page is zeroed and mapped
-    again when it is touched: 100,000 of them in a step of resnet18 (224 pixels, batch 32), a tenth to a fifth of its
-    time on a virtual machine. Keeping costs up to a fifth more memory at the peak, as blocks of all sizes share it.
-    Source: mallopt(3).
+    By default glibc maps every block above 32 MiB newly and returns the top of its heap, so that pages are zeroed and
+    mapped again: 100,000 of them in a step of resnet18 (224 pixels, batch 32), 10 to 20 % of its time on a virtual
+    machine. Keeping the memory raises the peak by up to a fifth, as blocks of all sizes share it. Source: mallopt(3).
     """
     trim_threshold, mmap_max = -1, -4  # their names in malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
     with suppress(AttributeError, OSError):  # not glibc
@@ -160,7 +158,7 @@ def keep_freed_memory() -> None:
 
 
 def start_trackers(accelerator: Accelerator, folder: Path, config: Mapping[str, Any]) -> None:
-    """Open the trackers that were asked for, if any, with their files in `folder`."""
+    """Start the trackers, if any, with their files in `folder`."""
     if accelerator.log_with:
         accelerator.project_configuration.logging_dir = str(folder)
         flat = {f"{s}.{n}": v for s, part in config.items() if isinstance(part, dict) for n, v in part.items()}
@@ -182,22 +180,22 @@ def share_tensors(accelerator: Accelerator, tensors: dict[str, torch.Tensor] | N
 
 
 def check_launch(processes: int) -> None:
-    """Refuse a launch in which this process does not see as many processes as were started."""
+    """Raises UsageError if Accelerate sees another number of processes than the launcher started."""
     if processes != launcher.world_size():
         raise UsageError(
-            f"the launcher started {launcher.world_size()} processes, but this one knows of {processes}; start it as: "
+            f"the launcher started {launcher.world_size()} processes, but this one sees {processes}; use "
             f"accelerate launch --multi_gpu --num_processes {launcher.world_size()} -m resnet_dist train ... "
-            "(without GPUs with ACCELERATE_USE_CPU=true before it)"
+            "(without GPUs, put ACCELERATE_USE_CPU=true before it)"
         )
 
 
 def choose_precision(asked: str, on_cpu: bool) -> tuple[str, str]:
-    """The precision to compute in, and why. Raises UsageError for fp16 on a CPU, which is slower than none."""
+    """The precision of training, and why. Raises UsageError for fp16 on a CPU, where it is very slow."""
     from_launcher = launcher.mixed_precision()
     if asked != "auto":
         chosen, why = asked, "--mixed-precision"
     elif from_launcher is not None:
-        chosen, why = from_launcher, "as accelerate launch says; --mixed-precision would win"
+        chosen, why = from_launcher, "set by accelerate launch; --mixed-precision overrides it"
     elif on_cpu:
         chosen, why = ("bf16", "this CPU has it") if launcher.cpu_has_bf16() else ("no", "this CPU has no bf16")
     elif torch.cuda.is_available():
@@ -206,7 +204,7 @@ def choose_precision(asked: str, on_cpu: bool) -> tuple[str, str]:
     else:
         chosen, why = "no", "neither a CPU nor CUDA"
     if chosen == "fp16" and on_cpu:
-        raise UsageError(f"fp16 ({why}) needs a GPU; on a CPU take --mixed-precision bf16 or no")
+        raise UsageError(f"fp16 ({why}) needs a GPU; on a CPU use --mixed-precision bf16 or no")
     return chosen, why
 
 
@@ -267,18 +265,18 @@ def _for_others(error: Exception) -> Exception:
 def wrap(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The network and the optimizer as Accelerate prepares them; BatchNorm's buffers stay each process's own."""
+    """The network and the optimizer, prepared by Accelerate; each process keeps its own BatchNorm buffers."""
     if accelerator.ddp_handler is not None:
-        # What takes part does not change within a phase. Under no_sync a static graph fails in torch's reducer.
+        # The set of trained parameters is fixed within a phase. With no_sync a static graph fails in torch's reducer.
         accelerator.ddp_handler.static_graph = accumulate == 1
     net, prepared = accelerator.prepare(model, optimizer)
     if isinstance(net, DistributedDataParallel):
-        net.broadcast_buffers = False  # set here: the argument of that name is deprecated in torch 2.15
+        net.broadcast_buffers = False  # set here, as the argument of this name is deprecated in torch 2.15
     return net, prepared
 
 
 def share_weights(accelerator: Accelerator, model: nn.Module) -> None:
-    """Move a network to this process's device and give every process the parameters and buffers of the main one."""
+    """Move a network to the device, and copy the parameters and buffers of the main process to all others."""
     model.to(accelerator.device)
     if accelerator.num_processes > 1:
         with machine_errors(accelerator):
@@ -288,9 +286,10 @@ def share_weights(accelerator: Accelerator, model: nn.Module) -> None:
 def model_from_main(
     accelerator: Accelerator, load: Callable[[], tuple[nn.Module, T]], build: Callable[[T], nn.Module]
 ) -> tuple[nn.Module, T]:
-    """The network that the main process loads, on every process and its device, in evaluation mode; and what it is of.
+    """The network that the main process loads, on every process, on its device and in eval mode; and its origin.
 
-    The others build an empty one from that, such as a checkpoint's description, and get the weights.
+    Other processes build an empty network from the origin (such as the description of a checkpoint) and receive the
+    weights.
     """
     loaded: list[nn.Module] = []
 
@@ -306,10 +305,10 @@ def model_from_main(
 
 
 def read_values(tensor: torch.Tensor, stop: StopRequests) -> list[float]:
-    """The values of a tensor (N,) once its device has computed them; every process must call this at the same point.
+    """The values of a tensor of shape (N,), after waiting for its device. Every process calls this at the same point.
 
-    The wait for a GPU is one in Python, so that signals are heard, and the end of another process, whose part in the
-    work of this GPU never comes: RuntimeError.
+    The wait for a GPU happens in Python, so that signals are handled. Raises RuntimeError if another process ended,
+    as the GPU would then wait forever.
     """
     on_host = tensor
     if tensor.device.type == "cuda":
@@ -323,16 +322,16 @@ def read_values(tensor: torch.Tensor, stop: StopRequests) -> list[float]:
 
 
 def wait_until(is_done: Callable[[], bool], look: Callable[[], None]) -> None:
-    """Wait, and look around meanwhile."""
+    """Wait, and call `look` meanwhile."""
     while not is_done():
         look()
         time.sleep(0.0005)
 
 
 def check_in_step(accelerator: Accelerator, model: nn.Module) -> None:
-    """Make sure that all processes hold the same parameters, bit for bit.
+    """Check that all processes have bit-identical parameters.
 
-    Raises MachineError naming the first parameter that differs: training on would go on with several models.
+    Raises MachineError that names the first parameter that differs.
     """
     if accelerator.num_processes == 1:
         return
@@ -345,6 +344,6 @@ def check_in_step(accelerator: Accelerator, model: nn.Module) -> None:
         names = [name for name, _ in model.named_parameters()]
         first = names[int(differs.nonzero()[0])]
         raise MachineError(
-            f"the processes no longer hold the same parameters ({int(differs.sum())} differ, first {first}); "
+            f"the processes no longer have the same parameters ({int(differs.sum())} differ, first {first}); "
             "resume from the last checkpoint, and check the machines"
         )

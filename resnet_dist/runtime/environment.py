@@ -1,4 +1,4 @@
-"""What the launcher and the machine say: the only reader of RANK, WORLD_SIZE, OMP_NUM_THREADS; no torch here."""
+"""Launcher variables (this is the only reader of RANK, WORLD_SIZE, OMP_NUM_THREADS), cores and memory. No torch."""
 
 import functools
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from resnet_dist.errors import MachineError
 
-# What a launcher tells every process; torch needs all five to let the processes find each other.
+# Set by a launcher for every process; torch needs all five to connect the processes.
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 CGROUP = Path("/sys/fs/cgroup")
@@ -20,49 +20,49 @@ def _number(name: str, default: int) -> int:
 
 
 def rank() -> int:
-    """This process's number in the whole job, 0 where there is no launcher."""
+    """The rank of this process, 0 without a launcher."""
     return _number("RANK", 0)
 
 
 def world_size() -> int:
-    """How many processes the launcher started, 1 where there is none."""
+    """The number of processes of the job, 1 without a launcher."""
     return max(1, _number("WORLD_SIZE", 1))
 
 
 def local_world_size() -> int:
-    """How many of them run on this machine."""
+    """The number of processes of the job on this machine."""
     return max(1, _number("LOCAL_WORLD_SIZE", world_size()))
 
 
 def processes_here() -> tuple[int, bool]:
-    """How many of them are known to run on this machine, and whether that is all; only some launchers say it."""
+    """The known number of processes on this machine, and whether it is exact: not every launcher tells it."""
     if os.environ.get("LOCAL_WORLD_SIZE"):
         return local_world_size(), True
     return _number("LOCAL_RANK", 0) + 1, False
 
 
 def check() -> None:
-    """Raise MachineError where the variables of a launcher are set in part, or hold what cannot be."""
+    """Raises MachineError if launcher variables are missing, invalid or contradict each other."""
     given = {name: os.environ[name] for name in (*VARIABLES, "LOCAL_WORLD_SIZE") if os.environ.get(name)}
     numbers = {name: value for name, value in given.items() if name in NUMBERS}
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(given):
-        return  # an address alone, which some clusters always set, does no harm
+        return  # some clusters always set the address, which does no harm
     shown = " ".join(f"{name}={value}" for name, value in given.items())
-    remedy = "start with accelerate launch or torchrun, or unset them all for one process"
+    remedy = "start with accelerate launch or torchrun, or unset them all to run one process"
     for name, value in numbers.items():
         if not value.isdecimal() or int(value) > 65_535:
             raise MachineError(f"{name}={value}: not a whole number from 0 to 65535; {remedy}")
     world, number = _number("WORLD_SIZE", 1), _number("RANK", 0)
-    alone = "LOCAL_RANK" not in given and (world, number) == (1, 0)  # as if nothing were set
+    alone = "LOCAL_RANK" not in given and (world, number) == (1, 0)  # the same as no launcher
     if not alone and (missing := [name for name in VARIABLES if name not in given]):
-        raise MachineError(f"{shown}: set, but not {', '.join(missing)}; {remedy}")
+        raise MachineError(f"{shown}: set, but not all: missing {', '.join(missing)}; {remedy}")
     here = _number("LOCAL_WORLD_SIZE", world)
     if world <= number or here <= _number("LOCAL_RANK", 0) or world < here:
         raise MachineError(f"{shown}: these contradict each other; {remedy}")
 
 
 def is_distributed() -> bool:
-    """Whether a launcher started this process as one of a job."""
+    """Whether a launcher started this process as part of a job."""
     return "WORLD_SIZE" in os.environ
 
 
@@ -72,17 +72,17 @@ def is_launched() -> bool:
 
 
 def has_launcher() -> bool:
-    """Whether the parent of this process is accelerate launch or torchrun, whose end is to be its own.
+    """Whether the parent process is accelerate launch or torchrun: this process must then end with it.
 
-    Not so where a shell started it, which may end while its processes go on.
+    Not if a shell started it, which may end before its processes do.
     """
     return ("TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ) and _parent_is_python()
 
 
 def is_orphan() -> bool:
-    """Whether torchrun started this process (accelerate launch does it through torchrun) and has ended already.
+    """Whether torchrun (which accelerate launch uses) started this process and has already ended.
 
-    It gives each process a session of its own. Known on Linux only.
+    torchrun starts each process in its own session. Detected on Linux only.
     """
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
@@ -91,58 +91,57 @@ def is_orphan() -> bool:
 
 
 def _parent_is_python() -> bool:
-    """Whether the parent runs Python. True where the system does not say."""
+    """Whether the parent process runs Python; True if that is unknown."""
     if sys.platform != "linux":
         return True
     parent = Path(f"/proc/{os.getppid()}")
     try:
         program = (parent / "exe").readlink()
-    except OSError:  # another user's, or outside of this container
+    except OSError:  # of another user, or outside this container
         program = Path("".join(_lines(parent / "cmdline")).partition("\0")[0])
     return "python" in program.name.lower() or program == Path("/proc/self/exe").readlink()
 
 
 def is_one_of_several() -> bool:
-    """Whether accelerate launch was told of several processes and started this one only, as `--cpu` makes it do."""
+    """Whether accelerate launch was asked for several processes but started only this one, as with `--cpu`."""
     said = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
     mpi = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
     return said and "WORLD_SIZE" not in os.environ and not mpi
 
 
 def visible_gpus() -> str:
-    """What limits the GPUs that this process sees, in words."""
+    """A text about CUDA_VISIBLE_DEVICES."""
     value = os.environ.get("CUDA_VISIBLE_DEVICES")
     return "CUDA_VISIBLE_DEVICES is not set" if value is None else f"CUDA_VISIBLE_DEVICES={value}"
 
 
 def cpu_is_asked_for() -> bool:
-    """Whether the launcher was told to use the CPU although there may be a GPU."""
+    """Whether the CPU is to be used even if there is a GPU."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
 
 
 def mixed_precision() -> str | None:
-    """The precision that `accelerate launch` passes on: what was asked of it, else its default "no"."""
+    """The precision that `accelerate launch` passes on: the user's choice, or its default "no"."""
     value = os.environ.get("ACCELERATE_MIXED_PRECISION")
     return value if value in ("no", "fp16", "bf16") else None
 
 
 def omp_threads() -> int | None:
-    """OMP_NUM_THREADS as a number, if it is one."""
+    """OMP_NUM_THREADS, if it is a positive integer."""
     value = os.environ.get("OMP_NUM_THREADS", "")
     return int(value) if value.isdigit() and int(value) > 0 else None
 
 
 def cores() -> int:
-    """CPU cores that this process may use: those that it may run on, or fewer where its container has a quota."""
+    """CPU cores that this process may use: its CPU affinity, limited by the quota of its container."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(allowed, cpu_quota(CGROUP))))
 
 
 def cpu_quota(root: Path) -> float:
-    """The CPUs of time that the container may take, by version 1 or 2 of control groups; infinity without a limit.
+    """The CPU quota of the container, in CPUs, from cgroups version 1 or 2; infinity without a limit.
 
-    `root` is where they are mounted. A container sees its own group there, and so does a process in a group below it,
-    whose limits and those of the groups above it all hold.
+    `root` is the mount point of the cgroups. The limits of this process's group and of all groups above it apply.
     """
     limits = [math.inf]
     for line in _lines("/proc/self/cgroup"):
@@ -157,7 +156,7 @@ def cpu_quota(root: Path) -> float:
 
 
 def _quota_of(group: Path) -> float:
-    """The limit of one group; infinity where it has none."""
+    """The limit of one group; infinity if it has none."""
     words = " ".join(_lines(group / "cpu.max")).split()  # version 2: "200000 100000", or "max 100000"
     if not words:
         names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
@@ -175,19 +174,19 @@ def _lines(file: str | Path) -> list[str]:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16; without that, oneDNN's bf16 is many times slower than float32."""
+    """Whether this CPU has bf16 instructions; without them, bf16 in oneDNN is many times slower than float32."""
     return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
 
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """What the CPU can do, such as avx512_bf16, in Linux's words; empty elsewhere."""
+    """The CPU flags that Linux reports, such as avx512_bf16; empty on other systems."""
     lines = _lines("/proc/cpuinfo")
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
 
 
 def available_memory() -> int:
-    """Bytes of main memory that can still be taken: of the machine, or of the container where that has less."""
+    """Bytes of free main memory, of the machine or of the container, whichever is less."""
     known = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

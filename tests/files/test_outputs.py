@@ -229,7 +229,7 @@ def test_leftovers_are_files_that_the_program_writes(tmp_path: Path) -> None:
         ("done", "nothing", "it holds a finished run; choose another folder, or --overwrite"),
         ("done", "unfinished", "it holds a finished run"),
         ("done", "any", None),
-        ("running", "nothing", "it holds a run already"),
+        ("running", "nothing", "it holds a run"),
         ("running", "unfinished", None),
         ("failed", "unfinished", None),
         ("preempted", "any", None),

@@ -49,7 +49,7 @@ def test_command_on_one_machine(
     stand_ins = {"photos": str(photos), "runs/photos": str(tmp_path / "run")}
     (said,) = finish(replaced(commands(section)[number], stand_ins, launcher).start())
     assert_trained(tmp_path / "run", said, processes)
-    assert precision is None or f"precision {precision} (as accelerate launch says" in said
+    assert precision is None or f"precision {precision} (set by accelerate launch" in said
 
 
 @pytest.mark.matrix

@@ -110,7 +110,7 @@ def test_an_error_on_two_processes_is_one_line(folder: Path, tmp_path: Path) -> 
 
 def test_two_mains_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match=r"started 2 processes, but this one knows of 1.*--num_processes 2"):
+    with pytest.raises(UsageError, match=r"started 2 processes, but this one sees 1.*--num_processes 2"):
         check_launch(1)
 
 
@@ -179,7 +179,7 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_precision("auto", on_cpu=True)[0] == "no"
     assert choose_precision("bf16", on_cpu=True)[0] == "bf16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert choose_precision("auto", on_cpu=True) == ("bf16", "as accelerate launch says; --mixed-precision would win")
+    assert choose_precision("auto", on_cpu=True) == ("bf16", "set by accelerate launch; --mixed-precision overrides it")
     assert choose_precision("no", on_cpu=True)[0] == "no"
     with pytest.raises(UsageError, match=r"fp16 .* needs a GPU"):
         choose_precision("fp16", on_cpu=True)

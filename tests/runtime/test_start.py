@@ -47,7 +47,7 @@ def test_launcher_variables_set_in_part(variables: Any) -> None:
         with pytest.raises(MachineError) as raised:
             launcher.check()
         said = str(raised.value)
-        assert all(name in said.partition("set, but not")[2] for name in set(WHOLE) - set(names)), said
+        assert all(name in said.partition("set, but not all")[2] for name in set(WHOLE) - set(names)), said
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_one_process_instead_of_several(variables: Any) -> None:
     several = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     variables(**several, ACCELERATE_USE_CPU="True")
     _, line = start(SystemConfig(threads=1))
-    assert "\nWARNING: accelerate launch was told of several processes" in line
+    assert "\nWARNING: accelerate launch was asked for several processes" in line
     variables(ACCELERATE_MIXED_PRECISION="no", ACCELERATE_USE_CPU="True")
     assert "WARNING" not in start(SystemConfig(threads=1))[1]
     variables(**several, WORLD_SIZE="2")
@@ -191,7 +191,7 @@ class Processes:
         ([("bf16", "A", "2.15")] * 3, None, []),
         (
             [("bf16", "A100", "2.15"), ("fp16", "V100", "2.15"), ("bf16", "A100", "2.15")],
-            "different precisions (bf16 on rank 0, 2; fp16 on rank 1); give all the same, such as "
+            "different precisions (bf16 on rank 0, 2; fp16 on rank 1); give all of them the same, such as "
             "--mixed-precision fp16",
             [],
         ),

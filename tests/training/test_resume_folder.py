@@ -170,7 +170,7 @@ def test_full_disk_while_training(
 def test_disk_too_small_is_said_before_training(folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     with small_disk(tmp_path / "disk", "50m") as disk:
         said = refused(4, "train", folder, *STEPWISE, "-o", disk / "run")
-        assert "MiB for checkpoints, the disk has 5" in said
+        assert "MiB, the disk has only 5" in said
         assert not (disk / "run/run.json").exists()
 
 
