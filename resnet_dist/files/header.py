@@ -74,7 +74,7 @@ def network_of(run_or_file: str | Path) -> dict[str, Any]:
     file = best_of(run_or_file)
     values = description_in(file)
     if values is None:
-        raise ArtifactError(f"{file}: not written by resnet-dist; give other weights as --weights FILE")
+        raise ArtifactError(f"{file}: not written by resnet-dist; weights from elsewhere are given as --weights FILE")
     head = values.get("head")
     if not isinstance(head, dict) or not {"name", "hidden", "dropout"} <= head.keys() or "stem" not in values:
         raise ArtifactError(f"{file}: its description is damaged: it names no network")

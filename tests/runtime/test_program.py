@@ -210,7 +210,7 @@ def test_linear_scaling_only_when_asked(folder: Path, capsys: pytest.CaptureFixt
 
 def test_unknown_tracker(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(folder), *TINY, "--tracker", "tensorbored"]) == 2
-    assert "--tracker tensorbored: not a tracker" in capsys.readouterr().err
+    assert "--tracker tensorbored: Accelerate does not support it" in capsys.readouterr().err
 
 
 @pytest.mark.matrix
