@@ -216,3 +216,23 @@ def test_a_run_is_evaluated(run: rd.Run, capfd: pytest.CaptureFixture[str]) -> N
     evaluation = rd.evaluate(run, save=False, workers=0, threads=1)
     assert {name: m.value for name, m in evaluation.metrics.items()} == {n: m.value for n, m in run.metrics.items()}
     assert capfd.readouterr() == ("", "")
+
+
+def to_size(image: torch.Tensor) -> torch.Tensor:
+    return image[:, :16, :16].clone()
+
+
+def test_a_transform_of_the_user(folder: Path, tmp_path: Path) -> None:
+    """It is recorded; the run is resumed only with one, and it takes the place of what `aug` does."""
+    settings = {**SMALL, "save_every": "1epochs", "output_dir": tmp_path / "run"}
+    run = rd.train(folder, train_transform=to_size, **settings)
+    assert run is not None and run.status == "done"
+    assert run.facts["train_transform"] == "tests.test_api.to_size" and run.config["augment"]["aug"] == "custom"
+    with pytest.raises(rd.UsageError, match="needs a transform that is given in Python"):
+        rd.train(resume=run, epochs=3)
+    more = rd.train(resume=run, epochs=3, train_transform=to_size)
+    assert more is not None and [row["epoch"] for row in more.epochs] == [1, 2, 3]
+    with pytest.raises(rd.UsageError, match="hflip: train_transform replaces it"):
+        rd.train(folder, train_transform=to_size, hflip=0.0)
+    with pytest.raises(rd.DataError, match="train_transform must return a uint8 tensor"):
+        rd.train(folder, train_transform=lambda image: image / 255, **{**settings, "overwrite": True})

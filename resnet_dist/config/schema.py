@@ -114,9 +114,9 @@ class PreprocessConfig:
 class AugmentConfig:
     """Random changes to the training images. They depend on the seed, the epoch and the image only."""
 
-    aug: Literal["none", "basic", "trivial", "randaug"] = option("basic", "--augment", "--aa")
+    aug: Literal["none", "basic", "trivial", "randaug", "custom"] = option("basic", "--augment", "--aa")
     """none: as in evaluation; basic: random crop and flip, and the options below; trivial (TrivialAugment) and randaug
-    (RandAugment) add their policy."""
+    (RandAugment) add their policy; custom: a transform given in Python as train_transform, instead of all of these."""
     crop: Literal["random-resized", "random-pad"] = "random-resized"
     """random-resized: a crop of random area and aspect ratio; random-pad: resize, pad by --crop-padding, crop at
     random."""

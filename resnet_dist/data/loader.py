@@ -18,7 +18,9 @@ from resnet_dist.data.decode import Reader
 from resnet_dist.data.index import ImageTable
 from resnet_dist.data.transforms import (
     Batch,
+    Transform,
     augment,
+    custom_pixels,
     mix_of_pair,
     sample_key,
     sample_keys,
@@ -105,8 +107,11 @@ class Samples(Protocol):
 class TrainImages(Dataset[Batch]):
     """Training samples by (epoch, position), a whole batch at a time."""
 
-    def __init__(self, table: ImageTable, spec: Preprocessing, cfg: AugmentConfig, seed: int) -> None:
-        self.table, self.spec, self.cfg, self.seed = table, spec, cfg, seed
+    def __init__(
+        self, table: ImageTable, spec: Preprocessing, cfg: AugmentConfig, seed: int, custom: Transform | None = None
+    ) -> None:
+        """`custom` takes the place of the random geometry and colours that `cfg` describes."""
+        self.table, self.spec, self.cfg, self.seed, self.custom = table, spec, cfg, seed, custom
         self.transform = augment(cfg, spec)
         least = 2 * spec.img_size if cfg.scaled_decode else 0
         self.reader = Reader(table, spec) if starts_fitted(cfg) else Reader(table, None, least)
@@ -131,7 +136,10 @@ class TrainImages(Dataset[Batch]):
         sample_keys = [sample_key(self.seed, epoch, index) for epoch, index in keys]
         for row, (_, index) in enumerate(keys):
             pixels = self.read(index)
-            images[row], flip = training_pixels(pixels, sample_keys[row], self.transform, self.cfg.hflip)
+            if self.custom is not None:
+                images[row], flip = custom_pixels(pixels, sample_keys[row], self.custom, size), False
+            else:
+                images[row], flip = training_pixels(pixels, sample_keys[row], self.transform, self.cfg.hflip)
             flips.append(flip)
         batch = _batch_of(self.table, images, [index for _, index in keys], sample_keys)
         batch.flip = torch.tensor(flips) if any(flips) else None

@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import resize_image
 
 from export.predict import Preprocessing
 from resnet_dist.config.schema import AugmentConfig
+from resnet_dist.errors import DataError
 
 _MASK = (1 << 64) - 1
 IMAGENET = Preprocessing()
@@ -51,7 +52,7 @@ def stream_seed(seed: int, stream: int | None) -> int:
 
 def starts_fitted(cfg: AugmentConfig) -> bool:
     """Whether training images start from the evaluation geometry; otherwise they start from the whole image."""
-    return cfg.aug == "none" or cfg.crop == "random-pad"
+    return cfg.aug == "none" or (cfg.aug != "custom" and cfg.crop == "random-pad")
 
 
 class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
@@ -70,9 +71,9 @@ class RandomResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
 def augment(cfg: AugmentConfig, spec: Preprocessing) -> v2.Transform | None:
     """The random geometry and colour of one training image, uint8 (3, H, W) to uint8 (3, img_size, img_size).
 
-    None if training uses the evaluation geometry (`--aug none`).
+    None if training uses the evaluation geometry (`--aug none`) or a transform of the user (`--aug custom`).
     """
-    if cfg.aug == "none":
+    if cfg.aug in ("none", "custom"):
         return None
     filter_ = v2.InterpolationMode(spec.interpolation)
     steps: list[v2.Transform] = []
@@ -108,6 +109,30 @@ def training_pixels(
     writeable = pixels if pixels.flags.writeable else pixels.copy()
     changed = transform(torch.from_numpy(writeable).permute(2, 0, 1))
     return changed.permute(1, 2, 0).numpy(), flip
+
+
+Transform = Callable[[torch.Tensor], torch.Tensor]  # uint8 (3, H, W) to uint8 (3, img_size, img_size)
+
+
+def custom_pixels(pixels: np.ndarray, key: int, transform: Transform, size: int) -> np.ndarray:
+    """The pixels of one training sample by a transform of the user: uint8 (size, size, 3).
+
+    `pixels`, uint8 (H, W, 3), are the whole image; the transform gets a copy. Before each call the random numbers of
+    torch, numpy and Python are seeded with `key`. Raises DataError if the transform returns something else than a uint8
+    tensor (3, size, size).
+    """
+    torch.default_generator.manual_seed(key)
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+    changed = transform(image)
+    if not isinstance(changed, torch.Tensor):
+        got = f"a {type(changed).__name__}"
+    elif changed.dtype != torch.uint8 or changed.shape != (3, size, size):
+        got = f"{str(changed.dtype).removeprefix('torch.')} of shape {tuple(changed.shape)}"
+    else:
+        return changed.permute(1, 2, 0).numpy(force=True)
+    raise DataError(f"train_transform must return a uint8 tensor of shape (3, {size}, {size}), not {got}")
 
 
 def mix_of_pair(key: int, cfg: AugmentConfig, size: int) -> tuple[float, int, int, int, int]:

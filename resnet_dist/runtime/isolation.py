@@ -1,10 +1,12 @@
 """What a run changes in its process, and how that is put back: two runs in one process are as two processes."""
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -36,8 +38,9 @@ def process_settings_restored() -> Iterator[None]:
 
 
 def _torch_settings() -> Callable[[], None]:
-    """What puts the settings of torch back as they are now."""
+    """What puts the settings of torch, and all random states, back as they are now."""
     threads, random_state = torch.get_num_threads(), torch.get_rng_state()
+    of_python, of_numpy = random.getstate(), np.random.get_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -47,6 +50,8 @@ def _torch_settings() -> Callable[[], None]:
     def restore() -> None:
         torch.set_num_threads(threads)
         torch.set_rng_state(random_state)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
         if on_gpus is not None:
             torch.cuda.set_rng_state_all(on_gpus)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

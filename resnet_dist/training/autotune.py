@@ -97,7 +97,7 @@ def _step(model: nn.Module, images: torch.Tensor, precision: str) -> None:
 
 def _loading(blueprint: Blueprint) -> Callable[[], None]:
     cfg, table = blueprint.cfg, blueprint.index.train
-    images = TrainImages(table, blueprint.spec, cfg.augment, cfg.run.seed)
+    images = TrainImages(table, blueprint.spec, cfg.augment, cfg.run.seed, blueprint.train_transform)
     keys = [(0, number % len(table)) for number in range(cfg.data.batch_size)]
 
     def load() -> None:

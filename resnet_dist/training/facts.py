@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from resnet_dist.data.transforms import Transform
 from resnet_dist.model.resnet import empty
 from resnet_dist.model.trainable import select
 from resnet_dist.runtime.machine import made_with, peak_memory
@@ -22,7 +23,9 @@ def what_is_trained(blueprint: Blueprint) -> dict[str, Any]:
     data = index.fingerprint()
     parts = (index.train, index.val, index.test)
     size = sum((index.root / path).stat().st_size for part in parts for path in part.paths)
+    custom = {} if blueprint.train_transform is None else {"train_transform": described(blueprint.train_transform)}
     return {
+        **custom,
         "recipe": cfg.recipe,
         "model": cfg.model.model,
         "seed": cfg.run.seed,
@@ -31,6 +34,12 @@ def what_is_trained(blueprint: Blueprint) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable_parameters": sum(p.numel() for name, p in model.named_parameters() if name in learning),
     }
+
+
+def described(transform: Transform) -> str:
+    """A transform of the user as it is recorded: the name of a function, else what it shows of itself."""
+    name = getattr(transform, "__qualname__", None)
+    return f"{getattr(transform, '__module__', '')}.{name}" if name else repr(transform)[:2000]
 
 
 def this_launch(command: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from resnet_dist.data.loader import (
     default_workers,
 )
 from resnet_dist.data.preprocess import preprocessing
-from resnet_dist.data.transforms import ToInput, stream_seed
+from resnet_dist.data.transforms import ToInput, Transform, stream_seed
 from resnet_dist.errors import UsageError
 from resnet_dist.files.header import random_stream_of
 from resnet_dist.files.run import RunFolder
@@ -92,6 +92,7 @@ class Blueprint:
     batches: TrainBatches
     reasons: tuple[str, ...]
     bad_images: tuple[Finding, ...] = ()
+    train_transform: Transform | None = None  # of the user, with `--aug custom`
 
     def lines(self) -> list[str]:
         """The plan in words: data, phases, learning rates."""
@@ -105,8 +106,12 @@ class Blueprint:
         return [data, *index.notes, *bad, batch, *self.reasons, *plan_lines(plans, self.cfg)]
 
 
-def draw(accelerator: Accelerator, cfg: TrainConfig) -> Blueprint:
+def draw(accelerator: Accelerator, cfg: TrainConfig, train_transform: Transform | None = None) -> Blueprint:
     """Find the images, decide what is automatic, and check that it fits together. Raises UsageError, DataError."""
+    if (cfg.augment.aug == "custom") != (train_transform is not None):
+        raise UsageError(
+            "--aug custom needs a transform that is given in Python: resnet_dist.train(..., train_transform=...)"
+        )
     index, bad = on_main(accelerator, lambda: usable(read_index(cfg.data), cfg.data))
     architecture = Architecture.of(cfg.model, len(index.classes))
     cfg = with_batch_size(cfg, accelerator.num_processes)
@@ -117,7 +122,7 @@ def draw(accelerator: Accelerator, cfg: TrainConfig) -> Blueprint:
     batches = TrainBatches(len(index.train), seed, share, cfg.data.drop_last)
     spec = on_main(accelerator, lambda: preprocessing(cfg.preprocess, _weights_preprocessing(cfg)))
     check_batch_norm(accelerator, cfg, architecture, spec.img_size)
-    return Blueprint(cfg, index, architecture, spec, batches, (*reasons, *notes), tuple(bad))
+    return Blueprint(cfg, index, architecture, spec, batches, (*reasons, *notes), tuple(bad), train_transform)
 
 
 def with_batch_size(cfg: TrainConfig, processes: int) -> TrainConfig:
@@ -222,7 +227,7 @@ def build_job(
         workers = default_workers(device, launcher.local_world_size())
     on_gpu = device.type == "cuda"
     balance = class_weights(cfg.loss, index.classes, index.train.targets)
-    train_images = TrainImages(index.train, spec, cfg.augment, blueprint.batches.seed)
+    train_images = TrainImages(index.train, spec, cfg.augment, blueprint.batches.seed, blueprint.train_transform)
     val_images = EvalImages(index.val, spec)
     display.say(cache_images(accelerator, cfg, [train_images, val_images]))
     train_samples, val_samples = (on_device(accelerator, cfg, one, workers) for one in (train_images, val_images))

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from resnet_dist.config.layers import from_keywords, keyword_signature
-from resnet_dist.config.schema import TrainConfig
-from resnet_dist.errors import Preempted, python_errors
+from resnet_dist.config.schema import AugmentConfig, TrainConfig
+from resnet_dist.errors import Preempted, UsageError, python_errors
 from resnet_dist.runtime.signals import Stopped, StopRequested, StopRequests, stop_requests
 from resnet_dist.training.result import Run, load_run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from resnet_dist.data.transforms import Transform
     from resnet_dist.evaluation.metrics import Measured
     from resnet_dist.files.run import RunFolder
     from resnet_dist.runtime.display import Display
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
     from resnet_dist.training.state import State
 
 
-def train(data: str | os.PathLike[str] | None = None, *, verbose: bool = False, **settings: Any) -> Run | None:
+def train(
+    data: str | os.PathLike[str] | None = None,
+    *,
+    train_transform: "Transform | None" = None,
+    verbose: bool = False,
+    **settings: Any,
+) -> Run | None:
     """Fine-tune a ResNet on a folder of images (or a CSV manifest) and return the finished run.
 
     The keywords are the options of `resnet-dist train`, with underscores: `train("photos", model="resnet50",
@@ -31,6 +38,13 @@ def train(data: str | os.PathLike[str] | None = None, *, verbose: bool = False, 
     already. `dry_run=True` checks everything, trains nothing and returns None. With `verbose` the plan and the progress
     are printed; train.log in the run folder always has them.
 
+    `train_transform` takes the place of the random crop, flip and colours (`aug` and its options) on the training
+    images: a torchvision v2 transform or any callable that takes the whole image as a uint8 tensor (3, H, W), RGB, and
+    returns a uint8 tensor (3, img_size, img_size). It runs in the loader processes. Before each image torch, numpy and
+    Python are seeded by (seed, random_stream, epoch, image), so that neither workers nor processes nor resuming change
+    what it draws from these. Normalisation, mixup and cutmix follow as always. run.json and the checkpoint record that
+    it was used; a run with one is resumed with `train(resume=..., train_transform=...)`.
+
     Works in a script, in a notebook, in every process under `accelerate launch`, and in a function that is given to
     `accelerate.notebook_launcher`. In the main thread, a signal such as Ctrl-C saves a checkpoint and raises Preempted
     (before the first step: KeyboardInterrupt); other threads handle no signals. Raises UsageError, which lists all
@@ -38,10 +52,25 @@ def train(data: str | os.PathLike[str] | None = None, *, verbose: bool = False, 
     """
     given = {"data": data, **settings}
     with python_errors():
-        return run_training(from_keywords(TrainConfig, given), verbose=verbose, command=as_call("train", given))
+        cfg = from_keywords(TrainConfig, with_transform(given, train_transform))
+        command = as_call("train", given)
+        return run_training(cfg, train_transform=train_transform, verbose=verbose, command=command)
 
 
-train.__signature__ = keyword_signature(TrainConfig, verbose=False)  # type: ignore[attr-defined]
+train.__signature__ = keyword_signature(TrainConfig, train_transform=None, verbose=False)  # type: ignore[attr-defined]
+
+
+def with_transform(given: Mapping[str, Any], train_transform: "Transform | None") -> dict[str, Any]:
+    """The keywords, with `aug="custom"` if there is a transform. Raises UsageError for settings that it replaces."""
+    if train_transform is None:
+        return dict(given)
+    if not callable(train_transform):
+        raise UsageError(f"train_transform={train_transform!r}: must be callable")
+    replaced = {field.name for field in dataclasses.fields(AugmentConfig)} - {"mixup", "cutmix", "scaled_decode"}
+    typed = sorted(replaced & {name for name, value in given.items() if value not in (None, "custom")})
+    if typed:
+        raise UsageError([f"--{name.replace('_', '-')}: train_transform replaces it, leave it out" for name in typed])
+    return {**given, "aug": "custom"}
 
 
 def as_call(name: str, given: Mapping[str, Any]) -> str:
@@ -50,7 +79,13 @@ def as_call(name: str, given: Mapping[str, Any]) -> str:
     return f"resnet_dist.{name}({', '.join(f'{n}={v!r}' for n, v in shown.items())})"
 
 
-def run_training(cfg: TrainConfig, *, verbose: bool = True, command: str | None = None) -> Run | None:
+def run_training(
+    cfg: TrainConfig,
+    *,
+    train_transform: "Transform | None" = None,
+    verbose: bool = True,
+    command: str | None = None,
+) -> Run | None:
     """Train, evaluate the best checkpoint and write the run folder. Returns the run; None on a dry run.
 
     Every process of a launch must call this. `command` is recorded with the run as what started it (default: the
@@ -81,7 +116,7 @@ def run_training(cfg: TrainConfig, *, verbose: bool = True, command: str | None 
                     stop.on_exit = lambda code, reason: folder.record_stop(run, code, reason, resuming)
                 display.say(line)
                 session = Session(accelerator, run, display, stop, command or folder.typed_command())
-                return _train(session, cfg, resuming)
+                return _train(session, cfg, resuming, train_transform)
             except Stopped as stopped:
                 if stop.on_exit is not None:
                     stop.on_exit(128 + stopped.number, str(stopped))
@@ -104,14 +139,14 @@ class Session:
     command: str
 
 
-def _train(session: Session, cfg: TrainConfig, resuming: bool) -> Run | None:
+def _train(session: Session, cfg: TrainConfig, resuming: bool, train_transform: "Transform | None") -> Run | None:
     from resnet_dist.runtime.accelerate import on_main
     from resnet_dist.runtime.faults import machine_errors
     from resnet_dist.training import folder
     from resnet_dist.training.job import check_weights, draw
 
     accelerator, run, display = session.accelerator, session.run, session.display
-    blueprint = draw(accelerator, cfg)
+    blueprint = draw(accelerator, cfg, train_transform)
     if not resuming:
         on_main(accelerator, lambda: check_weights(blueprint))
     for text in blueprint.lines():
