@@ -23,6 +23,7 @@ from resnet_dist.files.run import write_atomically
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.wording import counted, listed
 
+Seen = Callable[[Path, Image.Image], None]
 AT_ONCE = 4096  # files in the queue of the threads
 TINY = 32  # pixels; an image with a shorter side is called tiny
 NEAR = 3  # near duplicates differ in at most this many bits of their 64-bit hashes
@@ -54,8 +55,11 @@ class Finding:
     )  # device and inode; (0, 0) if it comes from the cache
 
 
-def look(root: Path, path: str, label: str, split: str, full: bool) -> Finding:
-    """Examine one file: its header and, with `full`, every pixel (which shows a truncated file) and its hashes."""
+def look(root: Path, path: str, label: str, split: str, full: bool, seen: Seen | None = None) -> Finding:
+    """Examine one file: its header and, with `full`, every pixel (which shows a truncated file) and its hashes.
+
+    `seen` is given the file and the decoded image, which it may change.
+    """
     file = root / path
     facts: dict[str, Any] = {}
     try:
@@ -66,7 +70,7 @@ def look(root: Path, path: str, label: str, split: str, full: bool) -> Finding:
                 facts |= {"format": image.format or "", "mode": image.mode}
                 facts |= {"width": image.width, "height": image.height}
                 if full:
-                    facts |= _pixel_facts(image)
+                    facts |= _pixel_facts(image, lambda rgb: seen(file, rgb) if seen else None)
             if full:
                 stream.seek(0)
                 facts["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -79,13 +83,15 @@ def look(root: Path, path: str, label: str, split: str, full: bool) -> Finding:
     return Finding(path, label, split, **facts)
 
 
-def _pixel_facts(image: Image.Image) -> dict[str, Any]:
+def _pixel_facts(image: Image.Image, seen: Callable[[Image.Image], None]) -> dict[str, Any]:
     """What only the pixels of an opened image show. They are decoded once, within the memory budget."""
     with ROOM.take(memory_of(image)):  # before getexif, which decodes a PNG to find its Exif
         rotated = image.getexif().get(ORIENTATION, 1) != 1  # a TIFF loses it when it is decoded
         rgb = loaded(image)
         thumbnail = rgb.resize((4, 4), Image.Resampling.BOX).tobytes().hex()
-        return {"rotated": rotated, "dhash": difference_hash(rgb), "thumbnail": thumbnail}
+        facts = {"rotated": rotated, "dhash": difference_hash(rgb), "thumbnail": thumbnail}
+        seen(rgb)
+        return facts
 
 
 def difference_hash(image: Image.Image) -> int:
@@ -95,14 +101,22 @@ def difference_hash(image: Image.Image) -> int:
 
 
 def look_at_all(
-    index: ImageIndex, full: bool, cache: "Cache | None" = None, advance: Callable[[], None] = lambda: None
+    index: ImageIndex,
+    full: bool,
+    cache: "Cache | None" = None,
+    advance: Callable[[], None] = lambda: None,
+    seen: Seen | None = None,
 ) -> list[Finding]:
-    """The findings of every file of an index, in its order."""
-    return list(look_at_each(index, full, cache, advance))
+    """The findings of every file of an index, in its order. `seen`: see `look`."""
+    return list(look_at_each(index, full, cache, advance, seen))
 
 
 def look_at_each(
-    index: ImageIndex, full: bool, cache: "Cache | None" = None, advance: Callable[[], None] = lambda: None
+    index: ImageIndex,
+    full: bool,
+    cache: "Cache | None" = None,
+    advance: Callable[[], None] = lambda: None,
+    seen: Seen | None = None,
 ) -> Iterator[Finding]:
     """The findings of every file of an index, in its order, one at a time, so that a million need no memory.
 
@@ -117,7 +131,7 @@ def look_at_each(
     def one(job: tuple[str, str, str]) -> Finding:
         finding = cache.get(index.root, job) if cache else None
         if finding is None:
-            finding = look(index.root, *job, full)
+            finding = look(index.root, *job, full, seen)
             if cache:
                 cache.put(index.root, finding)
         return finding

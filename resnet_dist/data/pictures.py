@@ -18,16 +18,20 @@ def thumbnail(image: Image.Image) -> Image.Image:
 
 
 class Pictures:
-    """The images of a table as a network sees them; whatever is decoded for that leaves a thumbnail too.
+    """The images of a table as a network sees them, and thumbnails of whatever image was decoded.
 
     Attributes:
-        thumbnails: by file, of the images that `fitted` was asked for.
+        thumbnails: by file.
     """
 
     def __init__(self, table: ImageTable, spec: Preprocessing) -> None:
         self.table, self.spec = table, spec
         self.thumbnails: dict[Path, Image.Image] = {}
         self._fitted: dict[int, np.ndarray] = {}
+
+    def keep(self, file: Path, image: Image.Image) -> None:
+        """Keep a thumbnail of a decoded image, which is made smaller in place."""
+        self.thumbnails[file] = thumbnail(image)
 
     def fitted(self, position: int) -> np.ndarray:
         """The image in the evaluation geometry, uint8 (img_size, img_size, 3).
@@ -40,5 +44,5 @@ class Pictures:
             file = self.table.root / self.table.paths[position]
             with naming_the_file(self.table, position), decoded(file) as image:
                 self._fitted[position] = fit(image, self.spec)
-                self.thumbnails[file] = thumbnail(image)
+                self.keep(file, image)
         return self._fitted[position]

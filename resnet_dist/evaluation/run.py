@@ -51,7 +51,7 @@ class EvalConfig:
     output_dir: str | None = option(None, "-o", "--output")
     """The folder to write (default: eval/<split>, or eval/<data>-<split> for other data, in the run folder)."""
     save: bool = True
-    """Write tables, plots and report.html; with --no-save the metrics are only shown."""
+    """Write tables, plots and report.html; with --no-save the metrics are only shown (--calibrate still writes)."""
 
     calibrate: bool = False
     """Fit a temperature on the validation images and write it to calibration.json next to the checkpoint. Later

@@ -7,7 +7,7 @@ from resnet_dist.evaluation.intervals import wilson
 from resnet_dist.evaluation.metrics import confused_pairs
 from resnet_dist.evaluation.result import Evaluation
 from resnet_dist.evaluation.thresholds import abstained
-from resnet_dist.runtime.wording import listed, shortened
+from resnet_dist.runtime.wording import counted, listed, shortened
 
 if TYPE_CHECKING:
     from resnet_dist.evaluation.calibrate import Calibration
@@ -18,7 +18,7 @@ MOST_CONFUSED = 5
 
 def title_of(evaluation: Evaluation) -> str:
     """What was evaluated, as the title of the table."""
-    images = f"{len(evaluation)} {evaluation.split} image{'' if len(evaluation) == 1 else 's'}"
+    images = counted(len(evaluation), f"{evaluation.split} image")
     return f"{evaluation.model}: {images}, float32; in brackets 95 % intervals"
 
 

@@ -74,7 +74,7 @@ def write_report(job: Job, model: nn.Module, evaluation: Evaluation) -> None:
 
     index = job.index
     images = len(index.train) + len(index.val) + len(index.test)
-    findings = look_at_all(index, full=True) if images <= FEW else None
+    findings = look_at_all(index, full=True, seen=evaluation.pictures.keep) if images <= FEW else None
     counts = np.bincount(index.train.targets, minlength=len(index.classes)).tolist()
     run = read_run_record(job.run.path, dict(zip(index.classes, counts, strict=True)))
     write_run_report(run, evaluation, evidence_of(model, evaluation), findings)
