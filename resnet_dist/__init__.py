@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from export.label import predict
     from export.predict import Prediction, Predictor
+    from export.run import Bundle, export
     from resnet_dist.data.check_report import CheckReport, check
     from resnet_dist.data.split_files import Split, split
     from resnet_dist.errors import (
@@ -59,11 +60,13 @@ _MODULES = {  # what is public, by the module that has it
     ),
     "export.label": ("predict",),
     "export.predict": ("Prediction", "Predictor"),
+    "export.run": ("Bundle", "export"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ArtifactError",
+    "Bundle",
     "CheckReport",
     "Checkpoint",
     "Comparison",
@@ -83,6 +86,7 @@ __all__ = [
     "check",
     "compare",
     "evaluate",
+    "export",
     "load_checkpoint",
     "load_run",
     "lr_find",

@@ -1,7 +1,5 @@
 """`resnet-dist bench`: where the time of training goes on this machine, and what to change."""
 
-import contextlib
-import io
 import math
 import tempfile
 import time
@@ -155,15 +153,14 @@ def plan_of(cfg: Config, device: str) -> "Plan":
 def time_prediction(job: "Job", folder: Path, plan: "Plan") -> dict[str, Any]:
     """Export the network as it is, and time the predictor on a batch of files: to labels, and its start."""
     from export.predict import Predictor
+    from export.run import ExportConfig, run_export
     from resnet_dist.bench.timing import summary
-    from resnet_dist.cli.main import run
     from resnet_dist.model.checkpoint import save_best
     from resnet_dist.training.state import Best
 
     checkpoint = folder / "bench.safetensors"
     save_best(checkpoint, job.model, job.described(Best({}, 0, "raw")))
-    with contextlib.redirect_stdout(io.StringIO()):
-        run("export", [str(checkpoint), "--output-dir", str(folder / "export"), "--images", "1"])
+    run_export(ExportConfig(run=str(checkpoint), output_dir=str(folder / "export"), images=1), verbose=False)
     table = job.index.train
     files = [table.root / table.paths[i] for i in range(min(len(table), job.cfg.data.batch_size))]
     start = time.perf_counter()
