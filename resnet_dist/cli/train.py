@@ -8,5 +8,9 @@ Config = TrainConfig
 
 def main(cfg: TrainConfig) -> int:
     """Train, evaluate the best checkpoint, and write the run folder. Returns the exit code."""
-    run_training(cfg)
+    run = run_training(cfg)
+    if run is not None:
+        from resnet_dist.runtime.accelerate import leave_job
+
+        leave_job()
     return 0

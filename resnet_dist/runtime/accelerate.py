@@ -166,6 +166,12 @@ def start_trackers(accelerator: Accelerator, folder: Path, config: Mapping[str, 
         accelerator.init_trackers("resnet-dist", config=plain)
 
 
+def leave_job() -> None:
+    """Close the connections to the other processes, at the end of a program. A Python caller may go on to evaluate."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def share_tensors(accelerator: Accelerator, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
     """The main process's tensors, by name, on every process; the others pass None."""
     if accelerator.num_processes == 1:

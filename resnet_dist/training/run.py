@@ -170,7 +170,8 @@ def _train(session: Session, cfg: TrainConfig, resuming: bool, train_transform: 
     except BaseException as error:
         folder.record_end(accelerator, run, error)
         raise
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return Run(run.path, metrics)
 
 
