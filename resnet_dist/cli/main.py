@@ -21,7 +21,7 @@ VERBS = {  # verb: what it does; its module is resnet_dist.cli.<verb> unless MOD
     "train": "fine-tune a ResNet on a folder of images",
     "lr-find": "find a learning rate for a recipe on your data",
     "reproduce": "repeat a run and report what differs",
-    "compare": "train several techniques on your data and test which differences are real",
+    "compare": "train several techniques on your data; which differences are real",
     "eval": "evaluate a run, a checkpoint or an ONNX model, with one line per image",
     "export": "export the best checkpoint to ONNX and verify it against PyTorch",
     "hub": "write the best checkpoint in the format of timm and the Hugging Face Hub",

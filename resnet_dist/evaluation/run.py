@@ -13,7 +13,6 @@ from resnet_dist.config.fields import option, out_of_range
 from resnet_dist.config.layers import from_keywords, keyword_signature
 from resnet_dist.config.schema import SystemConfig
 from resnet_dist.errors import UsageError, python_errors
-from resnet_dist.evaluation.result import Evaluation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from resnet_dist.evaluation.metrics import Measured
     from resnet_dist.evaluation.records import Records
     from resnet_dist.evaluation.reliability import Reliability
+    from resnet_dist.evaluation.result import Evaluation
     from resnet_dist.evaluation.subject import Subject
 
 FILES = (".safetensors", ".onnx")
@@ -104,7 +104,7 @@ class EvalConfig:
 
 def evaluate(
     run: str | os.PathLike[str], data: str | os.PathLike[str] | None = None, *, verbose: bool = False, **settings: Any
-) -> Evaluation:
+) -> "Evaluation":
     """Evaluate a run, a checkpoint or an exported model in float32.
 
     `run` is a Run, a run folder, a checkpoint (.safetensors) or an exported model (.onnx); `data` a folder or CSV
@@ -123,7 +123,7 @@ def evaluate(
 evaluate.__signature__ = keyword_signature(EvalConfig, verbose=False)  # type: ignore[attr-defined]
 
 
-def run_evaluation(cfg: EvalConfig, verbose: bool = True) -> Evaluation:
+def run_evaluation(cfg: EvalConfig, verbose: bool = True) -> "Evaluation":
     """Evaluate, and write the evaluation unless `cfg.save` is off. Every process must call this.
 
     With `verbose`, notes about the data are printed. Raises ResnetDistError.
@@ -134,7 +134,7 @@ def run_evaluation(cfg: EvalConfig, verbose: bool = True) -> Evaluation:
         return _evaluate(cfg, verbose)
 
 
-def _evaluate(cfg: EvalConfig, verbose: bool) -> Evaluation:
+def _evaluate(cfg: EvalConfig, verbose: bool) -> "Evaluation":
     from resnet_dist.evaluation.subject import load_exported, load_network
     from resnet_dist.runtime.accelerate import on_main, start
     from resnet_dist.runtime.display import Display
@@ -155,7 +155,7 @@ def _evaluate(cfg: EvalConfig, verbose: bool) -> Evaluation:
     return evaluation
 
 
-def save(folder: Path, evaluation: Evaluation, subject: "Subject", with_evidence: bool) -> None:
+def save(folder: Path, evaluation: "Evaluation", subject: "Subject", with_evidence: bool) -> None:
     """Write the tables, plots and page of an evaluation. Raises MachineError, DataError, ArtifactError."""
     from resnet_dist.evaluation.evidence import evidence_of
     from resnet_dist.report.evaluation import write_evaluation_report
@@ -273,9 +273,10 @@ def measure(
     table: "ImageTable",
     records: "Records",
     folder: Path | None,
-) -> Evaluation:
+) -> "Evaluation":
     """The evaluation that the records make, after calibrating if that is asked for. Every process must call this."""
     from resnet_dist.evaluation.calibrate import tempered
+    from resnet_dist.evaluation.result import Evaluation
     from resnet_dist.runtime.accelerate import on_main
 
     judged = on_main(accelerator, lambda: judge(cfg, subject, table, records))
