@@ -74,7 +74,7 @@ def test_importing_it_imports_nothing_heavy() -> None:
 
 def test_public_functions_have_a_docstring_and_name_their_errors() -> None:
     functions = [getattr(rd, name) for name in rd.__all__ if name[0].islower()]
-    assert [f.__name__ for f in functions if "Raises " not in (f.__doc__ or "")] == []
+    assert [f.__name__ for f in functions if "Raises" not in (f.__doc__ or "")] == []
 
 
 def test_signatures_show_the_options() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def main(cfg: Config) -> int:
     print(f"writing 1,797 scans of handwritten digits to {images}")
     write_digits(images)
     run_training(settings(images, run, cfg.epochs))
-    code = export_and_predict(images, run)
+    export_and_predict(images, run)
     print(
         f"\nMade: {run}/report.html, everything on one page;"
         f"\n      {run}/checkpoints/best.safetensors, which torchvision and timm load as it is;"
@@ -61,7 +62,7 @@ def main(cfg: Config) -> int:
         f"\nNext: resnet-dist predict {run} {images}/7"
         "\n      resnet-dist train YOUR_FOLDER --recipe discriminative   (one sub-folder per class)"
     )
-    return code
+    return 0
 
 
 def is_of_demo(run: Path, images: Path) -> bool:
@@ -69,16 +70,20 @@ def is_of_demo(run: Path, images: Path) -> bool:
     return is_run(run) and read_facts(run).get("data_root") == str(images.absolute())
 
 
-def export_and_predict(images: Path, run: Path) -> int:
-    """Export the best checkpoint through the gate and label a few digits with the file. Returns the exit code."""
-    from resnet_dist.cli.main import run as run_verb
+def export_and_predict(images: Path, run: Path) -> None:
+    """Export and verify the best checkpoint, and label ten digits with the exported file."""
+    from export.predict import WRITERS, Predictor, save_grid
+    from export.run import ExportConfig, run_export
 
     print("\nexporting to ONNX")
-    run_verb("export", [str(run)])
-    few = [str(next(iter(sorted((images / str(digit)).iterdir())))) for digit in range(10)]
+    bundle = run_export(ExportConfig(run=str(run)))
+    few = [str(min((images / str(digit)).iterdir())) for digit in range(10)]
     print("\npredicting ten digits with onnxruntime alone")
-    grid = ["--save-grid", str(run / "digits.png"), "--format", "table", "--top-k", "2"]
-    return run_verb("predict", [str(run), *few, *grid])
+    predictor = Predictor(bundle.model)
+    predictions = list(predictor.predict(few, top_k=2))
+    for prediction in (None, *predictions):  # None writes the header
+        WRITERS["table"](sys.stdout, 2, prediction)
+    save_grid(run / "digits.png", predictions, predictor)
 
 
 def settings(images: Path, run: Path, epochs: int) -> TrainConfig:
