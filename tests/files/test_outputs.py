@@ -226,7 +226,7 @@ def test_leftovers_are_files_that_the_program_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "replace", "said"),
     [
-        ("done", "nothing", "it holds a finished run; choose another folder, or --overwrite"),
+        ("done", "nothing", "it holds a finished run; choose another folder, or give --overwrite"),
         ("done", "unfinished", "it holds a finished run"),
         ("done", "any", None),
         ("running", "nothing", "it holds a run"),
