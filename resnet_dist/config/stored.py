@@ -1,4 +1,4 @@
-"""Settings on disk: a config as TOML, and the stored form of a run's config."""
+"""A config as TOML, and the config that a run folder stores."""
 
 import dataclasses
 import tomllib
@@ -16,13 +16,13 @@ from resnet_dist.files.run import read_facts
 
 MAX_TOML_BYTES = 1 << 20
 Layer = dict[str, Any]
-PATHS = {  # the settings that are, or may be, a path
+PATHS = {  # settings that are, or may be, a path
     "data": ("data", "val_dir", "exclude_list", "cache_dir"),
     "model": ("weights",),
     "loss": ("class_weights",),
     "run": ("init_from",),
 }
-WORDS = {  # what such a setting may say instead of a path, whatever files there are
+WORDS = {  # values of these settings that are never a path
     "weights": ("none", "DEFAULT", "IMAGENET1K_V1", "IMAGENET1K_V2"),
     "class_weights": ("none", "balanced"),
 }
@@ -44,7 +44,7 @@ def to_toml(config: TrainConfig) -> str:
 
 
 def kept(config: TrainConfig) -> Layer:
-    """The config as it is stored: without where it went, which is no part of what was trained."""
+    """The config as it is stored: without the options that do not affect the result, such as the output folder."""
     values: Layer = plain(config)
     passing = ("output_dir", "overwrite", "resume", "dry_run")
     run = {name: value for name, value in values["run"].items() if name not in passing}
@@ -53,7 +53,7 @@ def kept(config: TrainConfig) -> Layer:
 
 
 def portable(config: TrainConfig) -> Layer:
-    """The stored form without paths: what a checkpoint may carry to other machines and people."""
+    """The stored form without paths, for a checkpoint that may be given to other people."""
     values = kept(config)
     paths = ("data", "val_dir", "exclude_list", "init_from", "cache_dir")
     for section in ("data", "run"):
@@ -78,7 +78,7 @@ def plain(value: Any) -> Any:
 
 
 def stored_config(typed: Mapping[str, Any]) -> Layer:
-    """The config of the run that `--resume` names; nothing where `auto` finds no run yet."""
+    """The config of the run that `--resume` names; empty if `auto` finds no run."""
     folder = typed.get("output_dir") if typed.get("resume") == "auto" else typed.get("resume")
     if folder is None:
         return {}
@@ -87,15 +87,15 @@ def stored_config(typed: Mapping[str, Any]) -> Layer:
         return {}
     stored = found_again(read_toml(file), Path(folder))
     run = stored.get("run")
-    if isinstance(run, dict) and "init_from" in run:  # versions without random_stream used the first in every run
+    if isinstance(run, dict) and "init_from" in run:  # versions without random_stream used stream 0 in every run
         run.setdefault("random_stream", 0)
     return stored
 
 
 def found_again(layer: Layer, run: Path) -> Layer:
-    """The config of a run with its relative paths as they lead from here to what the run used.
+    """The config of a run, with relative paths changed so that they lead to the same files from this directory.
 
-    They start in the directory in which the run was started last. Where its data is not there, it is in `data_root`.
+    They are relative to the directory in which the run was last started. If its data is not there, `data_root` is used.
     """
     facts = read_facts(run) if (run / "run.json").exists() else {}
     directory, root = Path(str(facts.get("directory", ""))), Path(str(facts.get("data_root", "")))
@@ -113,7 +113,7 @@ def found_again(layer: Layer, run: Path) -> Layer:
 
 
 def _found_path(value: str, directory: Path, root: Path | None) -> str:
-    """One path, as it is typed where it still leads to the same place, else absolute."""
+    """A path: unchanged if it still leads to the same place, otherwise absolute."""
     there = directory / value
     if directory.is_absolute() and there.exists():
         return value if there == Path(value).absolute() else str(there)

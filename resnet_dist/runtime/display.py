@@ -1,4 +1,4 @@
-"""What the user sees while training: a bar on a terminal, plain lines elsewhere, and the same lines in train.log."""
+"""Progress of training: a bar on a terminal, plain lines elsewhere, and the same lines in train.log."""
 
 import sys
 import time
@@ -34,7 +34,7 @@ class Display:
         self._last_line = 0.0
 
     def log_to(self, file: Path) -> None:
-        """Write every line to `file` too, those said before included."""
+        """Write every line to `file` too, earlier lines included."""
         self._log = file
         self._write("".join(self._early))
 
@@ -90,7 +90,7 @@ class Display:
         self._bar = self._task = None
 
     def advance(self, step: int, facts: Mapping[str, str], images: int) -> None:
-        """Show how far the epoch is, `images` more being done; without a terminal, a line every half minute."""
+        """Show the progress of the epoch after `images` more images; without a terminal, a line every 30 seconds."""
         now = time.monotonic()
         self._images += images
         speed = f"{self._images / max(1e-9, now - self._started):.1f} images/s"

@@ -1,4 +1,4 @@
-"""What can go wrong outside of the program, in the words of torch and its libraries, as a MachineError in one line."""
+"""Failures of the machine, which torch and its libraries report in many ways, as a MachineError in one line."""
 
 import errno
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from resnet_dist.errors import MachineError, disk_error
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.wording import counted
 
-# gloo and NCCL have a dozen words for a lost process, but each names itself or the connection.
+# gloo and NCCL have a dozen messages for a lost process; each contains one of these.
 LOST_PROCESS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
 NOT_FOUND = ("store", "timeout", "connect")
 OF_CUDA = ("cuda error", "cuda failure", "hip error")
@@ -28,9 +28,9 @@ NO_MEMORY = (
 
 @contextmanager
 def machine_errors(accelerator: Accelerator, batch_size: int = 0, accumulate: int = 1) -> Iterator[None]:
-    """Within it, too little memory or disk, or a process or loader that is gone, are MachineErrors with a way out.
+    """In this context, a lack of memory or disk, or a lost process or loader, raises MachineError with a remedy.
 
-    `batch_size` is what a step of training computes with, 0 for anything else.
+    `batch_size` is the batch size of a training step, 0 for any other work.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def machine_errors(accelerator: Accelerator, batch_size: int = 0, accumulate: in
             raise _out_of_memory(accelerator, batch_size, accumulate) from None
         if "device-side assert" in str(error):
             raise MachineError(
-                f"{accelerator.device}: a GPU program met a value that it cannot use ({first_line(error)}); run again "
+                f"{accelerator.device}: a GPU kernel got an invalid value ({first_line(error)}); run again "
                 "with CUDA_LAUNCH_BLOCKING=1 to see where"
             ) from None
         if accelerator.num_processes == 1 or not any(word in str(error) for word in LOST_PROCESS):
@@ -54,7 +54,7 @@ def machine_errors(accelerator: Accelerator, batch_size: int = 0, accumulate: in
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host has no memory left, in the words of torch, cuDNN, cuBLAS, NCCL or the system."""
+    """Whether an error of torch, cuDNN, cuBLAS, NCCL or the system means that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
@@ -73,7 +73,7 @@ def _out_of_memory(accelerator: Accelerator, batch_size: int, accumulate: int) -
 
 @contextmanager
 def memory_for(accelerator: Accelerator, what: str, remedy: str) -> Iterator[None]:
-    """Within it, too little memory is a MachineError that names what did not fit, and a way out that helps there."""
+    """In this context, a lack of memory raises MachineError that names `what` did not fit, and the remedy."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -84,7 +84,7 @@ def memory_for(accelerator: Accelerator, what: str, remedy: str) -> Iterator[Non
 
 @contextmanager
 def finding_each_other() -> Iterator[None]:
-    """Within it, processes that do not find each other, and GPUs that do not work, are a MachineError in one line."""
+    """In this context, processes that cannot connect and GPUs that do not work raise MachineError."""
     try:
         yield
     except (RuntimeError, torch.distributed.DistError) as error:
@@ -99,18 +99,18 @@ def finding_each_other() -> Iterator[None]:
         if not is_lost and not any(word.lower() in said for word in (*LOST_PROCESS, *NOT_FOUND)):
             raise
         raise MachineError(
-            f"the {launcher.world_size()} processes of the run did not find each other ({first_line(error)}); see that "
-            "all were started, and that they reach MASTER_ADDR and MASTER_PORT"
+            f"the {launcher.world_size()} processes of the run could not connect ({first_line(error)}); check that "
+            "all were started and can reach MASTER_ADDR and MASTER_PORT"
         ) from None
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, at most 200 characters."""
+    """The first line of an error message, at most 200 characters."""
     return str(error).strip().partition("\n")[0][:200]
 
 
 def lost_loader(error: RuntimeError) -> MachineError | None:
-    """What an error of torch means if it is about a loader process that ended; it can strike between any two lines."""
+    """The MachineError for a loader process that ended, if that is the error. torch raises it at any line."""
     if "DataLoader worker" not in str(error):
         return None
     reason = str(error).partition("\n")[0]

@@ -1,4 +1,4 @@
-"""With what a run was made: code, packages and machine. Nothing of the environment, no host name, no path."""
+"""Code version, packages and hardware of a run. No environment variables, host name or path."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ def made_with() -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit of the repository that `folder` is in, and whether its tracked files differ from it; None without."""
+    """The git commit of `folder`, and whether tracked files were changed; None outside a repository."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return None
@@ -35,9 +35,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says, None where there is no git, no repository or no answer within ten seconds."""
+    """The output of git; None without git or a repository, or after ten seconds."""
     try:
-        # A repository can name a program for git to run (core.fsmonitor): it may not.
+        # A repository can make git run a program (core.fsmonitor): switched off.
         command = ["git", "-c", "core.fsmonitor=false", "-C", os.fspath(folder), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
@@ -46,14 +46,14 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """The packages that decide the result, and the CUDA and cuDNN that torch was built with."""
+    """Versions of the packages that affect the result, and of the CUDA and cuDNN of torch."""
     import torch
 
     found = {}
     for name in PACKAGES:
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # such as a build of torch under another name
+        except PackageNotFoundError:  # such as torch built under another name
             found[name] = "unknown"
     if torch.version.cuda is not None:
         found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
@@ -61,7 +61,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, cores that may be used, and the GPUs that torch sees with their memory in GiB and their driver."""
+    """CPU model, usable cores, the GPUs that torch sees with their memory, and the driver."""
     import torch
 
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -70,7 +70,7 @@ def hardware() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """The CPU's name as Linux knows it, else as Python does."""
+    """The name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -80,7 +80,7 @@ def cpu_model() -> str:
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver, where there is one that says so."""
+    """The version of the NVIDIA driver, if it can be found."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
@@ -90,7 +90,7 @@ def driver() -> str | None:
 
 
 def forget_peak_memory() -> None:
-    """Let `peak_memory` count from here, where the system can do that: several runs may follow in one process."""
+    """Reset `peak_memory`, if the system supports it: one process may do several runs."""
     import torch
 
     with contextlib.suppress(OSError):
@@ -100,7 +100,7 @@ def forget_peak_memory() -> None:
 
 
 def peak_memory() -> dict[str, int]:
-    """The most memory that this process held, in MiB: of the host, without its loader processes, and of its GPU."""
+    """Peak memory of this process in MiB: on the host, without loader processes, and on its GPU."""
     import torch
 
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

@@ -1,8 +1,8 @@
-"""Stopping in step: a signal to the launcher, to one process or to all makes every process stop after the same step.
+"""Signals: a signal to the launcher or to any process stops every process after the same step.
 
-Once the loop looks at the requests, a signal only sets a flag, and the loop saves a checkpoint. Before that, while
-nothing is trained yet, a signal ends the process at once. The request travels over a gloo group of its own on the
-hosts, one call behind, so that no process waits for its device or for another process because of it.
+During training a signal only sets a flag, and the loop saves a checkpoint. Before the first step a signal ends the
+process at once. The request is sent over a separate gloo group, with a delay of one call, so that no process waits for
+its device or for another process.
 """
 
 import ctypes
@@ -23,18 +23,18 @@ from resnet_dist.runtime import environment as launcher
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
 SIGNALS = tuple(signal.Signals[name] for name in _NAMES if hasattr(signal, name))  # Windows has the first two
-SECONDS_TO_LEAVE = 5.0  # for a process that trains nothing yet
-SECONDS_TO_SAVE = 10.0  # for one whose launcher is gone: nobody else would end it if it hangs
+SECONDS_TO_LEAVE = 5.0  # for a process that has not started to train
+SECONDS_TO_SAVE = 10.0  # for a process whose launcher ended: nothing else would end it if it hangs
 POLL_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
 
 
 class StopRequested(Exception):  # noqa: N818 - not an error: what the loop catches to save and leave
-    """Every process is to stop here."""
+    """Every process stops here."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came while nothing was trained yet: this process leaves at once. `number` is the signal."""
+    """A signal came before the first step: this process ends at once. `number` is the signal."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -42,11 +42,11 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequests:
-    """The stop requests of all processes, made one decision.
+    """The stop requests of all processes, combined into one decision.
 
-    `check` is called by every process at the same points (after each optimizer step, before each batch of an
-    evaluation); what it says is the same for all of them. `on_exit`, if set, is called with the exit code and the
-    reason when the process is ended without having reacted, from another thread.
+    Every process calls `check` at the same points (after each optimizer step, before each evaluation batch), with the
+    same result. If a process does not react to a signal and is ended, another thread first calls `on_exit`, if set,
+    with the exit code and the reason.
     """
 
     def __init__(self) -> None:
@@ -58,9 +58,9 @@ class StopRequests:
         self._pending: tuple[Any, Any] | None = None
 
     def connect(self, minutes: float) -> None:
-        """Share the requests with the other processes from now on; every process calls this.
+        """Share requests with the other processes from now on; every process calls this.
 
-        One that is waited for longer than so many minutes is taken as lost (RuntimeError).
+        A process that does not answer for this many minutes counts as lost (RuntimeError).
         """
         import torch.distributed as dist
 
@@ -68,9 +68,9 @@ class StopRequests:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
 
     def note(self, number: int, _: FrameType | None = None) -> None:
-        """The signal handler: remember the first; leave at once on another that comes over a second later.
+        """The signal handler: note the first signal; exit at once on another one more than a second later.
 
-        Raises Stopped where no loop reads the requests yet.
+        Raises Stopped if no loop checks the requests yet.
         """
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()
@@ -80,7 +80,7 @@ class StopRequests:
             os._exit(128 + number)
 
     def check(self) -> None:
-        """Raise StopRequested if any process was asked to stop; of another process this is known one call later."""
+        """Raise StopRequested if any process got a signal; for other processes with a delay of one call."""
         self.is_read = True
         if self._group is None:
             if self.signal is not None:
@@ -95,10 +95,10 @@ class StopRequests:
         self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
 
     def pulse(self) -> Callable[[], None]:
-        """Begin to listen for the other processes; every process calls this at the same point.
+        """Start to watch the other processes; every process calls this at the same point.
 
-        What it returns can be called while this process waits for its device: it raises RuntimeError once another one
-        is known to have ended, and waits for none.
+        Returns a function to call while this process waits for its device. It raises RuntimeError if another process
+        has ended, and never waits.
         """
         if self._group is None:
             return lambda: None
@@ -162,9 +162,9 @@ def stop_requests() -> Iterator[StopRequests]:
 
 
 class Watcher(threading.Thread):
-    """Ends this process if it cannot react to a signal by itself, such as within a library that waits for others.
+    """Ends this process if it cannot react to a signal, for example while a library waits for other processes.
 
-    A process that trains nothing yet has SECONDS_TO_LEAVE. One that trains has as long as its launcher gives it, or
+    Before the first step it has SECONDS_TO_LEAVE. In training it has as long as its launcher gives it, or
     SECONDS_TO_SAVE if the launcher has ended.
     """
 
@@ -200,7 +200,7 @@ class Watcher(threading.Thread):
                 self.leave(number, orphaned)
 
     def leave(self, number: int, orphaned: bool) -> None:
-        """End this process, whatever its main thread waits for, and what it started."""
+        """End this process and its child processes, even if its main thread is waiting."""
         reason = "the launcher ended" if orphaned else f"stopped by {signal.Signals(number).name} before the first step"
         try:
             if (on_exit := self.requests.on_exit) is not None:
@@ -220,7 +220,7 @@ class Watcher(threading.Thread):
 
 
 def end_with_launcher() -> None:
-    """Let this process end when its launcher does, however that ends. To be called before anything slow is imported.
+    """Let this process end when its launcher ends for any reason. Call it before slow imports.
 
     Until `stop_requests` handles it, the signal that Linux then sends ends the process wherever it is.
     """
@@ -231,9 +231,9 @@ def end_with_launcher() -> None:
 
 
 def die_with_parent(number: int) -> None:
-    """Ask Linux for a signal when the parent ends, however it ends: a killed launcher then leaves nobody behind.
+    """Ask Linux for a signal when the parent ends for any reason, so that a killed launcher leaves no process behind.
 
-    Elsewhere than on Linux nothing is done.
+    Does nothing on other systems.
     """
     if sys.platform != "linux":
         return
@@ -244,9 +244,9 @@ def die_with_parent(number: int) -> None:
 
 
 def shield_loader(_: int) -> None:
-    """Start of a loader process: outlive the signals that its training process handles, but not that process.
+    """Run at the start of a loader process: ignore the signals that the training process handles, but end with it.
 
-    A launcher signals the whole process group; a loader that died of it would take the checkpoint with it.
+    A launcher signals the whole process group; if the loader died, no checkpoint could be written.
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

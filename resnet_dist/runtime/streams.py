@@ -1,4 +1,4 @@
-"""Standard input, output and error of the program, whatever they are: closed, full, a broken pipe, or ASCII only."""
+"""Standard streams that also work if they are closed, full, a broken pipe or ASCII only."""
 
 import io
 import os
@@ -14,39 +14,39 @@ T = TypeVar("T")
 class Output(io.TextIOWrapper):
     """A stream that never raises OSError.
 
-    What cannot be written to standard output, as on a full disk, is a MachineError. Where nobody reads any more (a
-    broken pipe), and always for standard error, the program goes on and what it writes goes nowhere.
+    If standard output cannot be written (a full disk), it raises MachineError. After a broken pipe, and always for
+    standard error, the program goes on and its output is discarded.
     """
 
     is_required = False
 
     def write(self, text: str) -> int:
-        """As of every text stream."""
+        """Like io.TextIOWrapper."""
         return self._try(super().write, text) or len(text)
 
     def flush(self) -> None:
-        """As of every text stream."""
+        """Like io.TextIOWrapper."""
         self._try(super().flush)
 
     def _try(self, call: Callable[..., T], *arguments: Any) -> T | None:
         try:
             return call(*arguments)
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # takes what is still to be written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # takes the rest of the output
             if self.is_required and not isinstance(error, BrokenPipeError):
                 raise MachineError(f"standard output: cannot be written ({error.strerror})") from None
             return None
 
 
 def prepare() -> None:
-    """Make the streams safe to use, once and before anything opens a file.
+    """Replace the standard streams by safe ones. Call it once, before any file is opened.
 
-    A closed stream gets the null device, so that no file of ours takes its number; names that the encoding of a stream
-    has no signs for are written as escapes.
+    A closed stream is connected to the null device, so that no file of ours takes its number. Characters that the
+    encoding lacks are written as escapes.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number, so that of the stream
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is that of the stream
             setattr(sys, name, io.TextIOWrapper(os.fdopen(opened, "rb" if name == "stdin" else "wb")))
     for name in ("stdout", "stderr"):
         stream: io.TextIOWrapper = getattr(sys, name)
