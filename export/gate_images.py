@@ -35,18 +35,12 @@ def calibration_inputs(cfg: ExportConfig, description: Description) -> list[np.n
         raise DataError(
             f"--int8 needs at least {MIN_CALIBRATION} training images to calibrate on, there are {len(table)}"
         )
-    chosen = np.unique(np.linspace(0, len(table) - 1, min(cfg.calibration_images, len(table))).round().astype(int))
+    chosen = table.spread(cfg.calibration_images)
     spec = description.preprocessing
-    pixels = [load_fitted(table, int(i), spec) for i in chosen]
+    pixels = [load_fitted(table, i, spec) for i in chosen]
     if cfg.preprocess_in_graph:
         return pixels
     return [np.ascontiguousarray(normalise(image, spec).transpose(2, 0, 1)) for image in pixels]
-
-
-def first(table: ImageTable, count: int) -> ImageTable:
-    """`count` images spread evenly over the table, or all if there are fewer."""
-    chosen = np.unique(np.linspace(0, len(table) - 1, min(count, len(table))).round().astype(int))
-    return ImageTable(table.root, PathTable([table.paths[int(i)] for i in chosen]), table.targets[chosen])
 
 
 def synthetic_images(folder: Path, count: int = MIN_CALIBRATION) -> ImageTable:

@@ -202,7 +202,7 @@ def fill(
     If model.onnx passes, the side files are written too. Raises ResnetDistError.
     """
     from export.bundle import sizes, write_side_files
-    from export.gate_images import calibration_inputs, first, gate_images
+    from export.gate_images import calibration_inputs, gate_images
     from export.quantize import may_saturate
     from export.to_onnx import describe, graph_of, runtime_logits, self_test_logits
     from export.verify import check_equality, compare_smaller
@@ -222,7 +222,7 @@ def fill(
         expected = self_test_logits(model, description.preprocessing)
         metadata = describe(description, checkpoint, "fp32", in_graph, expected, calibration)
         write_model(made / "model.onnx", graph, metadata)
-        some = first(table, len(table) if cfg.full else cfg.images)
+        some = table.take(table.spread(len(table) if cfg.full else cfg.images))
         reports: dict[str, Any] = {
             "model.onnx": check_equality(model, some, made / "model.onnx", labelled, temperature)
         }

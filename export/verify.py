@@ -76,7 +76,7 @@ def check_equality(
     agree = right_torch = right_onnx = 0
     start = 0
     for pixels, logits in in_torch(model, table, predictor):
-        names = [str(table.root / table.paths[start + row]) for row in range(len(pixels))]
+        names = [str(table.path(start + row)) for row in range(len(pixels))]
         loaded = np.stack([_loaded(predictor, name) for name in names])
         _compare_inputs(found, predictor, to_input, pixels, loaded, names)
         for size in BATCHES:
@@ -229,7 +229,7 @@ def _outputs_of_both(full: Path, small: Path, table: ImageTable) -> tuple[np.nda
     predictors = [Predictor(file, threads=torch.get_num_threads(), providers="cpu") for file in (full, small)]
     outputs: list[list[np.ndarray]] = [[], []]
     for start in range(0, len(table), 16):
-        names = [str(table.root / table.paths[i]) for i in range(len(table))[start : start + 16]]
+        names = [str(table.path(i)) for i in range(len(table))[start : start + 16]]
         loaded = np.stack([_loaded(predictors[0], name) for name in names])
         for predictor, rows in zip(predictors, outputs, strict=True):
             rows.append(predictor.logits(loaded))

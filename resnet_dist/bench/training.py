@@ -15,7 +15,6 @@ from resnet_dist.bench.machine import activation_bytes, gemm_flops
 from resnet_dist.bench.timing import Plan, measure, summary, wait_for
 from resnet_dist.bench.work import bytes_moved, flops, least_seconds, operations
 from resnet_dist.config.schema import Phase, TrainConfig
-from resnet_dist.data.index import ImageTable, PathTable
 from resnet_dist.data.loader import TrainBatches, TrainLoader, default_workers
 from resnet_dist.data.transforms import Batch
 from resnet_dist.files.run import RunFolder
@@ -46,7 +45,7 @@ def shortened(accelerator: Accelerator, cfg: TrainConfig, steps: int) -> Bluepri
     """
     blueprint = draw(accelerator, cfg)
     share = blueprint.batches.share
-    train = spread(blueprint.index.train, steps * share.global_batch)
+    train = blueprint.index.train.take(blueprint.index.train.spread(steps * share.global_batch))
     batches = TrainBatches(len(train), blueprint.batches.seed, share, cfg.data.drop_last)
     return dataclasses.replace(blueprint, index=dataclasses.replace(blueprint.index, train=train), batches=batches)
 
@@ -73,12 +72,6 @@ def begin(job: Job, name: str, epochs: int) -> tuple[Job, Learner]:
     learner.source.fill(job)
     train_mode(job.model, phase)
     return job, learner
-
-
-def spread(table: ImageTable, count: int) -> ImageTable:
-    """`count` images, evenly spread over the table, or all if it has fewer."""
-    chosen = np.unique(np.linspace(0, len(table) - 1, min(count, len(table))).round().astype(int))
-    return ImageTable(table.root, PathTable([table.paths[int(i)] for i in chosen]), table.targets[chosen])
 
 
 def measure_regime(job: Job, name: str, plan: Plan, epochs: int, roofs: dict[str, Any]) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def time_prediction(job: "Job", folder: Path, plan: "Plan") -> dict[str, Any]:
     save_best(checkpoint, job.model, job.described(Best({}, 0, "raw")))
     run_export(ExportConfig(run=str(checkpoint), output_dir=str(folder / "export"), images=1), verbose=False)
     table = job.index.train
-    files = [table.root / table.paths[i] for i in range(min(len(table), job.cfg.data.batch_size))]
+    files = [table.path(i) for i in range(min(len(table), job.cfg.data.batch_size))]
     start = time.perf_counter()
     predictor = Predictor(folder / "export" / "model.onnx", providers="cpu")
     list(predictor.predict(files))

@@ -71,7 +71,7 @@ class ImageCache:
         """Image number `index`, uint8 (H, W, 3), not to be written to. Raises DataError."""
         table = self.reader.table
         try:
-            status = (table.root / table.paths[index]).stat()
+            status = (table.path(index)).stat()
         except OSError:
             return self.reader(index)  # raises the error that says what is wrong
         record = self._records[index].copy()
@@ -179,8 +179,8 @@ def bytes_needed(reader: Reader) -> int:
     if reader.spec is not None:
         return samples * (reader.spec.img_size**2 * 3 + RECORD.itemsize)
     sizes = []
-    for index in np.unique(np.linspace(0, samples - 1, min(samples, SAMPLED)).astype(int)):
-        with suppress(ImageError, OSError), opened(reader.table.root / reader.table.paths[int(index)]) as image:
+    for row in reader.table.spread(SAMPLED):
+        with suppress(ImageError, OSError), opened(reader.table.path(row)) as image:
             scale = jpeg_scale(image.size, reader.least) if reader.least and image.format == "JPEG" else 1
             sizes.append(3 * (image.width // scale) * (image.height // scale))
     return round(samples * (float(np.mean(sizes or [0])) + RECORD.itemsize))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from export.predict import ORIENTATION, ROOM, ImageError, Preprocessing, file_of, loaded, memory_of, opened
 from resnet_dist.config.schema import DataConfig
-from resnet_dist.data.index import ImageIndex, ImageTable, PathTable
+from resnet_dist.data.index import ImageIndex, ImageTable
 from resnet_dist.data.same_file import as_identities, is_same, of_one_file
 from resnet_dist.errors import DataError, MachineError
 from resnet_dist.files.run import write_atomically
@@ -193,7 +193,7 @@ def without(index: ImageIndex, bad: Sequence[Finding]) -> ImageIndex:
     def usable_part(split: str) -> ImageTable:
         table = index.part(split)
         rows = [row for row, path in enumerate(table.paths) if (path, split) not in unusable]
-        return ImageTable(table.root, PathTable([table.paths[row] for row in rows]), table.targets[rows])
+        return table.take(rows)
 
     return replace(index, train=usable_part("train"), val=usable_part("val"), test=usable_part("test"))
 

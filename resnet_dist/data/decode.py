@@ -34,20 +34,20 @@ def naming_the_file(table: ImageTable, index: int) -> Iterator[None]:
     try:
         yield
     except ImageError as error:
-        raise DataError(f"{table.root / table.paths[index]}: {error}; remove or replace it") from None
+        raise DataError(f"{table.path(index)}: {error}; remove or replace it") from None
     except OSError as error:
-        raise DataError(f"{table.root / table.paths[index]}: cannot be opened ({error.strerror})") from None
+        raise DataError(f"{table.path(index)}: cannot be opened ({error.strerror})") from None
 
 
 def load_image(table: ImageTable, index: int) -> Image.Image:
     """Image number `index`, upright RGB. Raises DataError if it cannot be used."""
     with naming_the_file(table, index):
-        return decode(table.root / table.paths[index])
+        return decode(table.path(index))
 
 
 def load_fitted(table: ImageTable, index: int, spec: Preprocessing) -> np.ndarray:
     """Image number `index` in the evaluation geometry, uint8 (img_size, img_size, 3). Raises DataError."""
-    with naming_the_file(table, index), decoded(table.root / table.paths[index]) as image:
+    with naming_the_file(table, index), decoded(table.path(index)) as image:
         return fit(image, spec)
 
 
@@ -57,7 +57,7 @@ def load_whole(table: ImageTable, index: int, least: int = 0) -> np.ndarray:
     With `least`, a JPEG whose short side has at least 2, 4 or 8 times that many pixels is decoded at a half, a quarter
     or an eighth of its size.
     """
-    with naming_the_file(table, index), file_of(table.root / table.paths[index]) as file:
+    with naming_the_file(table, index), file_of(table.path(index)) as file:
         data = file.read()
         pixels = scaled_jpeg_pixels(data, least) if least else None
         if pixels is None:

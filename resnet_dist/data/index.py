@@ -64,6 +64,20 @@ class ImageTable:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def path(self, row: int) -> Path:
+        """Where the image of a row is."""
+        return self.root / self.paths[row]
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "ImageTable":
+        """The table of these rows, in this order."""
+        chosen = [int(row) for row in rows]
+        return ImageTable(self.root, PathTable([self.paths[row] for row in chosen]), self.targets[chosen])
+
+    def spread(self, count: int) -> list[int]:
+        """At most `count` rows, spread evenly over the table from the first to the last."""
+        rows = np.linspace(0, len(self) - 1, min(count, len(self))).round()
+        return sorted({int(row) for row in rows})
+
 
 @dataclass(frozen=True)
 class ImageIndex:

@@ -41,7 +41,7 @@ class Pictures:
         from resnet_dist.data.decode import naming_the_file  # which imports torch, and reports shall not need that
 
         if position not in self._fitted:
-            file = self.table.root / self.table.paths[position]
+            file = self.table.path(position)
             with naming_the_file(self.table, position), decoded(file) as image:
                 self._fitted[position] = fit(image, self.spec)
                 self.keep(file, image)

@@ -98,7 +98,7 @@ def prediction_grid(file: Path, evaluation: Evaluation) -> None:
     from resnet_dist.report import plots
 
     records = evaluation.records
-    chosen = np.unique(np.linspace(0, len(evaluation) - 1, GRID).round().astype(int)).tolist()
+    chosen = evaluation.table.spread(GRID)
     images = [evaluation.pictures.fitted(position) for position in chosen]
     names = [shortened(name, 22) for name in evaluation.classes]
     titles = [

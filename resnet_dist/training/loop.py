@@ -30,16 +30,16 @@ from resnet_dist.training.optim import build_optimizer, param_groups, scaled_ste
 from resnet_dist.training.resume import Resumed, restore_learner, save_state
 from resnet_dist.training.schedule import Schedule
 from resnet_dist.training.state import Best, State, newest_state
+from resnet_dist.training.tally import Sums, Tally
 
 
 @dataclass
 class Learner:
     """What a phase has of its own: where its samples come from, the wrapped network, the optimizer and the schedule.
 
-    `forward` is the wrapped network, or the compiled form of it, which only training uses. `window`, float32 (5,) on
-    the device, is what this process adds up between two polls: the sums of losses, of weights, of correct predictions
-    and of samples; and whether a gradient was not finite. `skipped`, float32 () on the device, counts the steps of the
-    phase that fp16 skipped because a gradient overflowed; it is the same on every process.
+    `forward` is the wrapped network, or the compiled form of it, which only training uses. `tally` is what this process
+    adds up between two polls. `skipped`, float32 () on the device, counts the steps of the phase that fp16 skipped
+    because a gradient overflowed; it is the same on every process.
     """
 
     phase: Phase
@@ -48,7 +48,7 @@ class Learner:
     forward: Callable[[torch.Tensor], torch.Tensor]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    window: torch.Tensor
+    tally: Tally
     skipped: torch.Tensor
 
 
@@ -61,7 +61,7 @@ def train(job: Job, resumed: Resumed | None = None) -> State:
     while True:
         learner = begin_phase(job, job.cfg.phase[state.phase])
         if resumed:
-            restore_learner(resumed, job, learner.optimizer, learner.schedule, learner.window)
+            restore_learner(resumed, job, learner.optimizer, learner.schedule, learner.tally)
             learner.skipped.fill_(state.skipped)
             resumed = None
         try:
@@ -94,8 +94,8 @@ def begin_phase(job: Job, phase: Phase) -> Learner:
     chosen = source(job, phase)
     net, optimizer = wrap(job.accelerator, chosen.train_module, built, job.cfg.optim.grad_accum)
     forward = compiled(net) if job.cfg.system.compile == "on" else net
-    window, skipped = (torch.zeros(shape, device=job.accelerator.device) for shape in (5, ()))
-    return Learner(phase, chosen, net, forward, optimizer, schedule, window, skipped)
+    device = job.accelerator.device
+    return Learner(phase, chosen, net, forward, optimizer, schedule, Tally(device), torch.zeros((), device=device))
 
 
 def end_phase(job: Job, learner: Learner) -> None:
@@ -132,19 +132,19 @@ def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
 def save(job: Job, learner: Learner, state: State) -> None:
     """Write a checkpoint to resume from; every process must call this. Raises NonFiniteError if it would be spoilt."""
     check_finite(job, learner, state)
-    save_state(job, learner.optimizer, learner.schedule, learner.window, state)
+    save_state(job, learner.optimizer, learner.schedule, learner.tally, state)
 
 
 def train_step(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
     """One optimizer step over the micro-batches of this process.
 
     The loss is the mean over the global batch, all micro-batches and processes together, whatever the weights of its
-    samples. Adds what there is to know of the step to the learner's window.
+    samples. Adds what there is to know of the step to the learner's tally.
     """
     accelerator = job.accelerator
     batches = [batch.to(accelerator.device) for batch in batches]
     mine, total = denominator(job, batches)
-    window = learner.window
+    tally = learner.tally
     for number, batch in enumerate(batches):
         set_sample_keys(learner.source.train_module, batch.keys)
         is_last = number == len(batches) - 1
@@ -153,10 +153,10 @@ def train_step(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
             numerator = job.loss.numerators(logits, batch).sum()
             # DDP averages gradients over the processes, so each brings its part times their number.
             accelerator.backward(numerator * (accelerator.num_processes / total))
-        window[0] += numerator.detach()
-        window[2] += (logits.detach().argmax(1) == batch.targets).sum()
-        window[3] += len(batch.targets)
-    window[1] += mine
+        tally.loss += numerator.detach()
+        tally.correct += (logits.detach().argmax(1) == batch.targets).sum()
+        tally.images += len(batch.targets)
+    tally.weight += mine
     update(job, learner)
 
 
@@ -170,14 +170,15 @@ def update(job: Job, learner: Learner) -> None:
     if accelerator.scaler is not None:
         if clip is not None:
             accelerator.clip_grad_norm_(learner.net.parameters(), clip)
-        scaled_step(optimizer, accelerator.scaler, learner.skipped, learner.window[4])
+        scaled_step(optimizer, accelerator.scaler, learner.skipped, learner.tally.nonfinite)
     else:
         gradients = [p.grad for p in learner.net.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if clip is not None:
             nn.utils.clip_grads_with_norm_(learner.net.parameters(), clip, norm)
-        learner.window[4] = torch.maximum(learner.window[4], (~torch.isfinite(norm)).float())
-        step_if_finite(optimizer, learner.window[4])
+        nonfinite = learner.tally.nonfinite
+        torch.maximum(nonfinite, (~torch.isfinite(norm)).float(), out=nonfinite)
+        step_if_finite(optimizer, nonfinite)
     optimizer.zero_grad()
     if job.ema is not None:
         job.ema.update(job.model)
@@ -217,43 +218,43 @@ def poll(job: Job, learner: Learner, state: State) -> None:
 
     This is the only wait for the device within an epoch. Raises NonFiniteError.
     """
-    values = check_finite(job, learner, state)
-    learner.window.zero_()
-    state.sums = [a + b for a, b in zip(state.sums, values, strict=True)]
-    loss, weight, correct, count = values
+    sums = check_finite(job, learner, state)
+    learner.tally.values.zero_()
+    added = (sums.loss, sums.weight, sums.correct, sums.images)
+    state.sums = [a + b for a, b in zip(state.sums, added, strict=True)]
     rates = {group["name"].partition("/")[0]: group["lr"] for group in learner.optimizer.param_groups}
-    shown = {"loss": f"{loss / weight:.4f}", "top1": f"{correct / count:.4f}"}
+    shown = {"loss": f"{sums.mean_loss:.4f}", "top1": f"{sums.top1:.4f}"}
     row: dict[str, Any] = {"step": state.steps_done, "epoch": state.epochs_done + 1, "phase": state.phase + 1}
-    row |= {"loss": loss / weight, "top1": correct / count, "lr": rates}
+    row |= {"loss": sums.mean_loss, "top1": sums.top1, "lr": rates}
     if job.accelerator.scaler is not None:
         row["skipped"] = state.skipped
         shown |= {"skipped": str(state.skipped)} if state.skipped else {}
-    job.display.advance(state.step_in_epoch, shown, int(count))
+    job.display.advance(state.step_in_epoch, shown, int(sums.images))
     job.run.append_step(row)
     tracked = {f"lr/{name}": rate for name, rate in rates.items()}
-    job.accelerator.log({"train/loss": loss / weight, "train/top1": correct / count, **tracked}, step=state.steps_done)
+    job.accelerator.log({"train/loss": sums.mean_loss, "train/top1": sums.top1, **tracked}, step=state.steps_done)
     limit = job.cfg.run.time_limit
     if limit is not None and on_main(job.accelerator, lambda: time.monotonic() - state.started > 60 * limit):
         state.stopped_by = "time limit"
 
 
-def check_finite(job: Job, learner: Learner, state: State) -> list[float]:
-    """The sums of the window over all processes. Raises NonFiniteError on all of them if something is not finite.
+def check_finite(job: Job, learner: Learner, state: State) -> Sums:
+    """The tally summed over all processes. Raises NonFiniteError on all of them if something is not finite.
 
     Also lets the state know how many steps of the phase fp16 has skipped.
     """
-    sums = job.accelerator.reduce(learner.window.clone(), "sum")
-    *values, bad, skipped = read_values(torch.cat([sums, learner.skipped[None]]), job.stop)  # one wait for the device
-    state.skipped = int(skipped)
-    if bad or not math.isfinite(values[0]):
-        what = "a gradient" if math.isfinite(values[0]) else "the loss"
+    on_device = job.accelerator.reduce(learner.tally.values.clone(), "sum")
+    *values, skipped = read_values(torch.cat([on_device, learner.skipped[None]]), job.stop)  # one wait for the device
+    sums, state.skipped = Sums(*values), int(skipped)
+    if sums.nonfinite or not math.isfinite(sums.loss):
+        what = "a gradient" if math.isfinite(sums.loss) else "the loss"
         newest = newest_state(job.run.path / "checkpoints")
         saved = f"the last checkpoint ({newest}) is finite" if newest else "no checkpoint was written yet"
         raise NonFiniteError(
             f"{what} became infinite or NaN in the steps before step {state.steps_done}; it did not reach the "
             f"parameters, and {saved}; {way_out(job)}"
         )
-    return values
+    return sums
 
 
 def check_that_a_step_was_taken(job: Job, state: State) -> None:

@@ -16,6 +16,7 @@ from resnet_dist.model.trainable import train_mode
 from resnet_dist.training.job import Job
 from resnet_dist.training.loop import Learner, begin_phase, end_phase, set_rates, train_step
 from resnet_dist.training.phases import scaled
+from resnet_dist.training.tally import Sums
 
 SMOOTHING = 0.9
 DIVERGED = 4.0  # times the lowest smoothed loss: fastai's limit
@@ -82,9 +83,9 @@ def _endless(job: Job, learner: Learner) -> Iterator[list[Batch]]:
 
 def _global_loss(job: Job, learner: Learner) -> tuple[float, int]:
     """The mean loss of the step over all processes, and its images; NaN if a gradient was not finite."""
-    loss, weight, _, images, bad = job.accelerator.reduce(learner.window.clone(), "sum").tolist()
-    learner.window.zero_()
-    return math.nan if bad else loss / weight, int(images)
+    sums = Sums(*job.accelerator.reduce(learner.tally.values.clone(), "sum").tolist())
+    learner.tally.values.zero_()
+    return math.nan if sums.nonfinite else sums.mean_loss, int(sums.images)
 
 
 def steepest(test: RangeTest) -> float | None:

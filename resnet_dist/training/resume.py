@@ -25,6 +25,7 @@ from resnet_dist.training.state import (
     restore_optimizer,
     write_state,
 )
+from resnet_dist.training.tally import Tally
 
 # Settings that make another run of it, by section: they decide what the saved numbers mean.
 FIXED = {
@@ -45,9 +46,7 @@ class Resumed:
     facts: Mapping[str, Any]
 
 
-def save_state(
-    job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, window: torch.Tensor, state: State
-) -> None:
+def save_state(job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, tally: Tally, state: State) -> None:
     """Write a checkpoint to resume from. Every process must call this; the main one writes."""
     check_in_step(job.accelerator, job.model)
     tensors = {f"model/{name}": tensor for name, tensor in job.model.state_dict().items()}
@@ -57,7 +56,7 @@ def save_state(
     tensors |= statistics_of_all(job)
     facts = {
         "state": state.to_dict(),
-        "windows": job.accelerator.gather(window[None]).tolist(),
+        "windows": job.accelerator.gather(tally.values[None]).tolist(),
         "schedule": schedule.state,
         "scaler": job.accelerator.scaler.state_dict() if job.accelerator.scaler is not None else None,
         "ema_steps": job.ema.steps if job.ema is not None else 0,
@@ -117,7 +116,7 @@ def restore_model(resumed: Resumed, job: Job) -> None:
 
 
 def restore_learner(
-    resumed: Resumed, job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, window: torch.Tensor
+    resumed: Resumed, job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, tally: Tally
 ) -> None:
     """Put the state of the optimizer, the schedule and fp16's scaler back, into those of the phase where the run stood.
 
@@ -127,12 +126,12 @@ def restore_learner(
     with fitting(job.run.path):
         windows, process = torch.tensor(resumed.facts["windows"]), job.accelerator.process_index
         if resumed.facts["processes"] == job.accelerator.num_processes:
-            window.copy_(windows[process])
+            tally.values.copy_(windows[process])
             own = _under(f"statistics/{job.accelerator.process_index}/", resumed.tensors)
             for name, buffer in all_statistics(job).items():
                 buffer.copy_(own[name])
         elif process == 0:
-            window.copy_(windows.sum(dim=0))
+            tally.values.copy_(windows.sum(dim=0))
         restore_optimizer(job.model, optimizer, resumed.tensors)
         schedule.state = dict(resumed.facts["schedule"])
         saved = resumed.facts.get("scaler")  # states of older versions have none

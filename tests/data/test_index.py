@@ -444,3 +444,14 @@ def test_class_rows_and_flat_rows(tmp_path: Path) -> None:
 def test_flat_rows_refuses_a_name_without_label(tmp_path: Path, files: Sequence[str], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         flat_rows(tree(tmp_path, *files), "^(cat|dog)")
+
+
+def test_rows_of_a_table(folder: Path) -> None:
+    """Their files, any choice of them as a table, and a choice that is spread evenly."""
+    table = read_index(DataConfig(data=str(folder))).train
+    assert all(table.path(row).is_file() and table.path(row).name == Path(table.paths[row]).name for row in range(24))
+    some = table.take([5, 0, 23])
+    assert list(some.paths) == [table.paths[row] for row in (5, 0, 23)] and len(table.take([])) == 0
+    assert some.targets.tolist() == [int(table.targets[row]) for row in (5, 0, 23)] and some.root == table.root
+    assert table.spread(3) == [0, 12, 23] and table.spread(1) == [0]
+    assert table.spread(24) == table.spread(1000) == list(range(24)) and some.take([]).spread(5) == []

@@ -235,7 +235,7 @@ def at_update(fault: Callable[[Job, loop.Learner], object]) -> Callable[[Job], C
 
 
 def branch(_: Job, learner: loop.Learner) -> None:
-    if learner.window[4] > 0:  # PLANTED
+    if learner.tally.nonfinite > 0:  # PLANTED
         return
 
 
@@ -251,11 +251,11 @@ def mean_on_the_host(job: Job) -> Callable[[], None]:
 
 
 PLANTS: dict[str, Callable[[Job], Callable[[], None]]] = {
-    "item": at_update(lambda _, learner: learner.window[0].item()),  # PLANTED
+    "item": at_update(lambda _, learner: learner.tally.loss.item()),  # PLANTED
     "branch": at_update(branch),
-    "cpu": at_update(lambda _, learner: learner.window.cpu()),  # PLANTED
-    "numpy": at_update(lambda _, learner: learner.window.cpu().numpy()),  # PLANTED
-    "nonzero": at_update(lambda _, learner: learner.window.nonzero()),  # PLANTED
+    "cpu": at_update(lambda _, learner: learner.tally.values.cpu()),  # PLANTED
+    "numpy": at_update(lambda _, learner: learner.tally.values.cpu().numpy()),  # PLANTED
+    "nonzero": at_update(lambda _, learner: learner.tally.values.nonzero()),  # PLANTED
     "weights on the host": weights_on_the_host,
     "mean on the host": mean_on_the_host,
 }

@@ -172,7 +172,7 @@ def test_resumed_run_has_the_scale_of_the_interrupted_one(folder: Path, tmp_path
     overflow(job, 0)
     learner, state = loop.begin_phase(job, job.cfg.phase[0]), State()
     loop.train_one_epoch(job, learner, state)
-    save_state(job, learner.optimizer, learner.schedule, learner.window, state)
+    save_state(job, learner.optimizer, learner.schedule, learner.tally, state)
     tensors, facts, _ = read_newest_state(tmp_path / "run/checkpoints")
     saved = {"scale": 2.0**15, "_growth_tracker": 2}
     assert job.accelerator.scaler.state_dict().items() >= saved.items()
@@ -183,6 +183,6 @@ def test_resumed_run_has_the_scale_of_the_interrupted_one(folder: Path, tmp_path
         again = fp16_job(tmp_path / name, folder, "--epochs", "2")
         new = loop.begin_phase(again, again.cfg.phase[0])
         resumed = Resumed(State.from_dict(known["state"]), tensors, known)
-        restore_learner(resumed, again, new.optimizer, new.schedule, new.window)
+        restore_learner(resumed, again, new.optimizer, new.schedule, new.tally)
         assert again.accelerator.scaler.state_dict().items() >= expected.items()
         assert resumed.state.skipped == 1

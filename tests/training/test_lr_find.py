@@ -99,9 +99,9 @@ def test_losses_are_those_of_the_loop_at_these_rates(folder: Path, tmp_path: Pat
         set_rates(learner.optimizer, rate / 0.01)
         rates = {group["name"]: group["lr"] for group in learner.optimizer.param_groups}
         assert rates["head"] == pytest.approx(rate) and rates["layer1"] == pytest.approx(rate / 100)
-        learner.window.zero_()
+        learner.tally.values.zero_()
         train_step(other, learner, step)
-        assert float(learner.window[0] / learner.window[1]) == loss
+        assert float(learner.tally.loss / learner.tally.weight) == loss
     assert len(test.losses) == 4
     a, b = job.model.state_dict(), other.model.state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -171,9 +171,9 @@ def test_suggestion_beats_ten_times_more_and_less(shared: Path, tmp_path: Path) 
         learner.source.fill(job)
         job.model.train()
         for epoch in range(2):
-            learner.window.zero_()
+            learner.tally.values.zero_()
             for batches in learner.source.train_loader.epoch(epoch):
                 train_step(job, learner, batches)
-        losses[factor] = float(learner.window[0] / learner.window[1])
+        losses[factor] = float(learner.tally.loss / learner.tally.weight)
     print(f"steepest {rate:.2e}: training loss {losses}")
     assert losses[1.0] < 0.8 * min(losses[0.1], losses[10.0])
