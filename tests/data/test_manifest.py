@@ -180,10 +180,10 @@ def test_spaces_around_a_label_are_removed_with_a_warning(tmp_path: Path, around
     for label in (f"x{around}", f"{around}x"):
         index = index_of(labelled(tmp_path, "x", label))
         assert index.classes == ("x", "y")
-        (warning,) = [note for note in index.notes if "blanks" in note]
+        (warning,) = [note for note in index.notes if "spaces around labels" in note]
         assert warning.startswith("WARNING") and f"line 3: {label!a}" in warning
     part = read_part(labelled(tmp_path, "x", f"x{around}"), "train", ("x", "y"))
-    assert part.targets.tolist() == [0, 0, 0, 0, 1] and "blanks" in part.notes[0]
+    assert part.targets.tolist() == [0, 0, 0, 0, 1] and "spaces around labels" in part.notes[0]
 
 
 @pytest.mark.parametrize(
