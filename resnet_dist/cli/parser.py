@@ -134,7 +134,6 @@ def _set_switch(words: Words, spelling: str, flag: Flag, value: str | None) -> N
         opposite = spelling.replace("--no-", "--", 1) if flag.switch is False else _negated(spelling)
         words.problems.append(f"{spelling} {value}: it takes no value; type {spelling}, or {opposite} for the opposite")
     else:
-        _note_repetition(words, spelling, flag, flag.switch)
         words.given[flag.name] = flag.switch
         words.spelled[flag.canonical] = spelling
 
@@ -148,15 +147,8 @@ def _set(cls: type, words: Words, spelling: str, flag: Flag, value: str) -> None
     if hint:
         words.problems.append(f"{spelling} {value}: {hint}")
         return
-    _note_repetition(words, spelling, flag, value)
     words.given[flag.name] = value
     words.spelled[flag.canonical] = spelling
-
-
-def _note_repetition(words: Words, spelling: str, flag: Flag, value: str | bool | None) -> None:
-    if words.given.get(flag.name, value) != value:
-        shown = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-        words.notes.append(f"{spelling} is given more than once; the last one counts ({shown})")
 
 
 def _fill_positions(cls: type, words: Words, free: list[str], doubtful: list[str]) -> None:
