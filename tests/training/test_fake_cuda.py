@@ -31,7 +31,8 @@ CASES = {
 }
 # torch has no fused RMSprop, so the host must know whether to take the step.
 WAITS = {"rmsprop, cutmix": "a wait for the device at optim.py: optimizer.step()"}
-MOST_LAUNCHES = {"sgd": 200, "sgd with EMA": 222, "adam, concat head": 246, "kept features": 44}
+AT_ONCE = 7  # cases in a process: after a dozen, torch 2.15 ends with a segmentation fault within FakeTensorMode
+MOST_LAUNCHES = {"sgd": 195, "sgd with EMA": 216, "adam, concat head": 241, "kept features": 40}
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +42,13 @@ def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     cases = {name: {"options": [*OPTIONS, *text.split()], "plant": None} for name, text in CASES.items()}
     weighted = [*OPTIONS, "--opt", "sgd", "--mixed-precision", "bf16", "--class-weights", "balanced"]
     cases |= {plant: {"options": weighted, "plant": plant} for plant in PLANTS}
-    file.write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "tests.training.fake_cuda", str(folder), str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    names, lines = list(cases), []
+    for start in range(0, len(names), AT_ONCE):
+        file.write_text(json.dumps({name: cases[name] for name in names[start : start + AT_ONCE]}))
+        command = [sys.executable, "-m", "tests.training.fake_cuda", str(folder), str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[2])
+        assert done.returncode == 0, done.stderr
+        lines += [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
     return {line["name"]: line for line in lines}
 
 
