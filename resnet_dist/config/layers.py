@@ -207,23 +207,18 @@ def _unknown_key(cls: type, name: str, section: str) -> str:
 # From flat settings to a config
 
 
-def from_keywords(
-    kind: type,
-    settings: Mapping[str, Any],
-    recipe: str | None = None,
-    config_file: str | os.PathLike[str] | None = None,
-) -> Any:
+def from_keywords(kind: type, settings: Mapping[str, Any]) -> Any:
     """The config of flat Python keywords: the options of the command line, with underscores; values typed or as text.
 
-    `recipe` names a recipe and `config_file` (or the keyword `config`) a TOML file: the file wins over the recipe, and
-    a keyword over both. `phase` takes a list of dicts (the phases) or of texts such as "2.lr_scale=0.1" (one field of
-    one phase). A None where the field may be None means "not given". Raises UsageError that carries every problem and
-    names each setting by its keyword.
+    `recipe` names a recipe and `config` a TOML file: the file wins over the recipe, and a keyword over both. `phase`
+    takes a list of dicts (the phases) or of texts such as "2.lr_scale=0.1" (one field of one phase). A None where the
+    field may be None means "not given". Raises UsageError that carries every problem and names each setting by its
+    keyword.
     """
     options = {option.name: option for option in options_of(kind)}
     special = {"recipe", "config", "phase"} if has_recipes(kind) else set()
     given, problems = {}, []
-    for name, value in {"recipe": recipe, "config": config_file, **settings}.items():
+    for name, value in settings.items():
         if value is None and (name not in options or options[name].default is None):
             continue
         if name in options or name in special:

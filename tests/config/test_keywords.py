@@ -52,11 +52,10 @@ def test_layers_are_those_of_the_command_line(tmp_path: Path) -> None:
     """Recipe < TOML file < keywords."""
     file = tmp_path / "config.toml"
     file.write_text("[optim]\nlr = 2e-3\nweight_decay = 0.5\n")
-    made = from_keywords(TrainConfig, {"data": "photos", "lr": 3e-3}, "discriminative", file)
+    settings = {"data": "photos", "lr": 3e-3, "recipe": "discriminative"}
+    made = from_keywords(TrainConfig, {**settings, "config": file})
     assert (made.optim.lr, made.optim.weight_decay, made.optim.opt) == (3e-3, 0.5, "adam")
-    assert made == from_keywords(
-        TrainConfig, {"data": "photos", "lr": 3e-3, "recipe": "discriminative", "config": str(file)}
-    )
+    assert made == from_keywords(TrainConfig, {**settings, "config": str(file)})
 
 
 def test_phases_as_dicts_replace_those_of_the_recipe() -> None:
