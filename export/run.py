@@ -131,7 +131,7 @@ def run_export(cfg: ExportConfig, verbose: bool = True) -> Bundle:
     from resnet_dist.runtime import environment as launcher
     from resnet_dist.runtime.isolation import process_settings_restored
 
-    say: Say = print if verbose else _say_nothing
+    say: Say = print if verbose else lambda _: None
     threads = cfg.threads or launcher.cores()
     run = Path(cfg.run or "")
     checkpoint = run if run.is_file() or run.suffix == ".safetensors" else run / "checkpoints" / "best.safetensors"
@@ -148,10 +148,6 @@ def run_export(cfg: ExportConfig, verbose: bool = True) -> Bundle:
             raise ArtifactError(f"the gate refused {report['problems'][0]}; {passed} passed and is in {out}")
         latency = measure_latency(out, list(files), threads, say) if cfg.time else {}
     return Bundle(out, out / "model.onnx", {out / name: size for name, size in files.items()}, report, latency)
-
-
-def _say_nothing(_: str) -> None:
-    pass
 
 
 def write_bundle(out: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`resnet-dist split`: train, val and test parts of a folder, as a manifest, links or copies."""
 
 from resnet_dist.data.split_files import SplitConfig, run_split
+from resnet_dist.runtime.wording import printable
 
 Config = SplitConfig
 
@@ -9,5 +10,5 @@ def main(cfg: SplitConfig) -> int:
     """Split and print. Returns the exit code."""
     done = run_split(cfg)
     for line in (*done.notes, done.line()):
-        print(line)
+        print(printable(line))
     return 0

@@ -86,11 +86,8 @@ def run_explain(cfg: ExplainConfig, verbose: bool = True) -> Explained:
 
     with process_settings_restored():
         accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
-        return on_main(accelerator, lambda: explain_all(cfg, accelerator.device, print if verbose else _say_nothing))
-
-
-def _say_nothing(_: str) -> None:
-    pass
+        say: Callable[[str], None] = print if verbose else lambda _: None
+        return on_main(accelerator, lambda: explain_all(cfg, accelerator.device, say))
 
 
 def explain_all(cfg: ExplainConfig, device: "torch.device", say: Callable[[str], None]) -> Explained:
