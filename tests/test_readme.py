@@ -64,7 +64,7 @@ def test_the_session_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         quick = QUICK if line[0] in TRAINS and "--resume" not in line else []
         if line[0] == "bench":  # of speed alone
             quick = [*QUICK[:-1], "none", "--regimes", "full", "--windows", "1", "--window-steps", "1"]
-        if "--int8" in line:  # of a network that has learnt next to nothing, whose classes are nearly tied
+        if "--int8" in line:  # of a network that has learned next to nothing, whose classes are nearly tied
             quick = ["--min-agreement", "50"]
         assert main([*line, *quick]) == 0, (line, capsys.readouterr().err)
     assert Path("runs/photos/report.html").exists() and Path("runs/photos/export/model.onnx").exists()

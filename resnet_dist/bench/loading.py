@@ -37,7 +37,7 @@ def _stages(job: Job, images: TrainImages, plan: Plan) -> dict[str, Any]:
         return training_pixels(images.reader(index), key, images.transform, images.cfg.hflip)
 
     works: dict[str, Callable[[int], object]] = {
-        "read": lambda index: (table.path(index)).read_bytes(),
+        "read": lambda index: table.path(index).read_bytes(),
         "decode": images.reader,
         "transform": transform,
     }

@@ -71,7 +71,7 @@ class ImageCache:
         """Image number `index`, uint8 (H, W, 3), not to be written to. Raises DataError."""
         table = self.reader.table
         try:
-            status = (table.path(index)).stat()
+            status = table.path(index).stat()
         except OSError:
             return self.reader(index)  # raises the error that says what is wrong
         record = self._records[index].copy()

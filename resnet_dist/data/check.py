@@ -50,9 +50,8 @@ class Finding:
     sha256: str = ""
     dhash: int = 0
     thumbnail: str = ""  # hex of 4x4 RGB
-    identity: tuple[int, int] = field(
-        default=(0, 0), compare=False
-    )  # device and inode; (0, 0) if it comes from the cache
+    # Device and inode; (0, 0) if the finding comes from the cache.
+    identity: tuple[int, int] = field(default=(0, 0), compare=False)
 
 
 def look(root: Path, path: str, label: str, split: str, full: bool, seen: Seen | None = None) -> Finding:

@@ -173,9 +173,10 @@ def _batch_of(table: ImageTable, images: np.ndarray, positions: Sequence[int], k
 
 
 def unpacked(keys: Sequence[Key | int], seed: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """The epochs, positions and sample keys of a batch, int64 (n,) each; of an evaluation, which has only positions, 0.
+    """The epochs, positions and sample keys of a batch, int64 (n,) each.
 
-    At once for all samples: where nothing is decoded, this is most of the work of a batch.
+    An evaluation's keys are only positions: its epochs and sample keys are 0. All samples are unpacked at once, since
+    this is most of the work of a batch where nothing is decoded.
     """
     if isinstance(keys[0], tuple):
         epochs, positions = map(list, zip(*keys, strict=True))

@@ -129,9 +129,9 @@ def run_split(cfg: SplitConfig) -> Split:
     else:
         _write_folders(source, out, rows, cfg.how)
     counts = Counter(parts)
-    counted = {part: counts[part] for part in ("train", "val", "test") if counts[part]}
+    sizes = {part: counts[part] for part in ("train", "val", "test") if counts[part]}
     notes = list(groups_note(paths, cfg.group_by))
-    return Split(out, counted, len({label for _, label in found}), notes)
+    return Split(out, sizes, len({label for _, label in found}), notes)
 
 
 def check_places(source: Path, out: Path, how: str) -> None:

@@ -28,12 +28,8 @@ STATE_NAME = re.compile(r"step-\d{9,}(\.replaced\d*)?")  # the folder of a check
 MANIFEST = "manifest.json"  # in such a folder: written last, removed first
 UNFINISHED = re.compile(r"^\.tmp-\d+-")  # prefix of a file that is being written
 FOLDERS = ("checkpoints", "plots", "data")
-LINKABLE = (
-    *((name,) for name in FOLDERS),
-    ("eval",),
-    ("eval", "val"),
-    ("tracker",),
-)  # training writes there
+# The folders that training writes to.
+LINKABLE = (*((name,) for name in FOLDERS), ("eval",), ("eval", "val"), ("tracker",))
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 STATUSES = ("running", "done", "failed", "preempted")
 Replace = Literal["nothing", "unfinished", "any"]  # which run a new one may replace

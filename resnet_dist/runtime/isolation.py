@@ -1,4 +1,7 @@
-"""What a run changes in its process, and how that is put back: two runs in one process are as two processes."""
+"""What a run changes in its process, and how that is put back.
+
+Two runs in one process then behave like runs in two processes.
+"""
 
 import os
 import random
@@ -62,8 +65,10 @@ def _torch_settings() -> Callable[[], None]:
 
 
 def _tf32_settings() -> Callable[[], None]:
-    """What puts TF32 back as it is now, in both of torch's spellings: `allow_tf32` cannot be read after the newer one
-    said something else."""
+    """A function that sets TF32 back to what it is now, by both of torch's interfaces.
+
+    `allow_tf32` cannot be read once the newer `fp32_precision` was set to something that it cannot express.
+    """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     parts: tuple[Any, ...] = (matmul, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
     precisions = [part.fp32_precision for part in parts]

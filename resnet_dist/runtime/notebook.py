@@ -1,4 +1,4 @@
-"""How results show themselves in a notebook."""
+"""HTML tables of results, for notebooks."""
 
 import html
 from collections.abc import Sequence

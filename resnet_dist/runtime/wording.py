@@ -32,7 +32,10 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 
 
 def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
-    """The known name that was probably meant: the only one that begins so, the beginning, or one that looks alike."""
+    """The known name that was probably meant; None if none is near.
+
+    That is the only one that starts with `name`, or the longest one that `name` starts with, or the most similar one.
+    """
     longer = [other for other in known if len(name) > 2 and other.startswith(name)]
     if len(longer) == 1:
         return longer[0]

@@ -28,7 +28,7 @@ from resnet_dist.training.job import Job
 from resnet_dist.training.state import Best, State
 
 SAMPLES = 16
-FEW = 2_000  # images that are decoded once more at the end of a run
+FEW = 2_000  # the report looks for near duplicates in data sets of at most this many images
 
 
 def finish(job: Job, state: State) -> dict[str, Measured]:

@@ -43,7 +43,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """ "running", "done", "failed" or "preempted"."""
+        """The status in run.json: "running", "done", "failed" or "preempted"."""
         return str(self.facts.get("status"))
 
     @cached_property

@@ -19,7 +19,7 @@ class Tally:
 
     def __init__(self, device: torch.device) -> None:
         self.values = torch.zeros(5, device=device)
-        self.loss, self.weight, self.correct, self.images, self.nonfinite = map(self.values.select, [0] * 5, range(5))
+        self.loss, self.weight, self.correct, self.images, self.nonfinite = (self.values[row] for row in range(5))
 
 
 @dataclass(frozen=True)
