@@ -123,6 +123,7 @@ def confusion_matrix(file: Path, counts: np.ndarray, classes: Sequence[str]) -> 
     n = len(classes)
     side = min(4 + 0.35 * n, 24)
     figure, (axes,) = _figure(1, 1, side + 1, side)
+    figure.set_layout_engine("compressed")  # "constrained" cuts a label off where the aspect of the axes is fixed
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if n <= 60:
@@ -172,8 +173,9 @@ def reliability_diagram(file: Path, found: Reliability) -> None:
         confidence - accuracy,
         0.94 * width,
         bottom=accuracy,
-        color=RED,
-        alpha=0.35,
+        facecolor="none",
+        edgecolor=RED,
+        hatch="///",
         label="gap to the confidence",
     )
     above.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
