@@ -2,8 +2,9 @@
 
 python -m tests.training.fake_cuda DATA FILE: FILE is JSON, cases by name: {"options": [...], "plant": a fault or null}.
 For every case a line of JSON says what was noted: waits for the device, blocking copies, tensors on different devices,
-each with the line of the project, and how many kernels the step launched without its backward pass: at most so many,
-for what torch does to many tensors at once it does to fake ones one by one.
+each with the line of the project. It also has the number of operations that the step started on the device without its
+backward pass (`launches`), and how many of them copy between host and device. An operation on many tensors at once,
+such as `_foreach_lerp_`, counts as one, though CUDA may need a few kernels for it.
 
 In a process of its own, for torch is patched: FakeTensors cannot be swapped into a module in place; backward asks CUDA
 for a context, so every parameter gets an empty gradient instead; some fused kernels have no version without data. What
@@ -25,9 +26,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_dist.evaluation.collect as collect
@@ -52,11 +55,14 @@ WITHOUT_KERNEL = ("prim.", "profiler.", "aten.empty", "aten.as_strided")
 
 
 class Watch(TorchDispatchMode):
-    """Above the fake mode, so it sees every operation with its devices: counts them, and notes copies that block."""
+    """Above the fake mode, so it sees every operation with its devices: counts them, and notes copies that block.
+
+    `copies` are those between host and device, which are among the launches.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches = 0
+        self.launches, self.copies = 0, 0
         self.noted: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,6 +70,7 @@ class Watch(TorchDispatchMode):
         self.launches += not (func.is_view or str(func).startswith(WITHOUT_KERNEL))
         if func is torch.ops.aten._to_copy.default:
             source, target = args[0].device.type, torch.device(kwargs.get("device") or args[0].device).type
+            self.copies += source != target
             if (source, target) == ("cuda", "cpu") or (source != target and not kwargs.get("non_blocking")):
                 self.noted.append(f"a blocking copy from {source} to {target} at {own_line(traceback.extract_stack())}")
         return func(*args, **kwargs)
@@ -100,6 +107,7 @@ def patch_torch() -> torch.library.Library:
         first = (lambda *a, **k: a[0]) if name == "_amp_update_scale_" else (lambda *a, **k: None)
         library.impl(name, first)
     nn.Module._apply = apply_to_module  # type: ignore[assignment]
+    _foreach_utils._foreach_supported_types.append(FakeTensor)  # as real tensors: many at once
     torch.cuda.mem_get_info = lambda device=None: FREE_MEMORY
     torch.cuda.is_bf16_supported = lambda *a, **k: True  # type: ignore[assignment]
     torch.cuda.device_count = lambda: 1
@@ -152,7 +160,7 @@ def batches_of(learner: loop.Learner, job: Job, blueprint: Blueprint) -> list[li
 
 
 def run_case(data: str, options: Sequence[str], plant: str | None) -> dict[str, Any]:
-    """Two steps and, without a fault, an evaluation: what was noted, and the launches of the second step."""
+    """Two steps and, without a fault, an evaluation: what was noted, and the launches and copies of the second step."""
     cfg = config_of(data, *options)
     accelerator = accelerator_on_cuda(cfg)
     blueprint = draw(accelerator, cfg)
@@ -170,7 +178,7 @@ def run_case(data: str, options: Sequence[str], plant: str | None) -> dict[str, 
             undo()
         elif not noted:
             evaluated(mode, job, noted)
-    return {"noted": noted, "launches": watch.launches}
+    return {"noted": noted, "launches": watch.launches, "copies": watch.copies}
 
 
 def watched(mode: FakeTensorMode, action: Callable[[], object], noted: list[str]) -> Watch:
