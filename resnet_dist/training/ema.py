@@ -12,21 +12,29 @@ class Ema:
     BatchNorm's running statistics are averaged too, its counters copied. The decay is warmed up as
     min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage, so that short runs are not
     dominated by the starting point.
+
+    The tensors of both networks are looked up once, so the model must stay on its device: nothing may replace its
+    parameters and buffers (loading a state dict writes into them).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.steps = 0
+        self._averages, self._counters = _floats_and_counters(self.module)
+        self._values, self._counted = _floats_and_counters(model)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take in the weights after a step."""
+    def update(self) -> None:
+        """Take in the model's weights after a step. It takes two operations on the device, whatever the network."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        averages, values = list(self.module.state_dict().values()), list(model.state_dict().values())
-        floating = [(a, v) for a, v in zip(averages, values, strict=True) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floating], [v for _, v in floating], 1 - decay)
-        for average, value in zip(averages, values, strict=True):
-            if not average.is_floating_point():
-                average.copy_(value)
+        torch._foreach_lerp_(self._averages, self._values, 1 - decay)
+        if self._counters:
+            torch._foreach_copy_(self._counters, self._counted)
+
+
+def _floats_and_counters(model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The tensors of a network that are averaged, and those that are copied."""
+    tensors = list(model.state_dict(keep_vars=True).values())
+    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

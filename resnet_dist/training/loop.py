@@ -181,7 +181,7 @@ def update(job: Job, learner: Learner) -> None:
         step_if_finite(optimizer, nonfinite)
     optimizer.zero_grad()
     if job.ema is not None:
-        job.ema.update(job.model)
+        job.ema.update()
 
 
 def denominator(job: Job, batches: Sequence[Batch]) -> tuple[torch.Tensor | float, torch.Tensor | float]:

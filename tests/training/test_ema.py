@@ -16,7 +16,7 @@ def test_average_by_formula() -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        ema.update(model)
+        ema.update()
         decay = min(0.5, (1 + step) / (10 + step))
         for name, value in model.state_dict().items():
             old = expected[name]
