@@ -1,4 +1,4 @@
-"""The gain of each optimisation: training with everything off, then with one optimisation more each time."""
+"""`resnet-dist bench ladder`: training with all optimisations off, then with one more each time."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from resnet_dist.bench.frame import Result, Setup, run_measurement
+from resnet_dist.bench.machine import describe
+from resnet_dist.bench.options import LadderConfig
 from resnet_dist.bench.training import begin, job_of, shortened, whole_training
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.runtime import environment as launcher
@@ -42,6 +45,17 @@ LEVERS = (
     Rung("features before layer4 cached", {"system": {"cache_features": "auto"}}, "layer4+head"),
     Rung("only the head learns, from cached features", {}, "head"),
 )
+
+
+def run_ladder(cfg: LadderConfig) -> None:
+    """Measure, print the table and write the JSON file. Every process must call this. Raises ResnetDistError."""
+    run_measurement(cfg, lambda setup: measure(cfg, setup))
+
+
+def measure(cfg: LadderConfig, setup: Setup) -> Result:
+    """The speed of every rung, as plain JSON values and as text."""
+    rows = climb(setup.cfg, cfg.rounds, cfg.epochs, setup.steps, setup.say)
+    return Result({"machine": describe(setup.accelerator), "rungs": rows}, list(lines(rows)))
 
 
 def climb(cfg: TrainConfig, rounds: int, epochs: int, steps: int, say: Callable[[str], object]) -> list[dict[str, Any]]:

@@ -1,20 +1,11 @@
 """The report of `resnet-dist bench`: all measurements, as text, with a verdict that says what to change."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from accelerate import Accelerator
-
-from resnet_dist.bench.loading import fastest, loading
-from resnet_dist.bench.machine import describe, roofs
-from resnet_dist.bench.timing import Plan
-from resnet_dist.bench.training import STEPS_PER_WORKER, job_of, measure_regime, shortened
-from resnet_dist.config.schema import TrainConfig
-from resnet_dist.data.loader import DeviceImages
+from resnet_dist.bench.loading import fastest
 from resnet_dist.runtime.wording import counted
-from resnet_dist.training.job import Job
 
-FORMAT_VERSION = 1
 WAITS = 0.1  # share of the time: the verdict mentions waiting for data above it
 GAINS = 1.3  # the verdict proposes a change only if it is this many times faster
 SOURCES = {
@@ -23,78 +14,6 @@ SOURCES = {
     "from_device": "loading from the cache on the device",
 }
 HOST_BOUND = 0.9  # share of a step that the host takes to launch its kernels: above it, the host is the limit
-
-
-def make_report(
-    accelerator: Accelerator,
-    cfg: TrainConfig,
-    regimes: tuple[str, ...],
-    plan: Plan,
-    epochs: int,
-    steps: int,
-    say: Callable[[str], object],
-) -> tuple[dict[str, Any], Job]:
-    """All measurements, as plain JSON values, and the job with which loading was measured.
-
-    `say` is called with what is being measured.
-    """
-    blueprint = shortened(accelerator, cfg, steps)
-    report: dict[str, Any] = {"format_version": FORMAT_VERSION, "machine": describe(accelerator)}
-    say("measuring matrix products and memory ...")
-    report["roofs"] = roofs(accelerator, plan)
-    report["regimes"] = {}
-    for name in regimes:
-        say(f"measuring training, {name} ...")
-        report["regimes"][name] = measure_regime(job_of(accelerator, blueprint), name, plan, epochs, report["roofs"])
-    say("measuring loading ...")
-    job = job_of(accelerator, blueprint)
-    report["settings"] = settings(job)
-    report["loading"] = loading(job, plan)
-    for regime in report["regimes"].values():
-        if not regime["features_are_kept"]:
-            regime["training"]["overlap"] = overlap(report, regime)
-    report["notes"] = list(notes(job))
-    report["verdict"] = verdict(report)
-    return report, job
-
-
-def notes(job: Job) -> Iterator[str]:
-    """Lines about what the numbers of training and loading do not measure."""
-    steps, workers = job.train_loader.steps_per_epoch, job.workers
-    if steps < STEPS_PER_WORKER * workers and not isinstance(job.train_loader.samples, DeviceImages):
-        yield (
-            f"epochs of {steps} steps with {workers} loader processes measure how the loaders start up; for their "
-            f"steady speed use --epoch-steps {STEPS_PER_WORKER * workers} or more, and enough images"
-        )
-    if job.cfg.data.cache == "device" and not isinstance(job.train_loader.samples, DeviceImages):
-        yield f"--cache device keeps images in memory, not on the device, on a {job.accelerator.device.type}"
-
-
-def settings(job: Job) -> dict[str, Any]:
-    """The settings that were measured: enough to repeat it."""
-    cfg = job.cfg
-    return {
-        "model": cfg.model.model,
-        "img_size": job.spec.img_size,
-        "batch_size": cfg.data.batch_size,
-        "grad_accum": cfg.optim.grad_accum,
-        "precision": str(job.accelerator.mixed_precision),
-        "optimizer": cfg.optim.opt,
-        "aug": cfg.augment.aug,
-        "workers": job.workers,
-        "compile": cfg.system.compile,
-        "images_are_kept": job.train_images.read is not job.train_images.reader,
-        "training_images": len(job.index.train),
-        "classes": len(job.index.classes),
-    }
-
-
-def overlap(report: dict[str, Any], regime: dict[str, Any]) -> float:
-    """The speed of training divided by that of the slower of loading alone and computing alone; at best 1."""
-    load = fastest(report["loading"])["loader"]["images_per_second"]
-    processes = report["machine"]["processes"]
-    alone = processes * min(load, regime["compute"]["step"]["images_per_second"])
-    return float(regime["training"]["later_epochs"]["images_per_second"] / alone)
 
 
 def verdict(report: dict[str, Any]) -> str:

@@ -27,13 +27,20 @@ from resnet_dist.runtime.wording import suggestion
 
 @functools.cache
 def field_help(cls: type) -> dict[str, str]:
-    """The attribute docstrings of a dataclass: the string below each field."""
+    """The attribute docstrings of a dataclass and of its bases: the string below each field."""
+    texts: dict[str, str] = {}
+    for one in reversed(cls.__mro__):
+        if "__dataclass_fields__" in vars(one):
+            texts.update(_help_in_body(one))
+    return texts
+
+
+def _help_in_body(cls: type) -> Iterator[tuple[str, str]]:
+    """The name and the docstring of each field that the body of a class states."""
     body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
-    texts = {}
     for node, below in pairwise(body):
         if isinstance(node, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            texts[typing.cast(ast.Name, node.target).id] = inspect.cleandoc(str(below.value.value))
-    return texts
+            yield typing.cast(ast.Name, node.target).id, inspect.cleandoc(str(below.value.value))
 
 
 @functools.cache

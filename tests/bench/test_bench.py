@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from resnet_dist.bench.loading import fastest, loading
-from resnet_dist.bench.report import lines, notes, verdict
+from resnet_dist.bench.report import lines, verdict
+from resnet_dist.bench.run import notes
 from resnet_dist.bench.synthetic import DIFFERENT, photographs
 from resnet_dist.bench.timing import Plan
 from resnet_dist.bench.training import enough_steps
@@ -182,7 +183,7 @@ def test_epochs_are_long_enough_for_every_loader_process(folder: Path, tmp_path:
     job = job_of(tmp_path / "run", folder, *TINY, "-b", "8", "--cache", "device", "--aug", "none")  # 3 steps
     for workers, expected in (("0", 6), ("1", 6), ("2", 8), ("16", 64)):
         assert enough_steps(job.accelerator, config_of(folder, *TINY, "--workers", workers)) == expected
-    assert list(notes(job)) == ["--cache device keeps images in memory, not on the device, on a cpu"]
+    assert list(notes(job)) == ["on a cpu, --cache device caches images in memory, not on the device"]
     first = next(notes(dataclasses.replace(job, workers=2)))
     assert "epochs of 3 steps with 2 loader processes" in first and "--epoch-steps 8 or more" in first
 
@@ -231,8 +232,11 @@ def test_images_of_a_folder_are_measured(folder: Path, tmp_path: Path) -> None:
         (["--regimes", "body"], "--regimes body: must be one of full, layer4+head, head"),
         (["--json", "nowhere/bench.json"], "--json nowhere/bench.json: there is no folder nowhere"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
-        (["--cache", "device"], "add --aug none, or take --cache ram"),
-        (["--cache", "device", "--aug", "none", "--mixup", "0.2"], "add --aug none, or take --cache ram"),
+        (["--cache", "device"], "use --aug none without --mixup and --cutmix, or --cache ram"),
+        (
+            ["--cache", "device", "--aug", "none", "--mixup", "0.2"],
+            "use --aug none without --mixup and --cutmix, or --cache ram",
+        ),
     ],
 )
 def test_options_that_cannot_be_measured_are_refused(refused: Any, arguments: list[str], said: str) -> None:

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from resnet_dist.bench import scaling
 from resnet_dist.bench.ladder import GROUND, LEVERS
+from resnet_dist.bench.options import BenchConfig, LadderConfig, ScalingConfig
 from resnet_dist.bench.timing import Plan
 from resnet_dist.bench.training import begin, communication
-from resnet_dist.cli import bench, bench_scaling
 from resnet_dist.cli.main import main
 from resnet_dist.cli.parser import parse
+from resnet_dist.config.layers import options_of
 from resnet_dist.training.loop import train_step
 from tests.conftest import TINY
 from tests.training.helpers import job_of
@@ -23,9 +25,19 @@ from tests.training.helpers import job_of
 SHORT = ["--batch-size", "4", "--img-size", "32", "--epoch-steps", "1", "--epochs", "2", "--workers", "0"]
 
 
-def scaling_config(*arguments: str) -> bench_scaling.Config:
-    made: bench_scaling.Config = parse(bench_scaling.Config, arguments, "resnet-dist bench scaling")
+def scaling_config(*arguments: str) -> ScalingConfig:
+    made: ScalingConfig = parse(ScalingConfig, arguments, "resnet-dist bench scaling")
     return made
+
+
+def test_shared_options_have_one_help_text_unless_a_program_has_its_own() -> None:
+    bench, ladder, scaling_ = (
+        {o.name: o.help for o in options_of(c)} for c in (BenchConfig, LadderConfig, ScalingConfig)
+    )
+    for texts in (bench, ladder, scaling_):
+        assert [name for name, text in texts.items() if not text] == []
+    assert {name for name in ladder if name in bench and ladder[name] != bench[name]} == {"epochs"}
+    assert all(scaling_[name] == bench[name] for name in scaling_ if name in bench)
 
 
 # The ladder
@@ -69,7 +81,7 @@ def test_ladder_needs_at_least_two_epochs(refused: Any) -> None:
 def test_processes_get_the_options_of_the_user(typed: list[str]) -> None:
     """The command line that is made says the same to `bench` as what was typed."""
     cfg = scaling_config(*typed)
-    given = parse(bench.Config, [*bench_scaling.arguments_of(cfg), *bench_scaling.FULL_ONLY], "resnet-dist bench")
+    given = parse(BenchConfig, [*scaling.arguments_of(cfg), *scaling.FULL_ONLY], "resnet-dist bench")
     for name in ("data", "preprocess", "augment", "model", "optim", "system", "windows", "epochs", "epoch_steps"):
         assert getattr(given, name) == getattr(cfg, name), name
     assert given.regimes == ("full",) and not given.predict
@@ -86,15 +98,15 @@ def report(processes: int, device: str, step: float, whole: float, alone: float 
 
 
 def test_efficiency_on_gpus_is_relative_to_the_number_of_processes() -> None:
-    row = bench_scaling.row(report(4, "cuda", 90.0, 300.0, alone=0.75), report(1, "cuda", 100.0, 100.0))
+    row = scaling.row(report(4, "cuda", 90.0, 300.0, alone=0.75), report(1, "cuda", 100.0, 100.0))
     assert row["step_images_per_second"] == 360.0
     assert row["step_efficiency"] == pytest.approx(0.9) and row["training_efficiency"] == pytest.approx(0.75)
     assert row["exposed_communication"] == pytest.approx(0.25)
-    assert "25% of a step, all-reduce 2 GB/s" in list(bench_scaling.lines([row]))[1]
+    assert "25% of a step, 2 GB/s" in list(scaling.lines([row]))[1]
 
 
 def test_efficiency_on_a_cpu_is_relative_to_one_process() -> None:
-    row = bench_scaling.row(report(2, "cpu", 45.0, 80.0, alone=1.1), report(1, "cpu", 100.0, 100.0))
+    row = scaling.row(report(2, "cpu", 45.0, 80.0, alone=1.1), report(1, "cpu", 100.0, 100.0))
     assert row["step_efficiency"] == pytest.approx(0.9) and row["training_efficiency"] == pytest.approx(0.8)
     assert row["exposed_communication"] == 0.0
 
@@ -129,7 +141,7 @@ def test_step_without_reduction_does_not_sum_gradients(folder: Path, tmp_path: P
 
 def test_options_that_cannot_be_scaled_are_refused(refused: Any, tmp_path: Path) -> None:
     assert "--world-sizes 0: must be at least 1" in refused(2, "bench", "scaling", "--world-sizes", "0")
-    assert "add --aug none" in refused(2, "bench", "scaling", "--cache", "device")
+    assert "use --aug none" in refused(2, "bench", "scaling", "--cache", "device")
 
 
 @pytest.mark.matrix
