@@ -5,6 +5,7 @@ from itertools import cycle
 from typing import Any
 
 from resnet_dist.bench.timing import Plan, measure
+from resnet_dist.data.device_augment import DrawnImages
 from resnet_dist.data.loader import DeviceImages, Samples, TrainImages, TrainLoader
 from resnet_dist.data.transforms import Batch, sample_key, training_pixels
 from resnet_dist.training.job import Job
@@ -19,7 +20,7 @@ def loading(job: Job, plan: Plan) -> dict[str, Any]:
     images = job.train_images
     plain = TrainImages(images.table, images.spec, images.cfg, images.seed)
     measured = {"from_files": {**_stages(job, plain, plan), **_loops(job, plain, plan)}}
-    if isinstance(job.train_loader.samples, DeviceImages):
+    if isinstance(job.train_loader.samples, (DeviceImages, DrawnImages)):
         measured["from_device"] = _loops(job, job.train_loader.samples, plan)
     elif images.read is not images.reader:
         for _ in job.train_loader.epoch(0):  # fills the cache

@@ -14,6 +14,7 @@ from resnet_dist.bench.options import BenchConfig
 from resnet_dist.bench.report import lines, verdict
 from resnet_dist.bench.timing import Plan, summary
 from resnet_dist.bench.training import STEPS_PER_WORKER, job_of, measure_regime, shortened
+from resnet_dist.data.device_augment import DrawnImages
 from resnet_dist.data.loader import DeviceImages
 from resnet_dist.model.checkpoint import save_best
 from resnet_dist.runtime.accelerate import on_main
@@ -104,7 +105,7 @@ def notes(job: Job) -> Iterator[str]:
             f"epochs of {steps} steps with {workers} loader processes measure how the loaders start up; for their "
             f"steady speed use --epoch-steps {STEPS_PER_WORKER * workers} or more, and enough images"
         )
-    if job.cfg.data.cache == "device" and not isinstance(job.train_loader.samples, DeviceImages):
+    if job.cfg.data.cache == "device" and not isinstance(job.train_loader.samples, (DeviceImages, DrawnImages)):
         yield f"on a {job.accelerator.device.type}, --cache device caches images in memory, not on the device"
 
 

@@ -54,8 +54,9 @@ class DataConfig:
     workers: int | None = option(None, "-j", "--num-workers", "--dataloader-num-workers")
     """Data loading processes per training process (default: from the number of cores)."""
     cache: Literal["none", "ram", "disk", "device", "auto"] = "auto"
-    """Where to cache decoded images: ram, disk, or device (GPU memory, if the images have no random changes on the CPU;
-    otherwise ram); auto: ram, if the images fit in half of the free memory. The pixels are the same."""
+    """Where to cache decoded images: ram, disk, or device (GPU memory, if the images have no random changes on the CPU:
+    see --augment-on; otherwise ram); auto: ram, if the images fit in half of the free memory. The pixels are the
+    same."""
     cache_dir: str | None = None
     """Folder of --cache disk (default: resnet-dist in the user's cache folder)."""
 
@@ -139,6 +140,9 @@ class AugmentConfig:
     """MixUp: parameter of Beta(a, a); 0 is off."""
     cutmix: float = option(0.0, "--cutmix-alpha")
     """CutMix: parameter of Beta(a, a); 0 is off. If MixUp is on too, each pair of images takes one of the two."""
+    augment_on: Literal["host", "device"] = "host"
+    """device: change the images in batches on the GPU, with --cache device. The same crops, flips and colours, but the
+    pixels differ slightly: images are kept with a short side of --resize, or 1.5 times --img-size if that is more."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
@@ -149,6 +153,8 @@ class AugmentConfig:
         scale = self.crop_scale
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
             yield "--crop-scale needs two shares of the area, such as 0.08,1.0"
+        if self.augment_on == "device" and self.aug in ("trivial", "randaug", "custom"):
+            yield f"--augment-on device does not work with --aug {self.aug}, which changes images one by one"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,6 +454,11 @@ class TrainConfig:
             yield f"phase {len(self.phase)}: {counted(last.epochs or 0, 'epoch')}, but {rest}"
         if self.system.cache_features.isdecimal() and (self.augment.mixup or self.augment.cutmix):
             yield f"--cache-features {self.system.cache_features} does not work with MixUp and CutMix, which mix pixels"
+        if self.augment.augment_on == "device":
+            if self.data.cache != "device":
+                yield f"--augment-on device needs --cache device, not {self.data.cache}"
+            if self.system.cache_features.isdecimal() and self.augment.aug != "none":
+                yield "--augment-on device does not work with --cache-features N, which needs each view only once"
         if self.run.init_from is not None and self.model.weights != "none":
             yield f"--init-from and --weights {self.model.weights} both set the initial weights: give one of them"
         if self.data.global_batch_size is None:

@@ -6,6 +6,7 @@ not changed since it was decoded, and only after the process that uses it has ve
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -173,8 +174,11 @@ def default_folder() -> Path:
 # Whether it fits
 
 
-def bytes_needed(reader: Reader) -> int:
-    """Bytes of all decoded images: exact in the evaluation geometry, otherwise estimated from a sample of headers."""
+def bytes_needed(reader: Reader, short: float = math.inf) -> int:
+    """Bytes of all decoded images: exact in the evaluation geometry, otherwise estimated from a sample of headers.
+
+    `short`: images with a longer short side are shrunk to it.
+    """
     samples = len(reader.table)
     if reader.spec is not None:
         return samples * (reader.spec.img_size**2 * 3 + RECORD.itemsize)
@@ -182,7 +186,8 @@ def bytes_needed(reader: Reader) -> int:
     for row in reader.table.spread(SAMPLED):
         with suppress(ImageError, OSError), opened(reader.table.path(row)) as image:
             scale = jpeg_scale(image.size, reader.least) if reader.least and image.format == "JPEG" else 1
-            sizes.append(3 * (image.width // scale) * (image.height // scale))
+            width, height = image.width // scale, image.height // scale
+            sizes.append(3 * width * height * min(1, short / min(width, height)) ** 2)
     return round(samples * (float(np.mean(sizes or [0])) + RECORD.itemsize))
 
 
@@ -210,13 +215,13 @@ def choose_tier(asked: str, readers: Sequence[Reader], epochs: int, folder: Path
     name = "disk" if asked == "disk" else "ram"
     room = int(SHARE[asked] * free)
     where = f"free in {folder}" if name == "disk" else "of free memory"
-    size = f"about {_readable(needed)}"
+    size = f"about {readable(needed)}"
     if needed <= room:
-        return Tier(name, room, f"{size}, {_readable(free)} {where}")
+        return Tier(name, room, f"{size}, {readable(free)} {where}")
     if asked == "auto":
-        return Tier("none", 0, f"{size} is more than half of the {_readable(free)} {where}; --cache disk may help")
+        return Tier("none", 0, f"{size} is more than half of the {readable(free)} {where}; --cache disk may help")
     other = "a --cache-dir with more space" if name == "disk" else "--cache disk"
-    raise MachineError(f"--cache {asked}: {size}, but there is {_readable(free)} {where}; use {other} or --cache none")
+    raise MachineError(f"--cache {asked}: {size}, but there is {readable(free)} {where}; use {other} or --cache none")
 
 
 def shares(readers: Sequence[Reader], room: int) -> list[int]:
@@ -231,5 +236,6 @@ def _free_disk(folder: Path, readers: Sequence[Reader]) -> int:
     return shutil.disk_usage(folder).free + sum(taken)
 
 
-def _readable(size: float) -> str:
+def readable(size: float) -> str:
+    """Bytes in MiB or GiB."""
     return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"

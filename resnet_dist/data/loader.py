@@ -143,10 +143,16 @@ class TrainImages(Dataset[Batch]):
             flips.append(flip)
         batch = _batch_of(self.table, images, [index for _, index in keys], sample_keys)
         batch.flip = torch.tensor(flips) if any(flips) else None
-        if self.cfg.mixup or self.cfg.cutmix:
-            rows = [mix_of_pair(sample_keys[row - row % 2], self.cfg, size) for row in range(len(keys))]
-            batch.mix = torch.tensor(rows, dtype=torch.float32)
+        batch.mix = mix_of_batch(sample_keys, self.cfg, size)
         return batch
+
+
+def mix_of_batch(sample_keys: Sequence[int], cfg: AugmentConfig, size: int) -> torch.Tensor | None:
+    """How the pairs of a batch are mixed, float32 (B, 5); None without MixUp and CutMix. See `mix_of_pair`."""
+    if not (cfg.mixup or cfg.cutmix):
+        return None
+    rows = [mix_of_pair(sample_keys[row - row % 2], cfg, size) for row in range(len(sample_keys))]
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 class EvalImages(Dataset[Batch]):

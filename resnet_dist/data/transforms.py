@@ -167,6 +167,7 @@ class Batch:
         keys: int64 (B,), `sample_key` of each in training, 0 in evaluation.
         flip: bool (B,), which images the device has to mirror; None for none.
         mix: float32 (B, 5), rows of `mix_of_pair` (equal for both samples of a pair), or None.
+        changes: float32 (B, 16), rows of `device_augment.Changes` for images that are on the device; `images` is empty.
     """
 
     images: torch.Tensor
@@ -175,6 +176,7 @@ class Batch:
     keys: torch.Tensor
     flip: torch.Tensor | None = None
     mix: torch.Tensor | None = None
+    changes: torch.Tensor | None = None
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory (the loader calls this)."""
@@ -200,9 +202,15 @@ def swap_pairs(values: torch.Tensor) -> torch.Tensor:
 
 
 class ToInput:
-    """On the device: uint8 batches to the float input of the network, flipped, normalised and mixed."""
+    """On the device: uint8 batches to the float input of the network, flipped, normalised and mixed.
 
-    def __init__(self, spec: Preprocessing, device: torch.device) -> None:
+    `augment` makes the uint8 images of batches that only say how kept images change.
+    """
+
+    def __init__(
+        self, spec: Preprocessing, device: torch.device, augment: Callable[[Batch], torch.Tensor] | None = None
+    ) -> None:
+        self.augment = augment
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (spec.mean, spec.std))
         # A tensor: CUDA would multiply with the reciprocal of a Python number, which gives other bits.
         self.largest = torch.tensor(255.0, device=device)
@@ -210,7 +218,7 @@ class ToInput:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """float32 (B, 3, S, S) of uint8 (B, S, S, 3), channels_last; bit-equal to `export.predict.normalise`."""
-        images = batch.images
+        images = batch.images if batch.changes is None or self.augment is None else self.augment(batch)
         if batch.flip is not None:
             images = mirrored(images, batch.flip)
         rows = images.flatten(2).to(torch.float32)

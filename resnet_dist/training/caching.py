@@ -1,7 +1,7 @@
 """Where the decoded images of a run are kept: decided once, and opened by every process."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -9,9 +9,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from resnet_dist.config.schema import TrainConfig
-from resnet_dist.data.cache import ImageCache, bytes_needed, choose_tier, default_folder, disk_file, shares
+from resnet_dist.data.cache import ImageCache, bytes_needed, choose_tier, default_folder, disk_file, readable, shares
+from resnet_dist.data.device_augment import AugmentOnDevice, DrawnImages, KeptImages, short_side
 from resnet_dist.data.loader import DeviceImages, EvalImages, Samples, TrainImages
 from resnet_dist.errors import MachineError
+from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.accelerate import on_main
 from resnet_dist.runtime.faults import memory_for
 
@@ -44,6 +46,53 @@ def cache_images(accelerator: Accelerator, cfg: TrainConfig, samples: Sequence[T
     return f"decoded images are kept {where} ({tier.why})"
 
 
+def place_samples(
+    accelerator: Accelerator,
+    cfg: TrainConfig,
+    train: TrainImages,
+    val: EvalImages,
+    workers: int,
+    say: Callable[[str], None],
+) -> tuple[Samples, Samples, AugmentOnDevice | None]:
+    """Where training and validation get their samples from, as --cache and --augment-on say, and what augments there.
+
+    Every process must call this. Raises MachineError where what --cache asks for does not fit, and DataError where an
+    image that is to be kept on the device cannot be decoded.
+    """
+    wanted = cfg.augment.augment_on == "device" and not train.is_fixed
+    kept = keep_for_augmenting(accelerator, train, workers, say) if wanted else None
+    say(cache_images(accelerator, cfg, [train, val] if kept is None else [val]))
+    train_samples, val_samples = (on_device(accelerator, cfg, one, workers) for one in (train, val))
+    if kept is None:
+        return train_samples, val_samples, None
+    return DrawnImages(train, kept.sizes), val_samples, AugmentOnDevice(kept, train)
+
+
+def keep_for_augmenting(
+    accelerator: Accelerator, images: TrainImages, workers: int, say: Callable[[str], None]
+) -> KeptImages | None:
+    """The training images on this process's device, or None where they would take more than half of its free memory.
+
+    A line says which. All processes decide alike.
+    """
+    device, short = accelerator.device, short_side(images.spec)
+    needed, free = bytes_needed(images.reader, short), _free_memory(device)
+    size = f"about {readable(needed)} of the {readable(free)} that are free on {device}"
+    if not all(gather_object([needed <= free / 2])):
+        say(f"--augment-on host, because the training images take more than half of a device's free memory ({size})")
+        return None
+    say(f"training images are kept and augmented on {device}, short side at most {short} pixels ({size})")
+    with memory_for(accelerator, "--augment-on device", "take --augment-on host"):
+        return KeptImages(images, device, workers)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, for one process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return launcher.available_memory() // launcher.local_world_size()
+
+
 def on_device(accelerator: Accelerator, cfg: TrainConfig, samples: TrainImages | EvalImages, workers: int) -> Samples:
     """The samples, with --cache device kept on this process's GPU where they are the same in every epoch.
 
@@ -53,7 +102,7 @@ def on_device(accelerator: Accelerator, cfg: TrainConfig, samples: TrainImages |
     is_fixed = isinstance(samples, EvalImages) or samples.is_fixed
     if cfg.data.cache != "device" or accelerator.device.type != "cuda" or not is_fixed:
         return samples
-    needed, free = bytes_needed(samples.reader), torch.cuda.mem_get_info(accelerator.device)[0]
+    needed, free = bytes_needed(samples.reader), _free_memory(accelerator.device)
     if needed > free / 2:
         raise MachineError(
             f"--cache device: {len(samples.table)} images take {needed >> 20} MiB, more than half of what is free on "

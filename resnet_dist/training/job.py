@@ -40,7 +40,7 @@ from resnet_dist.runtime.accelerate import on_main, share_weights
 from resnet_dist.runtime.display import Display
 from resnet_dist.runtime.signals import StopRequests
 from resnet_dist.runtime.wording import counted
-from resnet_dist.training.caching import cache_images, on_device
+from resnet_dist.training.caching import place_samples
 from resnet_dist.training.ema import Ema
 from resnet_dist.training.losses import Loss, class_weights
 from resnet_dist.training.phases import plan, plan_lines, resolve
@@ -229,8 +229,9 @@ def build_job(
     balance = class_weights(cfg.loss, index.classes, index.train.targets)
     train_images = TrainImages(index.train, spec, cfg.augment, blueprint.batches.seed, blueprint.train_transform)
     val_images = EvalImages(index.val, spec)
-    display.say(cache_images(accelerator, cfg, [train_images, val_images]))
-    train_samples, val_samples = (on_device(accelerator, cfg, one, workers) for one in (train_images, val_images))
+    train_samples, val_samples, augment = place_samples(
+        accelerator, cfg, train_images, val_images, workers, display.say
+    )
     return Job(
         accelerator=accelerator,
         cfg=cfg,
@@ -244,7 +245,7 @@ def build_job(
         train_loader=TrainLoader(train_samples, blueprint.batches, workers, pin_memory=on_gpu),
         val_loader=eval_loader(accelerator, cfg, val_samples, workers),
         workers=workers,
-        to_input=ToInput(spec, device),
+        to_input=ToInput(spec, device, augment),
         run=run,
         display=display,
         stop=stop,

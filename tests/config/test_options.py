@@ -203,6 +203,7 @@ def test_no_spelling_means_two_things() -> None:
 
 
 EXTRA = {"stem": ["--weights", "none"], "resume": ["--output-dir", "no-such-folder"], "cache_dir": ["--cache", "disk"]}
+EXTRA["augment_on"] = ["--cache", "device"]
 
 
 # --init-from brings settings of an old run along, as a recipe does: tests/training/test_init_from.py.

@@ -294,6 +294,7 @@ def test_each_pair_uses_either_mixup_or_cutmix() -> None:
 
 def test_batch_moves_all_its_tensors() -> None:
     batch = batch_of(noise(4), [True, False, True, False], [(0.5, 0, 0, 0, 0)] * 4)
+    batch.changes = torch.zeros(4, 16)
     moved = batch.to(torch.device("meta"))
     assert {name: (value.shape, value.dtype) for name, value in vars(moved).items()} == {
         name: (value.shape, value.dtype) for name, value in vars(batch).items()
