@@ -1,6 +1,6 @@
 """The BatchNorm layers of a network, and their running statistics in several processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -61,6 +61,36 @@ def _put(buffers: dict[str, torch.Tensor], values: torch.Tensor) -> None:
     parts = torch.split(values, [buffer.numel() for buffer in buffers.values()])
     for buffer, part in zip(buffers.values(), parts, strict=True):
         buffer.copy_(part.view_as(buffer))
+
+
+def counting_batch_norms(model: nn.Module) -> list[BatchNorm]:
+    """The BatchNorm layers that count their batches but do not need the number: they have a momentum.
+
+    SyncBatchNorm is not among them. It raises an error where it has no counter.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    return [layer for layer in layers if layer.num_batches_tracked is not None and layer.momentum is not None]
+
+
+@contextmanager
+def counted_together(layers: Sequence[BatchNorm]) -> Iterator[None]:
+    """In this context, one forward pass of all `layers` raises their counters (`num_batches_tracked`) together.
+
+    By itself every layer in training mode adds 1 to its own counter, which on a GPU is a launch for each of them. It
+    does not where this buffer is None, as torch allows. After the pass the buffers are back, with the same values.
+    """
+    # Not by attribute: to set one of a module takes longer than the launch.
+    counting = [layer._buffers for layer in layers if layer.training]
+    counters = [buffers["num_batches_tracked"] for buffers in counting]
+    for buffers in counting:
+        buffers["num_batches_tracked"] = None
+    try:
+        yield
+    finally:
+        for buffers, counter in zip(counting, counters, strict=True):
+            buffers["num_batches_tracked"] = counter
+    if counters:
+        torch._foreach_add_([counter for counter in counters if counter is not None], 1)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,13 @@ from resnet_dist.data.transforms import Batch
 from resnet_dist.errors import NonFiniteError, Preempted
 from resnet_dist.evaluation.collect import collect_records
 from resnet_dist.evaluation.metrics import headline
-from resnet_dist.model.batch_norm import averaged_statistics, share_statistics
+from resnet_dist.model.batch_norm import (
+    BatchNorm,
+    averaged_statistics,
+    counted_together,
+    counting_batch_norms,
+    share_statistics,
+)
 from resnet_dist.model.checkpoint import save_best
 from resnet_dist.model.head import set_sample_keys
 from resnet_dist.model.trainable import set_trainable, train_mode
@@ -39,7 +45,8 @@ class Learner:
 
     `forward` is the wrapped network, or the compiled form of it, which only training uses. `tally` is what this process
     adds up between two polls. `skipped`, float32 () on the device, counts the steps of the phase that fp16 skipped
-    because a gradient overflowed; it is the same on every process.
+    because a gradient overflowed; it is the same on every process. `batch_norms` are the layers whose counters a step
+    raises together.
     """
 
     phase: Phase
@@ -50,6 +57,13 @@ class Learner:
     schedule: Schedule
     tally: Tally
     skipped: torch.Tensor
+    batch_norms: Sequence[BatchNorm]
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """What the network makes of a batch in training, (B, num_classes)."""
+        values = self.source.train_input(batch)
+        with counted_together(self.batch_norms):
+            return self.forward(values)
 
 
 def train(job: Job, resumed: Resumed | None = None) -> State:
@@ -95,7 +109,9 @@ def begin_phase(job: Job, phase: Phase) -> Learner:
     net, optimizer = wrap(job.accelerator, chosen.train_module, built, job.cfg.optim.grad_accum)
     forward = compiled(net) if job.cfg.system.compile == "on" else net
     device = job.accelerator.device
-    return Learner(phase, chosen, net, forward, optimizer, schedule, Tally(device), torch.zeros((), device=device))
+    tally, skipped = Tally(device), torch.zeros((), device=device)
+    layers = counting_batch_norms(chosen.train_module)
+    return Learner(phase, chosen, net, forward, optimizer, schedule, tally, skipped, layers)
 
 
 def end_phase(job: Job, learner: Learner) -> None:
@@ -149,7 +165,7 @@ def train_step(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
         set_sample_keys(learner.source.train_module, batch.keys)
         is_last = number == len(batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(learner.net):
-            logits = learner.forward(learner.source.train_input(batch))
+            logits = learner.logits(batch)
             numerator = job.loss.numerators(logits, batch).sum()
             # DDP averages gradients over the processes, so each brings its part times their number.
             accelerator.backward(numerator * (accelerator.num_processes / total))
