@@ -192,9 +192,8 @@ def update(job: Job, learner: Learner) -> None:
         norm = nn.utils.get_total_norm(gradients)
         if clip is not None:
             nn.utils.clip_grads_with_norm_(learner.net.parameters(), clip, norm)
-        nonfinite = learner.tally.nonfinite
-        torch.maximum(nonfinite, (~torch.isfinite(norm)).float(), out=nonfinite)
-        step_if_finite(optimizer, nonfinite)
+        learner.tally.nonfinite.logical_or_(norm - norm)  # 0 where it is finite, otherwise NaN, which counts as true
+        step_if_finite(optimizer, learner.tally.nonfinite)
     optimizer.zero_grad()
     if job.ema is not None:
         job.ema.update()

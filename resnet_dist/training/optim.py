@@ -150,4 +150,4 @@ def scaled_step(
     before = scale.clone()
     optimizer.step()
     skipped += scale < before
-    torch.maximum(bad, (scale < LOWEST_SCALE).float(), out=bad)
+    bad.logical_or_(scale < LOWEST_SCALE)
