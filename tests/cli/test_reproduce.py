@@ -89,7 +89,7 @@ def test_again_is_the_same_to_the_byte(
     new = tmp_path / "new"
     assert main(["reproduce", str(run), "-o", str(new)]) == 0
     said = capsys.readouterr().out
-    assert "best.safetensors: the same bytes" in said and "may be why" not in said
+    assert "best.safetensors: the same bytes" in said and "possible cause" not in said
     best = "checkpoints/best.safetensors"
     assert (new / best).read_bytes() == (run / best).read_bytes()
     assert json.loads((new / "reproduction.json").read_text())["same_bytes"] is True
@@ -103,7 +103,7 @@ def test_again_is_the_same_to_the_byte(
         stream.write(b" ")
     assert main(["reproduce", str(other), "-o", str(new)]) == 0
     said = capsys.readouterr().out
-    assert "other bytes" in said and f"what may be why: versions torch 1.0 -> {version('torch')}" in said
+    assert "other bytes" in said and f"possible cause: versions torch 1.0 -> {version('torch')}" in said
     assert "+0.004000" in said
     assert main(["reproduce", str(other), "-o", str(new), "--tolerance", "0.001"]) == 6
     assert "differ by up to 0.0040, more than --tolerance 0.001" in capsys.readouterr().err
@@ -115,7 +115,7 @@ def test_other_data_is_refused(run: Path, data: Path, tmp_path: Path, refused: R
     before = image.read_bytes()
     try:
         image.write_bytes(before + b"x")
-        assert "no longer the same (bytes " in refused(3, "reproduce", run, "-o", tmp_path / "a")
+        assert "has changed since (bytes " in refused(3, "reproduce", run, "-o", tmp_path / "a")
         image.rename(tmp_path / "away.png")
         assert "images 39 -> 38" in refused(3, "reproduce", run, "-o", tmp_path / "a")
         (data / "train/dog/other.png").write_bytes(before)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_dist.cli import demo
 from resnet_dist.cli.main import main
 from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.files.outputs import Kind, check_file, check_folder, json_with, make_folder, table_with
 from resnet_dist.files.run import RunFolder, has_state, is_run, read_facts, written_in
+from resnet_dist.training import demo
 from resnet_dist.training.state import State, newest_state, remove_leftovers, write_state
 from tests.conftest import TINY, WITH_REPORT, small_disk, write_image
 from tests.conftest import make_folder as images_in

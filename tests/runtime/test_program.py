@@ -223,12 +223,12 @@ def test_doctor_proves_equality(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_doctor_notices_a_difference(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A self-test whose two runs have different rates says so and fails."""
-    from resnet_dist.cli import doctor
+    from resnet_dist.runtime import self_test
 
     def fake(folder: Path, run: Path, processes: int) -> None:
         run.mkdir()
         (run / "metrics.jsonl").write_text(json.dumps({"lr": {"head": 0.1 * processes}, "loss": 1.0}) + "\n")
 
-    monkeypatch.setattr(doctor, "_train", fake)
+    monkeypatch.setattr(self_test, "_train", fake)
     assert main(["doctor"]) == 4
     assert "learning rates of all steps differ" in capsys.readouterr().err
