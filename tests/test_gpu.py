@@ -29,6 +29,7 @@ from export.predict import Preprocessing
 from resnet_dist.cli.main import main
 from resnet_dist.config.schema import AugmentConfig
 from resnet_dist.data.loader import DeviceImages, close_loaders
+from resnet_dist.data.prefetch import copied_ahead
 from resnet_dist.data.transforms import Batch, ToInput, mix_of_pair
 from resnet_dist.errors import NonFiniteError
 from resnet_dist.model.head import dropout_mask
@@ -193,6 +194,21 @@ def test_a_step_does_not_wait_for_the_gpu(folder: Path, tmp_path: Path, options:
             torch.cuda.set_sync_debug_mode("default")
     places = [f"{w.filename}:{w.lineno}" for w in noted if "called a synchronizing" in str(w.message)]
     assert len(places) <= waits * len(others), places
+
+
+def test_batches_that_are_copied_ahead_arrive_whole() -> None:
+    """The GPU is busy with a step while the next batch is copied, into memory that earlier ones have left."""
+
+    def steps() -> Iterator[list[Batch]]:
+        for number in range(40):
+            place = torch.tensor([number])
+            yield [Batch(torch.full((64, 224, 224, 3), number, dtype=torch.uint8), place, place, place).pin_memory()]
+
+    found = []
+    for (batch,) in copied_ahead(steps(), GPU):
+        torch.cuda._sleep(2_000_000)
+        found.append(torch.stack([batch.images.amin(), batch.images.amax(), batch.targets[0].to(torch.uint8)]))
+    assert torch.stack(found).tolist() == [[number] * 3 for number in range(40)]
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adam", "rmsprop"])

@@ -12,6 +12,7 @@ from torch import nn
 
 from resnet_dist.config.schema import BEST_METRICS, Phase
 from resnet_dist.data.loader import EvalLoader
+from resnet_dist.data.prefetch import copied_ahead
 from resnet_dist.data.transforms import Batch
 from resnet_dist.errors import NonFiniteError, Preempted
 from resnet_dist.evaluation.collect import collect_records
@@ -128,7 +129,8 @@ def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
     train_mode(job.model, learner.phase)
     with job.display.epoch(f"epoch {state.epochs_done + 1}/{job.cfg.run.epochs}", steps):
         phase_end = state.epochs_done - state.epoch_in_phase + (learner.phase.epochs or 0)
-        for batches in learner.source.train_loader.epoch(state.epochs_done, state.step_in_epoch, phase_end):
+        loaded = learner.source.train_loader.epoch(state.epochs_done, state.step_in_epoch, phase_end)
+        for batches in copied_ahead(loaded, job.accelerator.device):
             factor = learner.schedule.factor(state.epoch_in_phase * steps + state.step_in_epoch)
             set_rates(learner.optimizer, factor)
             train_step(job, learner, batches)
