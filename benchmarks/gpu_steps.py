@@ -24,17 +24,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnet_dist.bench.machine import describe, roofs
 from resnet_dist.bench.synthetic import photographs
-from resnet_dist.bench.timing import Plan, measure
+from resnet_dist.bench.timing import Repeats, measure
 from resnet_dist.bench.training import begin, job_of, limits, work
 from resnet_dist.cli.parser import parse
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.data.transforms import Batch
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.accelerate import start
-from resnet_dist.training.job import Job, draw
+from resnet_dist.training.job import Job
 from resnet_dist.training.loop import Learner, end_phase, train_step
+from resnet_dist.training.plan import make_plan
 
-PLAN = Plan(windows=3, steps=None, warmup=12)
+REPEATS = Repeats(windows=3, steps=None, warmup=12)
 
 
 def main() -> None:
@@ -67,12 +68,12 @@ def row_of(words: list[str], found: dict[str, Any]) -> dict[str, Any]:
     try:
         with learner_of(words) as (job, learner):
             if "roofs" not in found:
-                found |= {"machine": describe(job.accelerator), "roofs": roofs(job.accelerator, PLAN)}
+                found |= {"machine": describe(job.accelerator), "roofs": roofs(job.accelerator, REPEATS)}
             batches = [random_batch(job).to(job.accelerator.device)]
             if job.accelerator.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            timing = measure(job.accelerator, lambda: train_step(job, learner, batches), PLAN)
-            step = timing.of_images(job.cfg.data.batch_size)
+            timing = measure(job.accelerator, lambda: train_step(job, learner, batches), REPEATS)
+            step = timing.of_images(job.plan.share.batch_size)
             measured = {"compute": {"step": step}, "work": work(job, learner, batches[0], found["roofs"])}
             reached = limits(job.accelerator, measured, found["roofs"])
     except torch.OutOfMemoryError:
@@ -95,17 +96,17 @@ def learner_of(words: list[str]) -> Iterator[tuple[Job, Learner]]:
         fixed = ["--weights", "none", "--workers", "0", "--cache", "none"]
         cfg: TrainConfig = parse(TrainConfig, [folder, *fixed, *words], "train")
         accelerator, _ = start(cfg.system)
-        job, learner = begin(job_of(accelerator, draw(accelerator, cfg)), "full", 2)
+        job, learner = begin(job_of(accelerator, make_plan(accelerator, cfg)), "full", 2)
         yield job, learner
         end_phase(job, learner)
 
 
 def random_batch(job: Job) -> Batch:
     """A batch of the job's size with random pixels, some of its images to be mirrored."""
-    size, side = job.cfg.data.batch_size, job.spec.img_size
+    size, side = job.plan.share.batch_size, job.plan.spec.img_size
     images = torch.randint(0, 256, (size, side, side, 3), dtype=torch.uint8)
     number = torch.arange(size)
-    batch = Batch(images, number % len(job.index.classes), number % len(job.index.train), number + 1)
+    batch = Batch(images, number % len(job.plan.index.classes), number % len(job.plan.index.train), number + 1)
     return dataclasses.replace(batch, flip=number % 2 == 0)
 
 

@@ -178,9 +178,9 @@ def test_dropout_masks_are_those_of_the_cpu() -> None:
 )
 def test_a_step_does_not_wait_for_the_gpu(folder: Path, tmp_path: Path, options: str, waits: int) -> None:
     job = job_of(tmp_path / "run", folder, *OPTIONS, *options.split())
-    learner = loop.begin_phase(job, job.cfg.phase[0])
+    learner = loop.begin_phase(job, job.plan.phases[0])
     learner.source.fill(job)
-    train_mode(job.model, learner.phase)
+    train_mode(job.model, learner.phase.updating)
     first, *others = learner.source.train_loader.epoch(0)
     loop.train_step(job, learner, first)  # it sets up what the others find
     with warnings.catch_warnings(record=True) as noted:
@@ -216,8 +216,8 @@ def test_fp16_survives_an_overflow_in_the_first_step(folder: Path, tmp_path: Pat
     """That step moves nothing, and the second one moves the parameters as a first step does."""
     job = job_of(tmp_path / "run", folder, *OPTIONS, "--mixed-precision", "fp16", "--opt", opt, "--lr", "1e-3")
     set_scale(job, 2.0**60, 2.0**-50)
-    learner = loop.begin_phase(job, job.cfg.phase[0])
-    train_mode(job.model, learner.phase)
+    learner = loop.begin_phase(job, job.plan.phases[0])
+    train_mode(job.model, learner.phase.updating)
     batches = list(learner.source.train_loader.epoch(0))
     # Whatever is taken from memory without being set holds large values.
     large = [torch.full((1 << size,), 1e38, device=GPU) for size in (6, 12, 18, 21) for _ in range(32)]
@@ -279,7 +279,7 @@ def test_kept_features_train_as_images_do(folder: Path, tmp_path: Path, options:
     found = {}
     for how in ("off", "auto"):
         job = job_of(tmp_path / how, folder, *OPTIONS, "--aug", "none", *options, "--cache-features", how)
-        chosen = loop.source(job, job.cfg.phase[0])
+        chosen = loop.source(job, job.plan.phases[0])
         assert isinstance(chosen.train_input, Features) == (how == "auto")
         loop.train(job)
         found[how] = logged(tmp_path / how)
@@ -321,8 +321,8 @@ def group_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def gradients(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
     """The wrapped network, and the gradients of three steps from the same weights."""
-    learner = loop.begin_phase(job, job.cfg.phase[0])
-    train_mode(job.model, learner.phase)
+    learner = loop.begin_phase(job, job.plan.phases[0])
+    train_mode(job.model, learner.phase.updating)
     found: list[dict[str, torch.Tensor]] = []
 
     def note(_: Job, learner: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from resnet_dist.bench.timing import Plan, measure
+from resnet_dist.bench.timing import Repeats, measure
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.machine import hardware, versions
 
@@ -28,7 +28,7 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def roofs(accelerator: Accelerator, plan: Plan) -> dict[str, Any]:
+def roofs(accelerator: Accelerator, repeats: Repeats) -> dict[str, Any]:
     """Measured limits of one process: FLOP/s of a square matrix product by precision, and bytes/s of a copy.
 
     All processes measure at the same time, so that cores that they share count once.
@@ -37,11 +37,11 @@ def roofs(accelerator: Accelerator, plan: Plan) -> dict[str, Any]:
     size = CPU_BYTES if device.type == "cpu" else GPU_BYTES
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    limits: dict[str, Any] = {"gemm_flops": {name: _gemm(accelerator, plan, name) for name in _precisions(device)}}
-    limits["copy_bytes"] = measure(accelerator, lambda: target.copy_(source), plan).rates(2 * size)
+    limits: dict[str, Any] = {"gemm_flops": {name: _gemm(accelerator, repeats, name) for name in _precisions(device)}}
+    limits["copy_bytes"] = measure(accelerator, lambda: target.copy_(source), repeats).rates(2 * size)
     if device.type == "cuda":
         pinned = torch.ones(size // 8, dtype=torch.uint8).pin_memory()
-        to_device = measure(accelerator, lambda: target[: len(pinned)].copy_(pinned, non_blocking=True), plan)
+        to_device = measure(accelerator, lambda: target[: len(pinned)].copy_(pinned, non_blocking=True), repeats)
         limits["host_to_device_bytes"] = to_device.rates(len(pinned))
     return limits
 
@@ -54,7 +54,7 @@ def _precisions(device: torch.device) -> Iterator[str]:
         yield "bf16"
 
 
-def _gemm(accelerator: Accelerator, plan: Plan, precision: str) -> dict[str, float]:
+def _gemm(accelerator: Accelerator, repeats: Repeats, precision: str) -> dict[str, float]:
     device = accelerator.device
     side = CPU_SIDE if device.type == "cpu" else GPU_SIDE
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -63,7 +63,7 @@ def _gemm(accelerator: Accelerator, plan: Plan, precision: str) -> dict[str, flo
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
-        return measure(accelerator, lambda: torch.mm(a, b, out=out), plan).rates(2 * side**3)
+        return measure(accelerator, lambda: torch.mm(a, b, out=out), repeats).rates(2 * side**3)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 

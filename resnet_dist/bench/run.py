@@ -12,7 +12,7 @@ from resnet_dist.bench.loading import fastest, loading
 from resnet_dist.bench.machine import describe, roofs
 from resnet_dist.bench.options import BenchConfig
 from resnet_dist.bench.report import lines, verdict
-from resnet_dist.bench.timing import Plan, summary
+from resnet_dist.bench.timing import Repeats, summary
 from resnet_dist.bench.training import STEPS_PER_WORKER, job_of, measure_regime, shortened
 from resnet_dist.data.device_augment import DrawnImages
 from resnet_dist.data.loader import DeviceImages
@@ -31,37 +31,37 @@ def run_bench(cfg: BenchConfig) -> None:
 
 def measure(cfg: BenchConfig, setup: Setup) -> Result:
     """All measurements, as plain JSON values and as text."""
-    plan = plan_of(cfg, setup.accelerator.device.type)
-    report, job = measure_training(cfg, setup, plan)
+    repeats = repeats_of(cfg, setup.accelerator.device.type)
+    report, job = measure_training(cfg, setup, repeats)
     report["settings"]["data"] = "synthetic" if cfg.data.data is None else "images"
     if cfg.predict:
         setup.say("measuring prediction ...")
-        report["predict"] = on_main(setup.accelerator, lambda: time_prediction(job, setup.folder, plan))
+        report["predict"] = on_main(setup.accelerator, lambda: time_prediction(job, setup.folder, repeats))
     return Result(report, list(lines(report)))
 
 
-def plan_of(cfg: BenchConfig, device: str) -> Plan:
+def repeats_of(cfg: BenchConfig, device: str) -> Repeats:
     """How long to measure on this type of device."""
     warmup = cfg.warmup_steps if cfg.warmup_steps is not None else 20 if device == "cuda" else 2
-    return Plan(cfg.windows, cfg.window_steps, warmup)
+    return Repeats(cfg.windows, cfg.window_steps, warmup)
 
 
-def measure_training(cfg: BenchConfig, setup: Setup, plan: Plan) -> tuple[dict[str, Any], Job]:
+def measure_training(cfg: BenchConfig, setup: Setup, repeats: Repeats) -> tuple[dict[str, Any], Job]:
     """The measurements of the machine, of every regime and of loading, and the job that measured loading."""
     accelerator, say = setup.accelerator, setup.say
-    blueprint = shortened(accelerator, setup.cfg, setup.steps)
+    plan = shortened(accelerator, setup.cfg, setup.steps)
     report: dict[str, Any] = {"format_version": FORMAT_VERSION, "machine": describe(accelerator)}
     say("measuring matrix products and memory ...")
-    report["roofs"] = roofs(accelerator, plan)
+    report["roofs"] = roofs(accelerator, repeats)
     report["regimes"] = {}
     for name in cfg.regimes:
         say(f"measuring training, {name} ...")
-        job = job_of(accelerator, blueprint)
-        report["regimes"][name] = measure_regime(job, name, plan, cfg.epochs, report["roofs"])
+        job = job_of(accelerator, plan)
+        report["regimes"][name] = measure_regime(job, name, repeats, cfg.epochs, report["roofs"])
     say("measuring loading ...")
-    job = job_of(accelerator, blueprint)
+    job = job_of(accelerator, plan)
     report["settings"] = settings(job)
-    report["loading"] = loading(job, plan)
+    report["loading"] = loading(job, repeats)
     for regime in report["regimes"].values():
         if not regime["features_are_kept"]:
             regime["training"]["overlap"] = overlap(report, regime)
@@ -72,20 +72,20 @@ def measure_training(cfg: BenchConfig, setup: Setup, plan: Plan) -> tuple[dict[s
 
 def settings(job: Job) -> dict[str, Any]:
     """The settings that were measured, enough to repeat the measurement."""
-    cfg = job.cfg
+    cfg = job.plan.cfg
     return {
         "model": cfg.model.model,
-        "img_size": job.spec.img_size,
+        "img_size": job.plan.spec.img_size,
         "batch_size": cfg.data.batch_size,
         "grad_accum": cfg.optim.grad_accum,
         "precision": str(job.accelerator.mixed_precision),
         "optimizer": cfg.optim.opt,
         "aug": cfg.augment.aug,
-        "workers": job.workers,
+        "workers": job.plan.workers,
         "compile": cfg.system.compile,
         "images_are_kept": job.train_images.read is not job.train_images.reader,
-        "training_images": len(job.index.train),
-        "classes": len(job.index.classes),
+        "training_images": len(job.plan.index.train),
+        "classes": len(job.plan.index.classes),
     }
 
 
@@ -99,29 +99,29 @@ def overlap(report: dict[str, Any], regime: dict[str, Any]) -> float:
 
 def notes(job: Job) -> Iterator[str]:
     """Lines about what the numbers of training and loading do not measure."""
-    steps, workers = job.train_loader.steps_per_epoch, job.workers
+    steps, workers = job.train_loader.steps_per_epoch, job.plan.workers
     if steps < STEPS_PER_WORKER * workers and not isinstance(job.train_loader.samples, DeviceImages):
         yield (
             f"epochs of {steps} steps with {workers} loader processes measure how the loaders start up; for their "
             f"steady speed use --epoch-steps {STEPS_PER_WORKER * workers} or more, and enough images"
         )
-    if job.cfg.data.cache == "device" and not isinstance(job.train_loader.samples, (DeviceImages, DrawnImages)):
+    if job.plan.cfg.data.cache == "device" and not isinstance(job.train_loader.samples, (DeviceImages, DrawnImages)):
         yield f"on a {job.accelerator.device.type}, --cache device caches images in memory, not on the device"
 
 
-def time_prediction(job: Job, folder: Path, plan: Plan) -> dict[str, Any]:
+def time_prediction(job: Job, folder: Path, repeats: Repeats) -> dict[str, Any]:
     """Export the untrained model, and time the predictor from a batch of files to labels; its start separately."""
     checkpoint = folder / "bench.safetensors"
-    save_best(checkpoint, job.model, job.described(Best({}, 0, "raw")))
+    save_best(checkpoint, job.model, job.plan.description(Best({}, 0, "raw")))
     run_export(ExportConfig(run=str(checkpoint), output_dir=str(folder / "export"), images=1), verbose=False)
-    table = job.index.train
-    files = [table.path(i) for i in range(min(len(table), job.cfg.data.batch_size))]
+    table = job.plan.index.train
+    files = [table.path(i) for i in range(min(len(table), job.plan.share.batch_size))]
     start = time.perf_counter()
     predictor = Predictor(folder / "export" / "model.onnx", providers="cpu")
     list(predictor.predict(files))
     first = time.perf_counter() - start
     seconds = []
-    for _ in range(plan.windows):
+    for _ in range(repeats.windows):
         start = time.perf_counter()
         list(predictor.predict(files))
         seconds.append(time.perf_counter() - start)

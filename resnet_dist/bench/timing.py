@@ -17,7 +17,7 @@ MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
-class Plan:
+class Repeats:
     """How long to measure: windows, steps in a window (None: half a second of steps), warmup steps."""
 
     windows: int
@@ -49,16 +49,16 @@ class Timing:
         return {"median": amount / self.seconds, "p10": amount / self.p90, "p90": amount / self.p10}
 
 
-def measure(accelerator: Accelerator, step: Callable[[], object], plan: Plan) -> Timing:
+def measure(accelerator: Accelerator, step: Callable[[], object], repeats: Repeats) -> Timing:
     """Time `step`. Every process must call this and takes equally many steps; each returns its own times."""
-    for _ in range(max(1, plan.warmup)):
+    for _ in range(max(1, repeats.warmup)):
         step()
     wait_for(accelerator.device)
-    steps = plan.steps
+    steps = repeats.steps
     if steps is None:
         once = _window(accelerator.device, step, 1)[0]
         steps = on_main(accelerator, lambda: max(1, min(MOST_STEPS, math.ceil(WINDOW_SECONDS / once))))
-    windows = [_window(accelerator.device, step, steps) for _ in range(plan.windows)]
+    windows = [_window(accelerator.device, step, steps) for _ in range(repeats.windows)]
     return summary([seconds for seconds, _ in windows], steps, [host for _, host in windows])
 
 

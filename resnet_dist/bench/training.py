@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from resnet_dist.bench.machine import activation_bytes, gemm_flops
-from resnet_dist.bench.timing import Plan, measure, summary, wait_for
+from resnet_dist.bench.timing import Repeats, measure, summary, wait_for
 from resnet_dist.bench.work import bytes_moved, flops, least_seconds, operations
 from resnet_dist.config.schema import Phase, TrainConfig
 from resnet_dist.data.loader import TrainBatches, TrainLoader, default_workers
@@ -26,8 +26,9 @@ from resnet_dist.runtime.display import Display
 from resnet_dist.runtime.machine import forget_peak_memory, peak_memory
 from resnet_dist.runtime.signals import StopRequests
 from resnet_dist.training.compile import compiled
-from resnet_dist.training.job import Blueprint, Job, build_job, draw
+from resnet_dist.training.job import Job, build_job
 from resnet_dist.training.loop import Learner, begin_phase, end_phase, train_one_epoch, train_step
+from resnet_dist.training.plan import Plan, make_plan, plan_phase
 from resnet_dist.training.state import State
 
 LEAST_STEPS, STEPS_PER_WORKER = 6, 4  # in an epoch; a loader process makes whole batches
@@ -38,16 +39,16 @@ REGIMES = {  # what learns; frozen stages also have frozen BatchNorm statistics
 }
 
 
-def shortened(accelerator: Accelerator, cfg: TrainConfig, steps: int) -> Blueprint:
-    """The blueprint with the training images of `steps` steps, spread evenly over the data, or with all of them.
+def shortened(accelerator: Accelerator, cfg: TrainConfig, steps: int) -> Plan:
+    """The plan with the training images of `steps` steps, spread evenly over the data, or with all of them.
 
     Raises UsageError, DataError.
     """
-    blueprint = draw(accelerator, cfg)
-    share = blueprint.batches.share
-    train = blueprint.index.train.take(blueprint.index.train.spread(steps * share.global_batch))
-    batches = TrainBatches(len(train), blueprint.batches.seed, share, cfg.data.drop_last)
-    return dataclasses.replace(blueprint, index=dataclasses.replace(blueprint.index, train=train), batches=batches)
+    plan = make_plan(accelerator, cfg)
+    share = plan.share
+    train = plan.index.train.take(plan.index.train.spread(steps * share.global_batch))
+    batches = TrainBatches(len(train), plan.batches.seed, share, cfg.data.drop_last)
+    return dataclasses.replace(plan, index=dataclasses.replace(plan.index, train=train), batches=batches)
 
 
 def enough_steps(accelerator: Accelerator, cfg: TrainConfig) -> int:
@@ -58,23 +59,24 @@ def enough_steps(accelerator: Accelerator, cfg: TrainConfig) -> int:
     return max(LEAST_STEPS, STEPS_PER_WORKER * workers)
 
 
-def job_of(accelerator: Accelerator, blueprint: Blueprint) -> Job:
+def job_of(accelerator: Accelerator, plan: Plan) -> Job:
     """A job that prints nothing and writes nothing."""
     run = RunFolder(Path("bench"), active=False)
-    return build_job(accelerator, blueprint, run, Display(enabled=False), StopRequests())
+    return build_job(accelerator, plan, run, Display(enabled=False), StopRequests())
 
 
 def begin(job: Job, name: str, epochs: int) -> tuple[Job, Learner]:
     """The job and the learner of one of REGIMES for `epochs` epochs. Cached features are computed already."""
-    phase = dataclasses.replace(REGIMES[name], epochs=epochs)
-    job = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, phase=(phase,)))
+    plan = job.plan
+    phase = plan_phase(REGIMES[name], epochs, job.model, plan.cfg.optim, plan.optimizer)
+    job = dataclasses.replace(job, plan=dataclasses.replace(plan, phases=(phase,)))
     learner = begin_phase(job, phase)
     learner.source.fill(job)
-    train_mode(job.model, phase)
+    train_mode(job.model, phase.updating)
     return job, learner
 
 
-def measure_regime(job: Job, name: str, plan: Plan, epochs: int, roofs: dict[str, Any]) -> dict[str, Any]:
+def measure_regime(job: Job, name: str, repeats: Repeats, epochs: int, roofs: dict[str, Any]) -> dict[str, Any]:
     """Measure training in one of REGIMES: whole epochs, the work of a step, and the time of a step alone.
 
     Do not use the job again: its caches are full and its weights have changed.
@@ -90,13 +92,13 @@ def measure_regime(job: Job, name: str, plan: Plan, epochs: int, roofs: dict[str
     }
     batches = [batch.to(job.accelerator.device) for batch in next(learner.source.train_loader.epoch(0))]
     found["work"] = work(job, learner, batches[0], roofs)
-    found["compute"] = compute(job, learner, batches, plan)
+    found["compute"] = compute(job, learner, batches, repeats)
     found["limits"] = limits(job.accelerator, found, roofs)
     end_phase(job, learner)
     return found
 
 
-def compute(job: Job, learner: Learner, batches: Sequence[Batch], plan: Plan) -> dict[str, Any]:
+def compute(job: Job, learner: Learner, batches: Sequence[Batch], repeats: Repeats) -> dict[str, Any]:
     """Times of a forward, of forward and backward, and of a step, on batches that are already on the device."""
     accelerator, first = job.accelerator, batches[0]
 
@@ -112,25 +114,25 @@ def compute(job: Job, learner: Learner, batches: Sequence[Batch], plan: Plan) ->
         train_step(job, learner, batches)
 
     found = {
-        "forward": measure(accelerator, forward, plan).of_images(len(first.targets)),
-        "forward_backward": measure(accelerator, backward, plan).of_images(len(first.targets)),
-        "step": measure(accelerator, step, plan).of_images(sum(len(batch.targets) for batch in batches)),
+        "forward": measure(accelerator, forward, repeats).of_images(len(first.targets)),
+        "forward_backward": measure(accelerator, backward, repeats).of_images(len(first.targets)),
+        "step": measure(accelerator, step, repeats).of_images(sum(len(batch.targets) for batch in batches)),
     }
     if accelerator.num_processes > 1:
-        found["communication"] = communication(job, learner, batches, plan)
+        found["communication"] = communication(job, learner, batches, repeats)
     return found
 
 
-def communication(job: Job, learner: Learner, batches: Sequence[Batch], plan: Plan) -> dict[str, Any]:
+def communication(job: Job, learner: Learner, batches: Sequence[Batch], repeats: Repeats) -> dict[str, Any]:
     """Times of a step without all-reduce, and of an all-reduce of as many values as the gradient has."""
     alone = without_reduction(job, learner)
     images = sum(len(batch.targets) for batch in batches)
-    step = measure(job.accelerator, lambda: train_step(job, alone, batches), plan)
+    step = measure(job.accelerator, lambda: train_step(job, alone, batches), repeats)
     parameters = [p.detach() for p in learner.net.parameters() if p.requires_grad]
     for values in parameters:  # they differ between processes now
         torch.distributed.broadcast(values, 0)
     gradient = torch.zeros(sum(values.numel() for values in parameters), device=job.accelerator.device)
-    reduce = measure(job.accelerator, lambda: torch.distributed.all_reduce(gradient), plan)
+    reduce = measure(job.accelerator, lambda: torch.distributed.all_reduce(gradient), repeats)
     size = gradient.numel() * gradient.element_size()
     return {"step_alone": step.of_images(images), "gradient_bytes": size, "all_reduce_bytes": reduce.rates(size)}
 
@@ -139,7 +141,7 @@ def without_reduction(job: Job, learner: Learner) -> Learner:
     """The learner without DDP, whose steps do not reduce gradients."""
     module = learner.source.train_module
     return dataclasses.replace(
-        learner, net=module, forward=compiled(module) if job.cfg.system.compile == "on" else module
+        learner, net=module, forward=compiled(module) if job.plan.cfg.system.compile == "on" else module
     )
 
 
@@ -158,12 +160,12 @@ def work(job: Job, learner: Learner, batch: Batch, roofs: dict[str, Any]) -> dic
 
 def _on_meta(job: Job, learner: Learner) -> nn.Module:
     """The part of the network that learns, in its training mode, on the meta device."""
-    model = empty(job.architecture)
-    set_trainable(model, learner.phase)
-    train_mode(model, learner.phase)
+    model = empty(job.plan.architecture)
+    set_trainable(model, learner.phase.trainable)
+    train_mode(model, learner.phase.updating)
     if learner.source.train_module is job.model:
         return model
-    return cut(model, first_changing_stage(model, learner.phase))[1]
+    return cut(model, first_changing_stage(learner.phase.trainable, learner.phase.updating))[1]
 
 
 def limits(accelerator: Accelerator, found: dict[str, Any], roofs: dict[str, Any]) -> dict[str, float]:

@@ -38,12 +38,12 @@ def main(cfg: Config) -> int:
 
     from resnet_dist.model.resnet import Architecture, empty
     from resnet_dist.model.summary import summarise
-    from resnet_dist.model.trainable import set_trainable, updating_batch_norms
+    from resnet_dist.model.trainable import select, set_trainable, updating_batch_norms
 
     architecture = Architecture.of(cfg.model, cfg.num_classes)
     model = empty(architecture)
     phase = cfg.phase[cfg.phase_number - 1]
-    set_trainable(model, phase)
+    set_trainable(model, select(model, phase.trainable))
     layers = summarise(model, cfg.img_size)
     table = Table(title=f"{cfg.model.model}, {cfg.img_size} x {cfg.img_size} pixels", title_justify="left")
     for column in ("layer", "kind", "output", "parameters", "trainable", "MFLOPs"):

@@ -445,13 +445,13 @@ class TrainConfig:
         for number, phase in enumerate(earlier, 1):
             if phase.epochs is None:
                 yield f"phase {number}: epochs are missing; only the last phase may leave them out"
-        before = sum(phase.epochs or 0 for phase in earlier)
+        before = sum(phase.epochs for phase in earlier if phase.epochs is not None)
         if earlier and before >= self.run.epochs:
             lowest = f"must be at least {before + 1}, as the phases before the last take {before}"
             yield f"--epochs {self.run.epochs}: {lowest}"
-        elif last.epochs not in (None, self.run.epochs - before):
+        elif last.epochs is not None and last.epochs != self.run.epochs - before:
             rest = f"--epochs {self.run.epochs} leaves {self.run.epochs - before} for it"
-            yield f"phase {len(self.phase)}: {counted(last.epochs or 0, 'epoch')}, but {rest}"
+            yield f"phase {len(self.phase)}: {counted(last.epochs, 'epoch')}, but {rest}"
         if self.system.cache_features.isdecimal() and (self.augment.mixup or self.augment.cutmix):
             yield f"--cache-features {self.system.cache_features} does not work with MixUp and CutMix, which mix pixels"
         if self.augment.augment_on == "device":
@@ -469,8 +469,7 @@ class TrainConfig:
         if (self.augment.mixup or self.augment.cutmix) and batch_size % 2:
             yield f"--batch-size {batch_size}: must be even, as MixUp and CutMix pair images"
 
-    def with_phase_epochs(self) -> "TrainConfig":
-        """The same config with the epochs of every phase filled in."""
-        *earlier, last = self.phase
-        rest = self.run.epochs - sum(phase.epochs or 0 for phase in earlier)
-        return dataclasses.replace(self, phase=(*earlier, dataclasses.replace(last, epochs=rest)))
+    def phase_epochs(self) -> tuple[int, ...]:
+        """The epochs of each phase: the last one takes the rest. The config has no problems."""
+        earlier = [phase.epochs for phase in self.phase[:-1] if phase.epochs is not None]
+        return (*earlier, self.run.epochs - sum(earlier))

@@ -45,7 +45,7 @@ def sample_keys(seed: int, epochs: Sequence[int], positions: Sequence[int]) -> n
     return (key >> np.uint64(1)).astype(np.int64)
 
 
-def stream_seed(seed: int, stream: int | None) -> int:
+def stream_seed(seed: int, stream: int) -> int:
     """The seed of order, augmentation and dropout: the run's seed in stream 0, another one in each later stream."""
     return sample_key(seed, -stream, -1) if stream else seed
 

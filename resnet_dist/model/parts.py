@@ -1,22 +1,23 @@
 """Cut a network in two before a stage: the frozen part, whose outputs can be cached, and the part that learns."""
 
+from collections.abc import Iterable
+
 from torch import nn
 
-from resnet_dist.config.schema import STAGES, Phase
+from resnet_dist.config.schema import STAGES
 from resnet_dist.model.resnet import stage_of
-from resnet_dist.model.trainable import select, updating_batch_norms
 
 # The order of torchvision's ResNet.forward; the pooled features are flattened before `fc`.
 _ORDER = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc")
 _FIRST = {"layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7, "head": 9}
 
 
-def first_changing_stage(model: nn.Module, phase: Phase) -> str:
-    """The first stage with a parameter that learns, or with BatchNorm statistics that update, in a phase.
+def first_changing_stage(trainable: Iterable[str], updating: Iterable[str]) -> str:
+    """The first stage with a parameter that learns, or with BatchNorm statistics that update.
 
-    The stages before it give the same output for the same input throughout the phase: only the head has dropout.
+    The stages before it give the same output for the same input throughout a phase: only the head has dropout.
     """
-    changing = {stage_of(name) for name in (*select(model, phase.trainable), *updating_batch_norms(model, phase))}
+    changing = {stage_of(name) for name in (*trainable, *updating)}
     return next(stage for stage in STAGES if stage in changing)
 
 

@@ -1,5 +1,6 @@
 """What learns in a phase: the parameters that get gradients, and the BatchNorm statistics that update."""
 
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 
 import torch
@@ -42,11 +43,10 @@ def _matching(model: nn.Module, word: str) -> set[str]:
     return matching
 
 
-def set_trainable(model: nn.Module, phase: Phase) -> None:
-    """Enable gradients for exactly the parameters that the phase selects."""
-    chosen = set(select(model, phase.trainable))
+def set_trainable(model: nn.Module, names: Collection[str]) -> None:
+    """Enable gradients for exactly the parameters with these names."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
+        parameter.requires_grad_(name in names)
         parameter.grad = None
 
 
@@ -63,19 +63,21 @@ def updating_batch_norms(model: nn.Module, phase: Phase) -> list[str]:
     return [name for name in layers if stage_of(name) in learning]
 
 
-def train_mode(model: nn.Module, phase: Phase) -> None:
-    """Set training mode, but evaluation mode for BatchNorm layers whose statistics are frozen in this phase."""
-    updating = set(updating_batch_norms(model, phase))
+def train_mode(model: nn.Module, updating: Collection[str]) -> None:
+    """Set training mode, but evaluation mode for the backbone's BatchNorm layers that are not among `updating`."""
     model.train()
     for name, layer in backbone_batch_norms(model):
         layer.train(name in updating)
 
 
 @torch.no_grad()
-def batch_norm_of_one_value(model: nn.Module, phase: Phase, shape: tuple[int, int, int, int]) -> str | None:
+def batch_norm_of_one_value(
+    model: nn.Module, updating: Collection[str], shape: tuple[int, int, int, int]
+) -> str | None:
     """The first BatchNorm layer that would train on one value per channel, for inputs of `shape` (B, 3, H, W), or None.
 
-    `model` must be on the meta device, so that nothing is computed. Its training mode changes.
+    `updating` names the layers of the backbone whose statistics update. `model` must be on the meta device, so that
+    nothing is computed. Its training mode changes.
     """
     offenders = []
     names = {module: name for name, module in model.named_modules()}
@@ -85,7 +87,7 @@ def batch_norm_of_one_value(model: nn.Module, phase: Phase, shape: tuple[int, in
             offenders.append(names[module])
             module.eval()  # in training mode torch would raise an error
 
-    train_mode(model, phase)
+    train_mode(model, updating)
     for module in names:
         if isinstance(module, BatchNorm):
             module.register_forward_pre_hook(look)

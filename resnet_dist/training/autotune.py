@@ -11,44 +11,44 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from resnet_dist.config.schema import TrainConfig
 from resnet_dist.data.loader import TrainImages
 from resnet_dist.errors import DataError
 from resnet_dist.model.resnet import build
 from resnet_dist.model.trainable import set_trainable, train_mode
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.accelerate import on_main
-from resnet_dist.training.job import Blueprint
+from resnet_dist.training.plan import Plan
 
 SECONDS = 2.0  # for each thing that is tried: ten in all at most, with what it takes to begin
 LARGEST_BATCH_ON_CPU = 8
 HEADROOM = 1.2  # loading is to be that much faster than computing
 
 
-def autotune(accelerator: Accelerator, blueprint: Blueprint) -> tuple[TrainConfig, list[str]]:
-    """The config with --mixed-precision and --workers decided by a trial, and a line for each with what was measured.
+def autotune(accelerator: Accelerator, plan: Plan) -> tuple[Plan, list[str]]:
+    """The plan with --mixed-precision and --workers decided by a trial, and a line for each with what was measured.
 
     What was typed stays. Every process must call this: all try at once, as they will train, and the main one decides.
     """
-    cfg = blueprint.cfg
+    cfg = plan.cfg
     lines: list[str] = []
     precisions = _precisions(accelerator.device)
     open_precision = cfg.system.mixed_precision == "auto" and len(precisions) > 1
     open_workers = cfg.data.workers is None and accelerator.device.type != "cpu"
     if not (open_precision or open_workers):
-        return cfg, lines
-    speeds = _speeds(accelerator, blueprint, precisions)
+        return plan, lines
+    speeds = _speeds(accelerator, plan, precisions)
     best = on_main(accelerator, lambda: max(speeds, key=lambda name: speeds[name]))
     if open_precision:
         cfg = dataclasses.replace(cfg, system=dataclasses.replace(cfg.system, mixed_precision=cast(Any, best)))
         measured = on_main(accelerator, lambda: ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items()))
         lines.append(f"autotune: precision {best} (images/s and process: {measured})")
     if open_workers:
-        loading = _rate(_loading(blueprint), cfg.data.batch_size)
+        loading = _rate(_loading(plan), plan.share.batch_size)
         workers, why = on_main(accelerator, lambda: workers_for(speeds[best], loading))
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=workers))
+        plan = dataclasses.replace(plan, workers=workers)
         lines.append(f"autotune: {workers} loader processes ({why})")
-    return cfg, lines
+    return dataclasses.replace(plan, cfg=cfg), lines
 
 
 def workers_for(computing: float, loading: float) -> tuple[int, str]:
@@ -65,16 +65,16 @@ def _precisions(device: torch.device) -> list[str]:
     return ["no", "bf16"] if device.type == "cpu" and launcher.cpu_has_bf16() else ["no"]
 
 
-def _speeds(accelerator: Accelerator, blueprint: Blueprint, precisions: list[str]) -> dict[str, float]:
+def _speeds(accelerator: Accelerator, plan: Plan, precisions: list[str]) -> dict[str, float]:
     """Images per second and process of a step of the last phase, by precision, on random pixels."""
-    device, size = accelerator.device, blueprint.spec.img_size
-    batch = blueprint.cfg.data.batch_size
+    device, size = accelerator.device, plan.spec.img_size
+    batch = plan.share.batch_size
     batch = min(batch, LARGEST_BATCH_ON_CPU) if device.type == "cpu" else batch
     with torch.random.fork_rng(devices=[]):  # nothing is drawn on a GPU
-        model = build(blueprint.architecture).to(device)
+        model = build(plan.architecture).to(device)
         images = torch.rand(batch, size, size, 3).to(device).permute(0, 3, 1, 2)
-    set_trainable(model, blueprint.cfg.phase[-1])
-    train_mode(model, blueprint.cfg.phase[-1])
+    set_trainable(model, plan.phases[-1].trainable)
+    train_mode(model, plan.phases[-1].updating)
     return {name: _rate(lambda name=name: _step(model, images, name), batch) for name in precisions}  # type: ignore[misc]
 
 
@@ -95,10 +95,10 @@ def _step(model: nn.Module, images: torch.Tensor, precision: str) -> None:
         torch.cuda.synchronize()
 
 
-def _loading(blueprint: Blueprint) -> Callable[[], None]:
-    cfg, table = blueprint.cfg, blueprint.index.train
-    images = TrainImages(table, blueprint.spec, cfg.augment, cfg.run.seed, blueprint.train_transform)
-    keys = [(0, number % len(table)) for number in range(cfg.data.batch_size)]
+def _loading(plan: Plan) -> Callable[[], None]:
+    cfg, table = plan.cfg, plan.index.train
+    images = TrainImages(table, plan.spec, cfg.augment, cfg.run.seed, plan.train_transform)
+    keys = [(0, number % len(table)) for number in range(plan.share.batch_size)]
 
     def load() -> None:
         batch = images.__getitems__(keys)

@@ -8,28 +8,27 @@ from accelerate.state import AcceleratorState
 
 from resnet_dist.data.transforms import Transform
 from resnet_dist.model.resnet import empty
-from resnet_dist.model.trainable import select
 from resnet_dist.runtime.machine import made_with, peak_memory
-from resnet_dist.training.job import Blueprint
+from resnet_dist.training.plan import Plan
 
 
-def what_is_trained(blueprint: Blueprint) -> dict[str, Any]:
+def what_is_trained(plan: Plan) -> dict[str, Any]:
     """Seed, batch, data fingerprint, and the parameters that learn in at least one phase, as plain JSON values.
 
     The fingerprint: a hash of every path, class and split, and the size of all files together.
     """
-    cfg, index, model = blueprint.cfg, blueprint.index, empty(blueprint.architecture)
-    learning = {name for phase in cfg.phase for name in select(model, phase.trainable)}
+    cfg, index, model = plan.cfg, plan.index, empty(plan.architecture)
+    learning = {name for phase in plan.phases for name in phase.trainable}
     data = index.fingerprint()
     parts = (index.train, index.val, index.test)
     size = sum((index.root / path).stat().st_size for part in parts for path in part.paths)
-    custom = {} if blueprint.train_transform is None else {"train_transform": described(blueprint.train_transform)}
+    custom = {} if plan.train_transform is None else {"train_transform": described(plan.train_transform)}
     return {
         **custom,
         "recipe": cfg.recipe,
         "model": cfg.model.model,
         "seed": cfg.run.seed,
-        "global_batch": blueprint.batches.share.global_batch,
+        "global_batch": plan.share.global_batch,
         "data": {"images": data["images"], "bytes": size, "sha256": data["sha256"]},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable_parameters": sum(p.numel() for name, p in model.named_parameters() if name in learning),

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from resnet_dist.config.schema import Phase
 from resnet_dist.data.index import ImageTable
 from resnet_dist.data.loader import EvalImages, EvalLoader, Key, TrainImages, TrainLoader, unpacked
 from resnet_dist.data.transforms import Batch
@@ -18,6 +17,7 @@ from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.accelerate import on_main
 from resnet_dist.runtime.faults import memory_for
 from resnet_dist.training.job import Job, eval_loader
+from resnet_dist.training.plan import PlannedPhase
 
 Input = Callable[[Batch], torch.Tensor]  # what a network, or its rest, takes of a batch
 SHARE_OF_MEMORY = 0.5  # of what is free when the phase begins: the rest is for training itself
@@ -89,7 +89,7 @@ class Features:
     @torch.no_grad()
     def _compute(self, job: Job, view: EvalImages | View, whole: torch.Tensor) -> None:
         """Write the features of a view into `whole`, as many rows for each process."""
-        loader, done = eval_loader(job.accelerator, job.cfg, view, job.workers), 0
+        loader, done = eval_loader(job.accelerator, job.plan.eval_batch_size, view, job.plan.workers), 0
         own = whole if job.accelerator.num_processes == 1 else torch.zeros_like(whole[: loader.per_process])
         self.prefix.eval()
         with job.accelerator.autocast(), job.display.epoch("features", loader.rounds):
@@ -131,7 +131,7 @@ class Source:
                 known.fill(job)
 
 
-def source(job: Job, phase: Phase) -> Source:
+def source(job: Job, phase: PlannedPhase) -> Source:
     """Decide what of a phase works on kept features, and say so; every process must call this.
 
     Training does where the frozen part of the network sees the same image in every epoch, because the augmentation is
@@ -139,12 +139,12 @@ def source(job: Job, phase: Phase) -> Source:
     frozen part) or takes more than half of the free memory.
     """
     images = Source(job.model, job.train_loader, job.to_input, job.model, job.val_loader, job.to_input)
-    stage, asked = first_changing_stage(job.model, phase), job.cfg.system.cache_features
+    stage, asked = first_changing_stage(phase.trainable, phase.updating), job.plan.cfg.system.cache_features
     if asked == "off" or stage == "stem" or phase.epochs == 1:
         return images
     prefix, rest = cut(job.model, stage)
     example = _example(job, prefix)
-    val = Features(prefix, [EvalImages(job.index.val, job.spec)], example)
+    val = Features(prefix, [EvalImages(job.plan.index.val, job.plan.spec)], example)
     train = _of_training(job, prefix, example)
     room = on_main(job.accelerator, lambda: _room(job.accelerator.device))
     fits = [features for features in (val, train) if features is not None]
@@ -156,21 +156,21 @@ def source(job: Job, phase: Phase) -> Source:
         why = "" if train else " (training images change at random: --aug none, or --cache-features N for N views)"
         job.display.say(f"features before {stage} are computed once, for {' and '.join(names)}, {size:.1f} MiB{why}")
     if train is not None and train in fits:
-        known = KnownSamples(job.index.train, job.train_images.seed, len(train.views))
+        known = KnownSamples(job.plan.index.train, job.train_images.seed, len(train.views))
         loader = TrainLoader(known, job.train_loader.batches, 0, pin_memory=False)
         images = dataclasses.replace(images, train_module=rest, train_loader=loader, train_input=train)
     if val in fits:
         images = dataclasses.replace(
             images,
             val_module=rest,
-            val_loader=eval_loader(job.accelerator, job.cfg, KnownSamples(job.index.val), 0),
+            val_loader=eval_loader(job.accelerator, job.plan.eval_batch_size, KnownSamples(job.plan.index.val), 0),
             val_input=val,
         )
     return images
 
 
 def _of_training(job: Job, prefix: nn.Module, example: torch.Tensor) -> Features | None:
-    asked, cfg, images = job.cfg.system.cache_features, job.cfg.augment, job.train_images
+    asked, cfg, images = job.plan.cfg.system.cache_features, job.plan.cfg.augment, job.train_images
     if cfg.mixup or cfg.cutmix or (asked == "auto" and cfg.aug != "none"):
         return None
     views = 1 if cfg.aug == "none" else int(asked)
@@ -179,7 +179,7 @@ def _of_training(job: Job, prefix: nn.Module, example: torch.Tensor) -> Features
 
 @torch.no_grad()
 def _example(job: Job, prefix: nn.Module) -> torch.Tensor:
-    size = job.spec.img_size
+    size = job.plan.spec.img_size
     prefix.eval()
     with job.accelerator.autocast():
         values: torch.Tensor = prefix(torch.zeros(1, 3, size, size, device=job.accelerator.device))

@@ -41,7 +41,7 @@ def finish(job: Job, state: State) -> dict[str, Measured]:
         raise NonFiniteError("no epoch had a finite validation score, so there is no best checkpoint; lower --lr")
     load = functools.partial(load_checkpoint, job.run.best)
     model, description = model_from_main(job.accelerator, load, lambda description: build(description.architecture))
-    classes = len(job.index.classes)
+    classes = len(job.plan.index.classes)
     records = collect_records(job.accelerator, model, job.val_loader, job.to_input, classes, True, job.stop.check)
     return on_main(job.accelerator, lambda: write_run(job, best, model, description, records))
 
@@ -50,8 +50,8 @@ def write_run(
     job: Job, best: Best, model: nn.Module, description: Description, records: Records
 ) -> dict[str, Measured]:
     """Write the evaluation, the result, the model card and, if asked for, plots and page. On the main process."""
-    folder, index = inside(job.run.path, "eval", "val"), job.index
-    evaluation = evaluation_of(records, index.val, "val", index.classes, job.spec, job.run.best, folder)
+    folder, index = inside(job.run.path, "eval", "val"), job.plan.index
+    evaluation = evaluation_of(records, index.val, "val", index.classes, job.plan.spec, job.run.best, folder)
     write_evaluation(folder, evaluation)
     values = {name: metric.value for name, metric in evaluation.metrics.items()}
     job.run.update(
@@ -59,7 +59,7 @@ def write_run(
     )
     card = run_card(CardFacts(read_facts(job.run.path), evaluation.summary, description))
     job.run.write("README.md", card)
-    if job.cfg.run.report:
+    if job.plan.cfg.run.report:
         write_report(job, model, evaluation)
     return dict(evaluation.metrics)
 
@@ -72,7 +72,7 @@ def write_report(job: Job, model: nn.Module, evaluation: Evaluation) -> None:
     from resnet_dist.report.on_disk import read_run_record
     from resnet_dist.report.training import write_run_report  # it imports matplotlib, which takes a second
 
-    index = job.index
+    index = job.plan.index
     images = len(index.train) + len(index.val) + len(index.test)
     findings = look_at_all(index, full=True, seen=evaluation.pictures.keep) if images <= FEW else None
     counts = np.bincount(index.train.targets, minlength=len(index.classes)).tolist()

@@ -18,7 +18,7 @@ from resnet_dist.runtime.display import Display
 from resnet_dist.runtime.signals import Stopped
 from resnet_dist.runtime.wording import counted, one_line
 from resnet_dist.training.facts import this_launch, what_is_trained
-from resnet_dist.training.job import Blueprint
+from resnet_dist.training.plan import Plan
 from resnet_dist.training.resume import Resumed, changes, read_resumed
 
 
@@ -90,10 +90,10 @@ def completeness(path: Path) -> str:
     )
 
 
-def open_run(run: RunFolder, blueprint: Blueprint, replace: Replace, command: str) -> None:
+def open_run(run: RunFolder, plan: Plan, replace: Replace, command: str) -> None:
     """Make the run folder and write down all that is known before training. On the main process."""
-    cfg, index = blueprint.cfg, blueprint.index
-    weights = sum(p.numel() * p.element_size() for p in empty(blueprint.architecture).parameters())
+    cfg, index = plan.cfg, plan.index
+    weights = sum(p.numel() * p.element_size() for p in empty(plan.architecture).parameters())
     # The best checkpoint, its successor while it is written, and the checkpoints to resume from: weights, two
     # moments of an Adam and an average in each.
     needed = weights * (2 + 4 * (cfg.run.keep_last + 1))
@@ -106,44 +106,44 @@ def open_run(run: RunFolder, blueprint: Blueprint, replace: Replace, command: st
         "directory": str(Path.cwd()),  # where the relative paths of config.toml start
         "classes": len(index.classes),
         "images": {split: len(index.part(split)) for split in ("train", "val", "test")},
-        **what_is_trained(blueprint),
+        **what_is_trained(plan),
         "launches": [this_launch(command)],
     }
     run.create(replace, needed, facts)
     run.write("command.txt", command + "\n")
     run.write("config.toml", to_toml(cfg))
     run.write("classes.txt", "".join(f"{one_line(name)}\n" for name in index.classes))
-    run.write("preprocess.json", to_json(blueprint.spec.to_dict()))
+    run.write("preprocess.json", to_json(plan.spec.to_dict()))
     write_manifest(run.path / "data" / "manifest.csv", index)
-    if blueprint.bad_images:
-        run.write("bad_images.txt", "".join(f"{f.path}\t{f.error}\n" for f in blueprint.bad_images))
+    if plan.bad_images:
+        run.write("bad_images.txt", "".join(f"{f.path}\t{f.error}\n" for f in plan.bad_images))
 
 
-def reopen(accelerator: Accelerator, run: RunFolder, blueprint: Blueprint, display: Display, command: str) -> Resumed:
+def reopen(accelerator: Accelerator, run: RunFolder, plan: Plan, display: Display, command: str) -> Resumed:
     """Read the newest checkpoint and check that it is of the same run. Raises UsageError, ArtifactError."""
     resumed, warnings = read_resumed(accelerator, run)
-    fingerprint, share = blueprint.index.fingerprint(), blueprint.batches.share
-    lines = on_main(accelerator, lambda: changes(resumed, blueprint.cfg, fingerprint, share.global_batch))
+    fingerprint, share = plan.index.fingerprint(), plan.share
+    lines = on_main(accelerator, lambda: changes(resumed, plan.cfg, fingerprint, share.global_batch))
     for line in (*warnings, *(f"changed: {line}" for line in lines)):
         display.say(line)
     state = resumed.state
     display.say(
         f"resuming {run.path} in epoch {state.epochs_done + 1} after {counted(state.steps_done, 'optimizer step')}"
     )
-    if on_main(accelerator, lambda: write_reopened(run, blueprint, state.steps_done, state.epochs_done, command)):
+    if on_main(accelerator, lambda: write_reopened(run, plan, state.steps_done, state.epochs_done, command)):
         state.stopped_by = None  # it was done, and gets more epochs
     return resumed
 
 
-def write_reopened(run: RunFolder, blueprint: Blueprint, steps: int, epochs: int, command: str) -> bool:
+def write_reopened(run: RunFolder, plan: Plan, steps: int, epochs: int, command: str) -> bool:
     """Record that the run continues after `steps` steps and `epochs` epochs; returns whether it was done before."""
     facts = read_facts(run.path)
     was_done: bool = facts.get("status") == "done"
     run.cut_back(steps, epochs)
-    run.write("config.toml", to_toml(blueprint.cfg))
+    run.write("config.toml", to_toml(plan.cfg))
     launches = [*facts.get("launches", []), this_launch(command)]
     began = {"status": "running", "exit_code": None, "reason": "", "directory": str(Path.cwd())}
-    run.update(**began, epochs=blueprint.cfg.run.epochs, launches=launches)
+    run.update(**began, epochs=plan.cfg.run.epochs, launches=launches)
     return was_done
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_dist.config.schema import BEST_METRICS, Phase
+from resnet_dist.config.schema import BEST_METRICS
 from resnet_dist.data.loader import EvalLoader
 from resnet_dist.data.prefetch import copied_ahead
 from resnet_dist.data.transforms import Batch
@@ -34,6 +34,7 @@ from resnet_dist.training.compile import compiled, pays
 from resnet_dist.training.features import Input, Source, source
 from resnet_dist.training.job import Job
 from resnet_dist.training.optim import build_optimizer, param_groups, scaled_step, step_if_finite
+from resnet_dist.training.plan import PlannedPhase
 from resnet_dist.training.resume import Resumed, restore_learner, save_state
 from resnet_dist.training.schedule import Schedule
 from resnet_dist.training.state import Best, State, newest_state
@@ -50,7 +51,7 @@ class Learner:
     raises together.
     """
 
-    phase: Phase
+    phase: PlannedPhase
     source: Source
     net: nn.Module
     forward: Callable[[torch.Tensor], torch.Tensor]
@@ -74,14 +75,14 @@ def train(job: Job, resumed: Resumed | None = None) -> State:
     """
     state = resumed.state if resumed else State()
     while True:
-        learner = begin_phase(job, job.cfg.phase[state.phase])
+        learner = begin_phase(job, job.plan.phases[state.phase])
         if resumed:
             restore_learner(resumed, job, learner.optimizer, learner.schedule, learner.tally)
             learner.skipped.fill_(state.skipped)
             resumed = None
         try:
             learner.source.fill(job)
-            while state.epoch_in_phase < (learner.phase.epochs or 0) and state.stopped_by is None:
+            while state.epoch_in_phase < learner.phase.epochs and state.stopped_by is None:
                 train_one_epoch(job, learner, state)
                 finish_epoch(job, learner, state)
         except StopRequested:
@@ -91,24 +92,24 @@ def train(job: Job, resumed: Resumed | None = None) -> State:
             ) from None
         check_that_a_step_was_taken(job, state)
         end_phase(job, learner)
-        is_last = state.phase + 1 == len(job.cfg.phase)
+        is_last = state.phase + 1 == len(job.plan.phases)
         if is_last or state.stopped_by == "time limit":
             break
         state.begin_phase(state.phase + 1)
     return state
 
 
-def begin_phase(job: Job, phase: Phase) -> Learner:
+def begin_phase(job: Job, phase: PlannedPhase) -> Learner:
     """Let the right parameters learn, with a fresh optimizer and schedule, in a fresh DDP wrapper."""
-    set_trainable(job.model, phase)
-    schedule = Schedule(job.cfg.schedule, job.train_loader.steps_per_epoch, phase.epochs or 0)
-    groups = param_groups(job.model, job.cfg.optim, phase)
+    plan = job.plan
+    set_trainable(job.model, phase.trainable)
+    schedule = Schedule(plan.cfg.schedule, job.train_loader.steps_per_epoch, phase.epochs)
     # The schedule is not prepared: Accelerate would step it once per process.
-    built = build_optimizer(groups, job.cfg.optim)
+    built = build_optimizer(param_groups(job.model, plan.optimizer, phase.rates), plan.optimizer)
     share_statistics(job.accelerator, job.model)
     chosen = source(job, phase)
-    net, optimizer = wrap(job.accelerator, chosen.train_module, built, job.cfg.optim.grad_accum)
-    forward = compiled(net) if job.cfg.system.compile == "on" else net
+    net, optimizer = wrap(job.accelerator, chosen.train_module, built, plan.share.accumulate)
+    forward = compiled(net) if plan.cfg.system.compile == "on" else net
     device = job.accelerator.device
     tally, skipped = Tally(device), torch.zeros((), device=device)
     layers = counting_batch_norms(chosen.train_module)
@@ -124,11 +125,11 @@ def end_phase(job: Job, learner: Learner) -> None:
 
 def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
     """The optimizer steps of one epoch, from the step where the state stands."""
-    steps = job.train_loader.steps_per_epoch
+    cfg, steps = job.plan.cfg, job.train_loader.steps_per_epoch
     started = time.monotonic() - state.epoch_seconds
-    train_mode(job.model, learner.phase)
-    with job.display.epoch(f"epoch {state.epochs_done + 1}/{job.cfg.run.epochs}", steps):
-        phase_end = state.epochs_done - state.epoch_in_phase + (learner.phase.epochs or 0)
+    train_mode(job.model, learner.phase.updating)
+    with job.display.epoch(f"epoch {state.epochs_done + 1}/{cfg.run.epochs}", steps):
+        phase_end = state.epochs_done - state.epoch_in_phase + learner.phase.epochs
         loaded = learner.source.train_loader.epoch(state.epochs_done, state.step_in_epoch, phase_end)
         for batches in copied_ahead(loaded, job.accelerator.device):
             factor = learner.schedule.factor(state.epoch_in_phase * steps + state.step_in_epoch)
@@ -137,10 +138,10 @@ def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
             state.step_in_epoch += 1
             state.steps_done += 1
             state.epoch_seconds = time.monotonic() - started
-            if state.step_in_epoch % job.cfg.run.log_every == 0 or state.step_in_epoch == steps:
+            if state.step_in_epoch % cfg.run.log_every == 0 or state.step_in_epoch == steps:
                 poll(job, learner, state)
                 compile_if_it_pays(job, learner, state, started)
-            if job.cfg.run.save_every.unit == "steps" and state.steps_done % job.cfg.run.save_every.value == 0:
+            if cfg.run.save_every.unit == "steps" and state.steps_done % cfg.run.save_every.value == 0:
                 save(job, learner, state)
             job.stop.check()
             if state.stopped_by is not None:
@@ -184,15 +185,15 @@ def update(job: Job, learner: Learner) -> None:
     DDP has averaged the gradients, so all processes decide alike, and nobody waits for the device. Under fp16, where
     an overflow is part of the method, GradScaler decides; only where no scale helps it counts as not finite.
     """
-    accelerator, optimizer, clip = job.accelerator, learner.optimizer, job.cfg.optim.clip_grad
+    accelerator, optimizer, clip = job.accelerator, learner.optimizer, job.plan.optimizer.clip_grad
     if accelerator.scaler is not None:
-        if clip is not None:
+        if clip < math.inf:
             accelerator.clip_grad_norm_(learner.net.parameters(), clip)
         scaled_step(optimizer, accelerator.scaler, learner.skipped, learner.tally.nonfinite)
     else:
         gradients = [p.grad for p in learner.net.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        if clip is not None:
+        if clip < math.inf:
             nn.utils.clip_grads_with_norm_(learner.net.parameters(), clip, norm)
         learner.tally.nonfinite.logical_or_(norm - norm)  # 0 where it is finite, otherwise NaN, which counts as true
         step_if_finite(optimizer, learner.tally.nonfinite)
@@ -214,10 +215,10 @@ def denominator(job: Job, batches: Sequence[Batch]) -> tuple[torch.Tensor | floa
 
 def compile_if_it_pays(job: Job, learner: Learner, state: State, started: float) -> None:
     """With --compile auto, compile the network once enough of the phase is left to win the time back."""
-    if job.cfg.system.compile != "auto" or learner.forward is not learner.net:
+    if job.plan.cfg.system.compile != "auto" or learner.forward is not learner.net:
         return
     steps_per_epoch = job.train_loader.steps_per_epoch
-    left = ((learner.phase.epochs or 0) - state.epoch_in_phase) * steps_per_epoch - state.step_in_epoch
+    left = (learner.phase.epochs - state.epoch_in_phase) * steps_per_epoch - state.step_in_epoch
     seconds = (time.monotonic() - started) / state.step_in_epoch
     if on_main(job.accelerator, lambda: pays(job.accelerator.device, left, seconds)):
         job.display.say(f"compiling the network: {left} steps of {1000 * seconds:.0f} ms are left in this phase")
@@ -250,7 +251,7 @@ def poll(job: Job, learner: Learner, state: State) -> None:
     job.run.append_step(row)
     tracked = {f"lr/{name}": rate for name, rate in rates.items()}
     job.accelerator.log({"train/loss": sums.mean_loss, "train/top1": sums.top1, **tracked}, step=state.steps_done)
-    limit = job.cfg.run.time_limit
+    limit = job.plan.cfg.run.time_limit
     if limit is not None and on_main(job.accelerator, lambda: time.monotonic() - state.started > 60 * limit):
         state.stopped_by = "time limit"
 
@@ -304,18 +305,18 @@ def finish_epoch(job: Job, learner: Learner, state: State) -> None:
         state.best = Best(scores[kind], state.epochs_done, kind)
         keep_best(job, state.best)
     state.epochs_since_best = 0 if is_best else state.epochs_since_best + 1
-    if 0 < job.cfg.run.patience <= state.epochs_since_best:
+    if 0 < job.plan.cfg.run.patience <= state.epochs_since_best:
         state.stopped_by = state.stopped_by or "patience"
     report_epoch(job, state, row, scores, is_best)
-    every = job.cfg.run.save_every
-    is_end = state.epochs_done == job.cfg.run.epochs or state.stopped_by is not None
+    every = job.plan.cfg.run.save_every
+    is_end = state.epochs_done == job.plan.cfg.run.epochs or state.stopped_by is not None
     if is_end or (every.unit == "epochs" and state.epochs_done % every.value == 0):
         save(job, learner, state)
 
 
 def validate(job: Job, model: nn.Module, loader: EvalLoader, to_input: Input) -> dict[str, float]:
     """The headline metrics on the validation images, under the run's precision; computed once, the same everywhere."""
-    classes = job.architecture.num_classes
+    classes = job.plan.architecture.num_classes
     with averaged_statistics(job.accelerator, model):
         records = collect_records(job.accelerator, model, loader, to_input, classes, False, job.stop.check)
     return on_main(job.accelerator, lambda: headline(records))
@@ -325,12 +326,12 @@ def keep_best(job: Job, best: Best) -> None:
     """Write the weights that scored best, raw or averaged, with BatchNorm's statistics as they were scored."""
     source = job.ema.module if job.ema is not None and best.weights_kind == "ema" else job.model
     with averaged_statistics(job.accelerator, source):
-        on_main(job.accelerator, lambda: save_best(job.run.best, source, job.described(best)))
+        on_main(job.accelerator, lambda: save_best(job.run.best, source, job.plan.description(best)))
 
 
 def goodness(job: Job, score: Mapping[str, float]) -> float:
     """Higher is better, whatever the metric's direction; a NaN is never better than anything."""
-    name = job.cfg.run.best_metric
+    name = job.plan.cfg.run.best_metric
     value = score[name] if BEST_METRICS[name] == "max" else -score[name]
     return value if math.isfinite(value) else -math.inf
 
@@ -340,7 +341,7 @@ def report_epoch(
 ) -> None:
     """A line for the user, a row for metrics.csv."""
     names = {"raw": "val", "ema": "ema"}
-    parts = [f"epoch {state.epochs_done}/{job.cfg.run.epochs}"]
+    parts = [f"epoch {state.epochs_done}/{job.plan.cfg.run.epochs}"]
     parts.append(f"train loss {learned['loss']:.4f} top1 {learned['top1']:.4f}")
     parts += [f"{names[kind]} loss {s['loss']:.4f} top1 {s['top1']:.4f}" for kind, s in scores.items()]
     parts.append(f"{learned['images_per_second']:.1f} images/s" + ("  *best*" if is_best else ""))

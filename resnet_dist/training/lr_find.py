@@ -110,27 +110,27 @@ def _find(cfg: LrFindConfig, stop: StopRequests, verbose: bool) -> LearningRates
     from resnet_dist.runtime.accelerate import on_main, start
     from resnet_dist.runtime.display import Display
     from resnet_dist.runtime.faults import machine_errors
-    from resnet_dist.training.job import build_job, draw
+    from resnet_dist.training.job import build_job
     from resnet_dist.training.lr_range import range_test, rates_for, steepest, valley
+    from resnet_dist.training.plan import make_plan
 
     accelerator, line = start(cfg.system, cfg.run.seed)
     stop.connect(cfg.system.dist_timeout)
     display = Display(accelerator.is_main_process, verbose)
     number = cfg.phase_number or len(cfg.phase)
     folder = on_main(accelerator, lambda: result_folder(cfg.run.output_dir))
-    blueprint = draw(accelerator, cfg)
-    if not blueprint.cfg.optim.lr:
+    plan = make_plan(accelerator, cfg)
+    base_lr = plan.optimizer.base_lr
+    if base_lr == 0:
         raise UsageError("--lr 0: there is nothing to scale; leave it out")
-    for text in (line, *blueprint.lines(), f"range test of phase {number}: {cfg.lr_start:g} to {cfg.lr_end:g}"):
+    for text in (line, *plan.lines(), f"range test of phase {number}: {cfg.lr_start:g} to {cfg.lr_end:g}"):
         display.say(text)
-    with machine_errors(accelerator, blueprint.cfg.data.batch_size, blueprint.cfg.optim.grad_accum):
-        job = build_job(accelerator, blueprint, RunFolder(folder, active=False), display, stop)
-        test = range_test(job, blueprint.cfg.phase[number - 1], cfg.lr_start, cfg.lr_end, cfg.steps)
+    with machine_errors(accelerator, plan.share.batch_size, plan.share.accumulate):
+        job = build_job(accelerator, plan, RunFolder(folder, active=False), display, stop)
+        test = range_test(job, plan.phases[number - 1], cfg.lr_start, cfg.lr_end, cfg.steps)
         stop.finish()
-    share, base = blueprint.batches.share, cfg.optim.lr_base_size
-    again = share.global_batch / base if base else 1.0  # what --lr-base-size multiplies typed rates by
     suggested = {name: rate for name, rate in (("valley", valley(test)), ("steepest", steepest(test))) if rate}
-    settings = {name: rates_for(blueprint.cfg.optim, rate, again) for name, rate in suggested.items()}
+    settings = {name: rates_for(cfg.optim, base_lr, rate) for name, rate in suggested.items()}
     found = LearningRates(folder, test, suggested, settings)
     on_main(accelerator, lambda: write(found))
     for text in lines(found):

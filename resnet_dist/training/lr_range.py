@@ -3,19 +3,19 @@
 It takes its steps with the loop's own `train_step`, on a network that is then thrown away.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from resnet_dist.config.schema import OptimConfig, Phase
+from resnet_dist.config.schema import OptimConfig
 from resnet_dist.data.transforms import Batch
 from resnet_dist.errors import NonFiniteError
 from resnet_dist.model.trainable import train_mode
 from resnet_dist.training.job import Job
 from resnet_dist.training.loop import Learner, begin_phase, end_phase, set_rates, train_step
-from resnet_dist.training.phases import scaled
+from resnet_dist.training.optim import scaled
+from resnet_dist.training.plan import PlannedPhase
 from resnet_dist.training.tally import Sums
 
 SMOOTHING = 0.9
@@ -42,21 +42,23 @@ def rising(start: float, end: float, steps: int) -> list[float]:
     return [start * (end / start) ** (step / (steps - 1)) for step in range(steps)]
 
 
-def range_test(job: Job, phase: Phase, start: float, end: float, steps: int) -> RangeTest:
+def range_test(job: Job, phase: PlannedPhase, start: float, end: float, steps: int) -> RangeTest:
     """Train with rising rates until the last one, or until the loss diverges; all groups keep their ratios.
 
-    Every process must call this; the loss is that of the global batch, so all stop after the same step. Raises
-    NonFiniteError if the loss was never finite, StopRequested where a signal asked to stop.
+    A rate is a value of --lr: its step is the one that `train` would take with that --lr and the same other options.
+    The plan's base rate must be above 0. Every process must call this; the loss is that of the global batch, so all
+    stop after the same step. Raises NonFiniteError if the loss was never finite, StopRequested if a signal asked to
+    stop.
     """
     learner = begin_phase(job, phase)
     learner.source.fill(job)
-    train_mode(job.model, phase)
+    train_mode(job.model, phase.updating)
     rates, average = rising(start, end, steps), 0.0
     losses: list[float] = []
     smoothed: list[float] = []
     with job.display.epoch("lr-find", steps):
         for number, (rate, batches) in enumerate(zip(rates, _endless(job, learner), strict=False), 1):
-            set_rates(learner.optimizer, rate / (job.cfg.optim.lr or 1.0))
+            set_rates(learner.optimizer, rate / job.plan.optimizer.base_lr)
             train_step(job, learner, batches)
             loss, images = _global_loss(job, learner)
             average = SMOOTHING * average + (1 - SMOOTHING) * loss
@@ -131,16 +133,15 @@ def _trimmed(steps: int) -> tuple[int, int]:
     return steps // 10, steps
 
 
-def rates_for(optim: OptimConfig, rate: float, divide_by: float) -> dict[str, Any]:
-    """The settings that make the base rate `rate` and every other rate that is set proportional: lr, and if they are
-    set lr_backbone and lr_groups.
+def rates_for(asked: OptimConfig, base_lr: float, rate: float) -> dict[str, Any]:
+    """The settings that make --lr `rate` and every other rate that was set proportional: lr, and if they were set
+    lr_backbone and lr_groups.
 
-    `optim` is resolved, with a base rate above 0; `divide_by` is what --lr-base-size will multiply them by again.
+    `base_lr` above 0 is the value of --lr, typed or automatic, with which these rates were set.
     """
-    factor = rate / (optim.lr or 1.0) / divide_by
-    new = scaled(dataclasses.replace(optim, lr_base_size=None), factor)
-    found = {"lr": new.lr, "lr_backbone": new.lr_backbone, "lr_groups": new.lr_groups}
-    return {name: value for name, value in found.items() if value is not None}
+    new = scaled(asked, rate / base_lr)
+    others = {"lr_backbone": new.lr_backbone, "lr_groups": new.lr_groups}
+    return {"lr": rate, **{name: value for name, value in others.items() if value is not None}}
 
 
 def typed(settings: Mapping[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """Parameter groups with a learning rate per stage, the optimizers, and what lr is taken where none is given."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +28,32 @@ DEFAULT_MOMENTUM = {"sgd": 0.9}
 LOWEST_SCALE = 2.0**-4
 
 
+@dataclass(frozen=True)
+class PlannedOptimizer:
+    """The optimizer of every phase.
+
+    Attributes:
+        name: its name, as --opt has it.
+        base_lr: the value of --lr, typed or automatic.
+        lr_factor: what --lr-base-size multiplies every learning rate by; 1.0 without it.
+        clip_grad: the largest norm of the gradient; inf for no clipping.
+    """
+
+    name: str
+    base_lr: float
+    lr_factor: float
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    decay_norm_and_bias: bool
+    clip_grad: float
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the head, before the phase's `lr_scale` and the schedule."""
+        return self.base_lr * self.lr_factor
+
+
 def default_lr(opt: str, only_head: bool, pretrained: bool) -> tuple[float, str]:
     """The base learning rate for an optimizer and what learns first, and the reason in words."""
     head, fine_tune, scratch = DEFAULT_LR[opt]
@@ -34,46 +62,53 @@ def default_lr(opt: str, only_head: bool, pretrained: bool) -> tuple[float, str]
     return (head, f"{opt}, only the head or BatchNorm learns") if only_head else (fine_tune, f"{opt}, fine-tuning")
 
 
-def stage_rates(cfg: OptimConfig, phase: Phase) -> dict[str, float]:
-    """The learning rate of every stage in a phase. `cfg.lr` is set; it is the head's, times the phase's `lr_scale`.
+def scaled(cfg: OptimConfig, factor: float) -> OptimConfig:
+    """The learning rates that are set, times a factor (the linear scaling rule of Goyal et al. 2017)."""
+    return dataclasses.replace(
+        cfg,
+        lr=None if cfg.lr is None else cfg.lr * factor,
+        lr_backbone=None if cfg.lr_backbone is None else cfg.lr_backbone * factor,
+        lr_groups=None if cfg.lr_groups is None else {name: rate * factor for name, rate in cfg.lr_groups.items()},
+    )
+
+
+def stage_rates(cfg: OptimConfig, lr: float, phase: Phase) -> dict[str, float]:
+    """The learning rate of every stage in a phase. `lr` is the head's, before the phase's `lr_scale`.
 
     Typed rates (--lr-groups, --lr-backbone, --lr-decay-per-stage) win over the phase's `backbone_lr_scale`.
     """
-    base = cfg.lr or 0.0
-    rates = dict.fromkeys(STAGES, base)
+    rates = dict.fromkeys(STAGES, lr)
     if cfg.lr_groups is not None:
         rates |= cfg.lr_groups
     elif cfg.lr_backbone is not None:
         rates |= {stage: cfg.lr_backbone for stage in STAGES if stage != "head"}
     elif cfg.lr_decay_per_stage is not None:
-        rates = {stage: base * cfg.lr_decay_per_stage**depth for depth, stage in enumerate(reversed(STAGES))}
+        rates = {stage: lr * cfg.lr_decay_per_stage**depth for depth, stage in enumerate(reversed(STAGES))}
     elif phase.backbone_lr_scale is not None:
-        rates |= {stage: base * phase.backbone_lr_scale for stage in STAGES if stage != "head"}
-    return {stage: rate * phase.lr_scale for stage, rate in rates.items()}
+        rates |= {stage: lr * phase.backbone_lr_scale for stage in STAGES if stage != "head"}
+    return {stage: rates[stage] * phase.lr_scale for stage in STAGES}
 
 
-def param_groups(model: nn.Module, cfg: OptimConfig, phase: Phase) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, planned: PlannedOptimizer, rates: Mapping[str, float]) -> list[dict[str, Any]]:
     """The parameters that learn, grouped by stage and by whether weight decay applies.
 
-    Each group has a `name`, its `params`, `lr`, `base_lr` (what the schedule multiplies) and `weight_decay`. BatchNorm
-    and biases (parameters of one dimension) have no weight decay unless the config says so; their group's name has a
-    "/no-decay" behind the stage's.
+    `rates` has the learning rate of every stage that learns. Each group has a `name`, its `params`, `lr`, `base_lr`
+    (what the schedule multiplies) and `weight_decay`. BatchNorm and biases (parameters of one dimension) have no weight
+    decay unless the settings say so; their group's name has a "/no-decay" behind the stage's.
     """
-    rates = stage_rates(cfg, phase)
     groups = []
-    for stage in STAGES:
+    for stage, rate in rates.items():
         learning = [p for name, p in model.named_parameters() if p.requires_grad and stage_of(name) == stage]
-        for name, parameters, decay in _by_decay(stage, learning, cfg):
-            rate = rates[stage]
+        for name, parameters, decay in _by_decay(stage, learning, planned):
             groups.append({"name": name, "params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay})
     return groups
 
 
 def _by_decay(
-    stage: str, parameters: list[nn.Parameter], cfg: OptimConfig
+    stage: str, parameters: list[nn.Parameter], planned: PlannedOptimizer
 ) -> Iterator[tuple[str, list[nn.Parameter], float]]:
-    decay = cfg.weight_decay or 0.0
-    if decay == 0 or cfg.decay_norm_and_bias:
+    decay = planned.weight_decay
+    if decay == 0 or planned.decay_norm_and_bias:
         parts = [(stage, parameters, decay)]
     else:
         parts = [
@@ -83,21 +118,20 @@ def _by_decay(
     return ((name, members, rate) for name, members, rate in parts if members)
 
 
-def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], planned: PlannedOptimizer) -> torch.optim.Optimizer:
     """torch's optimizer of that name over the groups; fused where there is such a one, for it can skip a bad step."""
-    momentum = cfg.momentum or 0.0
     device = groups[0]["params"][0].device.type
     fused = True if device in ("cpu", "cuda") else None
-    if cfg.opt == "sgd":
-        sgd = torch.optim.SGD(groups, momentum=momentum, nesterov=cfg.nesterov, fused=fused)
-        if momentum:
+    if planned.name == "sgd":
+        sgd = torch.optim.SGD(groups, momentum=planned.momentum, nesterov=planned.nesterov, fused=fused)
+        if planned.momentum:
             start_momentum_at_zero(sgd)
         return sgd
-    if cfg.opt == "rmsprop":
-        return torch.optim.RMSprop(groups, momentum=momentum)
-    if cfg.opt == "adagrad":
+    if planned.name == "rmsprop":
+        return torch.optim.RMSprop(groups, momentum=planned.momentum)
+    if planned.name == "adagrad":
         return torch.optim.Adagrad(groups, fused=fused if has_fused_adagrad(device) else None)
-    return (torch.optim.AdamW if cfg.opt == "adamw" else torch.optim.Adam)(groups, fused=fused)
+    return (torch.optim.AdamW if planned.name == "adamw" else torch.optim.Adam)(groups, fused=fused)
 
 
 def has_fused_adagrad(device: str) -> bool:

@@ -15,7 +15,7 @@ from resnet_dist.files.run import read_facts, to_json, write_atomically
 from resnet_dist.runtime.accelerate import on_main, start
 from resnet_dist.runtime.display import Display
 from resnet_dist.training.facts import what_is_trained
-from resnet_dist.training.job import Blueprint, draw
+from resnet_dist.training.plan import Plan, make_plan
 from resnet_dist.training.run import run_training
 
 COMPARED = ("top1", "top5", "macro_f1")  # the metrics that the tolerance applies to
@@ -77,8 +77,8 @@ def reproduce(old: Path, new: Path, tolerance: float, *, verbose: bool = True) -
         raise UsageError(f"{old}: this run is not done (status {facts.get('status')}); resume it first")
     again = config_again(old, new)
     accelerator, _ = start(again.system, again.run.seed)
-    blueprint = draw(accelerator, again)
-    on_main(accelerator, lambda: check_same_data(old, facts, blueprint))
+    plan = make_plan(accelerator, again)
+    on_main(accelerator, lambda: check_same_data(old, facts, plan))
     run_training(again, verbose=verbose)
     reproduction = on_main(accelerator, lambda: compared(old, new))
     display = Display(accelerator.is_main_process, verbose)
@@ -95,9 +95,9 @@ def config_again(old: Path, new: Path) -> TrainConfig:
     return dataclasses.replace(cfg, run=run)
 
 
-def check_same_data(old: Path, facts: Mapping[str, Any], blueprint: Blueprint) -> None:
+def check_same_data(old: Path, facts: Mapping[str, Any], plan: Plan) -> None:
     """Raises DataError if paths, classes, splits or sizes of the images have changed since the run."""
-    before, now = facts.get("data"), what_is_trained(blueprint)["data"]
+    before, now = facts.get("data"), what_is_trained(plan)["data"]
     if before == now:
         return
     if not isinstance(before, dict):

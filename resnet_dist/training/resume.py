@@ -61,13 +61,13 @@ def save_state(job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, t
         "scaler": job.accelerator.scaler.state_dict() if job.accelerator.scaler is not None else None,
         "ema_steps": job.ema.steps if job.ema is not None else 0,
         "processes": job.accelerator.num_processes,
-        "global_batch": job.train_loader.batches.share.global_batch,
-        "config": kept(job.cfg),
+        "global_batch": job.plan.share.global_batch,
+        "config": kept(job.plan.cfg),
         "directory": str(Path.cwd()),  # where the relative paths of the config start
-        "data": job.index.fingerprint(),
+        "data": job.plan.index.fingerprint(),
     }
     folder = job.run.path / "checkpoints"
-    on_main(job.accelerator, lambda: write_state(folder, tensors, facts, job.cfg.run.keep_last) and None)
+    on_main(job.accelerator, lambda: write_state(folder, tensors, facts, job.plan.cfg.run.keep_last) and None)
 
 
 def all_statistics(job: Job) -> dict[str, torch.Tensor]:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from resnet_dist.evaluation.metrics import Measured
     from resnet_dist.files.run import RunFolder
     from resnet_dist.runtime.display import Display
-    from resnet_dist.training.job import Blueprint, Job
+    from resnet_dist.training.job import Job
+    from resnet_dist.training.plan import Plan
     from resnet_dist.training.resume import Resumed
     from resnet_dist.training.state import State
 
@@ -143,29 +144,30 @@ def _train(session: Session, cfg: TrainConfig, resuming: bool, train_transform: 
     from resnet_dist.runtime.accelerate import on_main
     from resnet_dist.runtime.faults import machine_errors
     from resnet_dist.training import folder
-    from resnet_dist.training.job import check_weights, draw
+    from resnet_dist.training.job import check_weights
+    from resnet_dist.training.plan import make_plan
 
     accelerator, run, display = session.accelerator, session.run, session.display
-    blueprint = draw(accelerator, cfg, train_transform)
+    plan = make_plan(accelerator, cfg, train_transform)
     if not resuming:
-        on_main(accelerator, lambda: check_weights(blueprint))
-    for text in blueprint.lines():
+        on_main(accelerator, lambda: check_weights(plan))
+    for text in plan.lines():
         display.say(text)
     if cfg.run.dry_run:
         return None
     if cfg.system.autotune:
-        accelerator, blueprint = _tuned(accelerator, blueprint, display)
+        accelerator, plan = _tuned(accelerator, plan, display)
         session = dataclasses.replace(session, accelerator=accelerator)
     resumed = None
     try:
         if resuming:
-            resumed = folder.reopen(accelerator, run, blueprint, display, session.command)
+            resumed = folder.reopen(accelerator, run, plan, display, session.command)
         else:
-            on_main(accelerator, lambda: folder.open_run(run, blueprint, folder.may_replace(cfg), session.command))
+            on_main(accelerator, lambda: folder.open_run(run, plan, folder.may_replace(cfg), session.command))
         run.is_open = True  # on every process
         display.log_to(run.path / "train.log")
-        with machine_errors(accelerator, blueprint.cfg.data.batch_size, blueprint.cfg.optim.grad_accum):
-            metrics = _train_and_report(session, blueprint, resumed)
+        with machine_errors(accelerator, plan.share.batch_size, plan.share.accumulate):
+            metrics = _train_and_report(session, plan, resumed)
             session.stop.finish()
     except BaseException as error:
         folder.record_end(accelerator, run, error)
@@ -175,19 +177,19 @@ def _train(session: Session, cfg: TrainConfig, resuming: bool, train_transform: 
     return Run(run.path, metrics)
 
 
-def _tuned(accelerator: "Accelerator", blueprint: "Blueprint", display: "Display") -> tuple["Accelerator", "Blueprint"]:
-    """The blueprint with the settings that a trial on this machine measured as fastest, and an accelerator for them."""
+def _tuned(accelerator: "Accelerator", plan: "Plan", display: "Display") -> tuple["Accelerator", "Plan"]:
+    """The plan with the settings that a trial on this machine measured as fastest, and an accelerator for them."""
     from resnet_dist.runtime.accelerate import start
     from resnet_dist.training.autotune import autotune
 
-    cfg, lines = autotune(accelerator, blueprint)
-    accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
+    plan, lines = autotune(accelerator, plan)
+    accelerator, line = start(plan.cfg.system, plan.cfg.run.seed, plan.cfg.run.tracker)
     for text in (*lines, line):
         display.say(text)
-    return accelerator, dataclasses.replace(blueprint, cfg=cfg)
+    return accelerator, plan
 
 
-def _train_and_report(session: Session, blueprint: "Blueprint", resumed: "Resumed | None") -> "Mapping[str, Measured]":
+def _train_and_report(session: Session, plan: "Plan", resumed: "Resumed | None") -> "Mapping[str, Measured]":
     from resnet_dist.config.stored import kept
     from resnet_dist.runtime.accelerate import on_main, start_trackers
     from resnet_dist.runtime.machine import forget_peak_memory
@@ -199,11 +201,11 @@ def _train_and_report(session: Session, blueprint: "Blueprint", resumed: "Resume
 
     accelerator, run = session.accelerator, session.run
     forget_peak_memory()
-    start_trackers(accelerator, run.path / "tracker", kept(blueprint.cfg))
-    job = build_job(accelerator, blueprint, run, session.display, session.stop, resumed is not None)
+    start_trackers(accelerator, run.path / "tracker", kept(plan.cfg))
+    job = build_job(accelerator, plan, run, session.display, session.stop, resumed is not None)
     if resumed is not None:
         restore_model(resumed, job)
-    elif blueprint.cfg.run.report:
+    elif plan.cfg.run.report:
         on_main(accelerator, lambda: _plot_samples(job))
     state = train_phases(job, resumed)
     peak = largest_peak_memory(accelerator)
@@ -214,7 +216,7 @@ def _train_and_report(session: Session, blueprint: "Blueprint", resumed: "Resume
         raise Preempted(
             "stopped by a signal while the best checkpoint was evaluated; resume to do that again"
         ) from None
-    session.display.table(f"{len(job.index.val)} validation images, float32", summary(job, state, metrics))
+    session.display.table(f"{len(job.plan.index.val)} validation images, float32", summary(job, state, metrics))
     return metrics
 
 
@@ -222,7 +224,7 @@ def _plot_samples(job: "Job") -> None:
     from resnet_dist.report import plots
     from resnet_dist.training.finish import first_samples
 
-    images, titles = first_samples(job.train_images, job.index.classes, job.spec)
+    images, titles = first_samples(job.train_images, job.plan.index.classes, job.plan.spec)
     plots.image_grid(job.run.plots / "samples_train.png", images, titles)
 
 
@@ -230,7 +232,7 @@ def summary(job: "Job", state: "State", metrics: "Mapping[str, Measured]") -> li
     """The rows of the table at the end of a training."""
     run = job.run
     rows = [("run folder", str(run.path))]
-    if job.cfg.run.report:
+    if job.plan.cfg.run.report:
         rows.append(("report", str(run.path / "report.html")))
     rows += [(name, str(metric)) for name, metric in metrics.items()]
     rows.append(("best checkpoint", str(run.best)))

@@ -12,10 +12,11 @@ from resnet_dist.bench.loading import fastest, loading
 from resnet_dist.bench.report import lines, verdict
 from resnet_dist.bench.run import notes
 from resnet_dist.bench.synthetic import DIFFERENT, photographs
-from resnet_dist.bench.timing import Plan
+from resnet_dist.bench.timing import Repeats
 from resnet_dist.bench.training import enough_steps
 from resnet_dist.cli.main import main
 from resnet_dist.data.loader import DeviceImages, TrainLoader
+from resnet_dist.training.job import Job
 from tests.conftest import TINY
 from tests.training.helpers import config_of, job_of
 
@@ -178,13 +179,17 @@ def test_verdict_names_what_limits_and_what_to_change(
 # What is measured, and what is not
 
 
+def with_workers(job: Job, workers: int) -> Job:
+    return dataclasses.replace(job, plan=dataclasses.replace(job.plan, workers=workers))
+
+
 def test_epochs_are_long_enough_for_every_loader_process(folder: Path, tmp_path: Path) -> None:
     """By default; with fewer steps, from --epoch-steps or too few images, the report says what it measures."""
     job = job_of(tmp_path / "run", folder, *TINY, "-b", "8", "--cache", "device", "--aug", "none")  # 3 steps
     for workers, expected in (("0", 6), ("1", 6), ("2", 8), ("16", 64)):
         assert enough_steps(job.accelerator, config_of(folder, *TINY, "--workers", workers)) == expected
     assert list(notes(job)) == ["on a cpu, --cache device caches images in memory, not on the device"]
-    first = next(notes(dataclasses.replace(job, workers=2)))
+    first = next(notes(with_workers(job, 2)))
     assert "epochs of 3 steps with 2 loader processes" in first and "--epoch-steps 8 or more" in first
 
 
@@ -192,9 +197,9 @@ def test_images_on_the_device_are_loaded_from_there(folder: Path, tmp_path: Path
     job = job_of(tmp_path / "run", folder, *TINY, "-b", "8", "--cache", "device", "--aug", "none")
     samples = DeviceImages(job.train_images, job.accelerator.device, 0)
     on_device = dataclasses.replace(job, train_loader=TrainLoader(samples, job.train_loader.batches, 0, False))
-    found = loading(on_device, Plan(1, 1, 0))
+    found = loading(on_device, Repeats(1, 1, 0))
     assert list(found) == ["from_files", "from_device"] and fastest(found) is found["from_device"]
-    assert list(fastest(found)) == ["loader", "input"] and list(notes(dataclasses.replace(on_device, workers=9))) == []
+    assert list(fastest(found)) == ["loader", "input"] and list(notes(with_workers(on_device, 9))) == []
 
 
 def test_many_synthetic_photographs_are_made_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_dist.bench import scaling
 from resnet_dist.bench.ladder import GROUND, LEVERS
 from resnet_dist.bench.options import BenchConfig, LadderConfig, ScalingConfig
-from resnet_dist.bench.timing import Plan
+from resnet_dist.bench.timing import Repeats
 from resnet_dist.bench.training import begin, communication
 from resnet_dist.cli.main import main
 from resnet_dist.cli.parser import parse
@@ -132,7 +132,7 @@ def test_step_without_reduction_does_not_sum_gradients(folder: Path, tmp_path: P
         train_step(job, learner, batches)
         assert sums
         sums.clear()
-        found = communication(job, learner, batches, Plan(windows=2, steps=1, warmup=1))
+        found = communication(job, learner, batches, Repeats(windows=2, steps=1, warmup=1))
         assert not sums and found["step_alone"]["images"] == 8
         assert found["gradient_bytes"] == 4 * sum(parameter.numel() for parameter in job.model.parameters())
     finally:

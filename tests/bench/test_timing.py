@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from resnet_dist.bench.timing import Plan, measure, summary
+from resnet_dist.bench.timing import Repeats, measure, summary
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_median_and_spread_are_those_of_the_windows(accelerator: Accelerator, mo
     """Steps before the windows do not count; a window's time is divided by its steps."""
     clock = Clock(endless([100.0, 100.0], 1.0))
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    timing = measure(accelerator, clock.step, Plan(windows=5, steps=3, warmup=2))
+    timing = measure(accelerator, clock.step, Repeats(windows=5, steps=3, warmup=2))
     assert (timing.seconds, timing.p10, timing.p90) == (1.0, 1.0, 1.0)
     assert (timing.windows, timing.steps, clock.steps) == (5, 3, 2 + 5 * 3)
     assert timing.host_share is None
@@ -46,7 +46,7 @@ def test_median_and_spread_are_those_of_the_windows(accelerator: Accelerator, mo
 def test_window_takes_half_a_second_by_default(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(endless([], 0.2))
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    timing = measure(accelerator, clock.step, Plan(windows=2, steps=None, warmup=0))
+    timing = measure(accelerator, clock.step, Repeats(windows=2, steps=None, warmup=0))
     assert timing.steps == 3 and timing.seconds == pytest.approx(0.2)
 
 
@@ -68,6 +68,6 @@ def test_rates_follow_from_the_seconds() -> None:
 
 def test_a_real_step_is_measured(accelerator: Accelerator) -> None:
     """A sleep of 20 ms takes at least that, and not a hundred times as long."""
-    timing = measure(accelerator, lambda: time.sleep(0.02), Plan(windows=3, steps=1, warmup=1))
+    timing = measure(accelerator, lambda: time.sleep(0.02), Repeats(windows=3, steps=1, warmup=1))
     assert 0.02 <= timing.p10 <= timing.seconds <= timing.p90 < 2
     assert torch.get_num_threads() >= 1

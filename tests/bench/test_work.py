@@ -9,17 +9,21 @@ from resnet_dist.bench.work import Operation, bytes_moved, flops, least_seconds,
 from resnet_dist.config.schema import STAGES, Phase
 from resnet_dist.model.parts import cut
 from resnet_dist.model.resnet import Architecture, build, empty
-from resnet_dist.model.trainable import set_trainable, train_mode
+from resnet_dist.model.trainable import select, set_trainable, train_mode, updating_batch_norms
 
 
 def architecture(name: str, head: str = "linear", stem: str = "standard") -> Architecture:
     return Architecture(name=name, stem=stem, head=head, head_hidden=(8,), dropout=0.1, num_classes=3)
 
 
+def begin(model: nn.Module, phase: Phase) -> None:
+    set_trainable(model, select(model, phase.trainable))
+    train_mode(model, updating_batch_norms(model, phase))
+
+
 def done_by(name: str, phase: Phase, shape: tuple[int, ...]) -> list[Operation]:
     model = empty(architecture(name))
-    set_trainable(model, phase)
-    train_mode(model, phase)
+    begin(model, phase)
     return operations(model, shape)
 
 
@@ -36,8 +40,7 @@ def test_flops_equal_torchs_count(name: str, first: str) -> None:
     """For both kinds of block and every first stage that learns."""
     phase = Phase(trainable=" ".join(STAGES[STAGES.index(first) :]))
     model = empty(architecture(name))
-    set_trainable(model, phase)
-    train_mode(model, phase)
+    begin(model, phase)
     expected = counted(model, torch.empty(2, 3, 64, 64, device="meta"))
     assert flops(done_by(name, phase, (2, 3, 64, 64))) == expected > 0
 
@@ -49,8 +52,7 @@ def test_flops_of_other_heads_stems_and_selections(trainable: str, head: str, st
     made = architecture("resnet18", head, stem)
     real, meta = build(made), empty(made)
     for model in (real, meta):
-        set_trainable(model, Phase(trainable=trainable))
-        train_mode(model, Phase(trainable=trainable))
+        begin(model, Phase(trainable=trainable))
     assert flops(operations(meta, (2, 3, 32, 32))) == counted(real, torch.zeros(2, 3, 32, 32))
 
 
@@ -58,8 +60,7 @@ def test_flops_of_other_heads_stems_and_selections(trainable: str, head: str, st
 def test_flops_of_the_part_after_cached_features(stage: str) -> None:
     phase = Phase(trainable="layer4 head" if stage == "layer4" else "head", batch_norm_stats="frozen")
     model = empty(architecture("resnet50"))
-    set_trainable(model, phase)
-    train_mode(model, phase)
+    begin(model, phase)
     prefix, rest = cut(model, stage)
     shape = tuple(prefix(torch.empty(2, 3, 64, 64, device="meta")).shape)
     assert flops(operations(rest, shape)) == counted(rest, torch.empty(shape, device="meta"))

@@ -376,8 +376,8 @@ def test_phase_options_are_for_one_phase(option: str, value: str, field: str) ->
 
 
 def test_the_last_phase_takes_the_rest() -> None:
-    assert [p.epochs for p in config("--recipe", "gradual-unfreeze").with_phase_epochs().phase] == [1, 1, 1, 3]
-    assert [p.epochs for p in config("--recipe", "deep-head", "--epochs", "20").with_phase_epochs().phase] == [1, 19]
+    assert config("--recipe", "gradual-unfreeze").phase_epochs() == (1, 1, 1, 3)
+    assert config("--recipe", "deep-head", "--epochs", "20").phase_epochs() == (1, 19)
 
 
 def test_only_the_last_phase_may_leave_its_length_out(toml: Write) -> None:
@@ -392,7 +392,7 @@ def test_length_of_the_last_phase_is_not_overridden_in_silence() -> None:
     except UsageError as error:
         assert "epochs" in str(error)
     else:
-        assert made.with_phase_epochs().phase[1].epochs == 5
+        assert made.phase_epochs()[1] == 5
 
 
 # TOML out and in

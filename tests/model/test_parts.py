@@ -6,7 +6,7 @@ import torch
 from resnet_dist.config.schema import ARCHITECTURES, ModelConfig, Phase
 from resnet_dist.model.parts import cut, first_changing_stage
 from resnet_dist.model.resnet import Architecture, build, empty, stage_of
-from resnet_dist.model.trainable import set_trainable, train_mode
+from resnet_dist.model.trainable import select, set_trainable, train_mode, updating_batch_norms
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -25,6 +25,10 @@ def test_both_parts_together_equal_the_network(name: str, head: str) -> None:
             assert ids == {id(parameter) for parameter in model.parameters()}
 
 
+def stage_of_phase(model: torch.nn.Module, phase: Phase) -> str:
+    return first_changing_stage(select(model, phase.trainable), updating_batch_norms(model, phase))
+
+
 @pytest.mark.parametrize(
     ("phase", "stage"),
     [
@@ -37,7 +41,7 @@ def test_both_parts_together_equal_the_network(name: str, head: str) -> None:
     ],
 )
 def test_first_changing_stage(phase: Phase, stage: str) -> None:
-    assert first_changing_stage(empty(Architecture.of(ModelConfig(weights="none"), 2)), phase) == stage
+    assert stage_of_phase(empty(Architecture.of(ModelConfig(weights="none"), 2)), phase) == stage
 
 
 @pytest.mark.parametrize("trainable", ["head", "layer4 head", "layer2 layer3 layer4 head"])
@@ -46,9 +50,9 @@ def test_stages_before_it_do_not_change_and_save_nothing_for_backward(trainable:
     torch.manual_seed(0)
     model = build(Architecture.of(ModelConfig(model="resnet18", weights="none"), 2))
     phase = Phase(trainable=trainable)
-    set_trainable(model, phase)
-    train_mode(model, phase)
-    prefix, rest = cut(model, first_changing_stage(model, phase))
+    set_trainable(model, select(model, phase.trainable))
+    train_mode(model, updating_batch_norms(model, phase))
+    prefix, rest = cut(model, stage_of_phase(model, phase))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.randn(4, 3, 64, 64)
 

@@ -155,7 +155,7 @@ def test_exactly_the_selected_parameters_get_gradients() -> None:
     for text in ("all", "layer2 head", "head", "all -batchnorm"):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
-        set_trainable(model, Phase(trainable=text))
+        set_trainable(model, select(model, text))
         assert [name for name, p in model.named_parameters() if p.requires_grad] == select(model, text)
         assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -163,8 +163,8 @@ def test_exactly_the_selected_parameters_get_gradients() -> None:
 def two_steps(model: nn.Module, phase: Phase) -> set[str]:
     """Two steps of plain Adam on noise under a phase; the names of the tensors that changed."""
     before = copy.deepcopy(model.state_dict())
-    set_trainable(model, phase)
-    train_mode(model, phase)
+    set_trainable(model, select(model, phase.trainable))
+    train_mode(model, updating_batch_norms(model, phase))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
         images, targets = torch.randn(8, 3, 64, 64), torch.randint(0, 3, (8,))
@@ -240,9 +240,10 @@ def test_statistics_of_the_head_update_even_if_it_is_frozen() -> None:
 def test_train_mode_sets_only_batchnorm_to_evaluation(stats: str | None) -> None:
     """Dropout stays on, and it does not matter in which mode the model was."""
     model = network("concat-pool")
+    updating = updating_batch_norms(model, Phase(trainable="layer4 head", batch_norm_stats=stats))
     for start in (model.train, model.eval):
         start()
-        train_mode(model, Phase(trainable="layer4 head", batch_norm_stats=stats))
+        train_mode(model, updating)
         resting = {name for name, module in model.named_modules() if not module.training}
         frozen = {None: lambda name: not in_stages(name, "layer4"), "frozen": everything, "update": nothing}[stats]
         assert resting == {name for name in norm_layers(model) if frozen(name)}
@@ -271,8 +272,8 @@ def test_batch_norm_of_one_value_is_where_torch_raises(head: Any, stem: Any) -> 
     for phase in (Phase(), Phase(trainable="head"), Phase(trainable="all", batch_norm_stats="frozen")):
         for size, batch in ((8, 1), (16, 1), (33, 1), (8, 2)):
             shape = (batch, 3, size, size)
-            named = batch_norm_of_one_value(empty(made), phase, shape)
-            train_mode(model, phase)
+            named = batch_norm_of_one_value(empty(made), updating_batch_norms(model, phase), shape)
+            train_mode(model, updating_batch_norms(model, phase))
             passed.clear()
             try:
                 model(torch.zeros(shape))

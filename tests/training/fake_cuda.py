@@ -43,7 +43,8 @@ from resnet_dist.runtime.accelerate import start
 from resnet_dist.runtime.display import Display
 from resnet_dist.runtime.signals import StopRequests
 from resnet_dist.training.features import Features
-from resnet_dist.training.job import Blueprint, Job, build_job, draw
+from resnet_dist.training.job import Job, build_job
+from resnet_dist.training.plan import Plan, make_plan
 from tests.training.helpers import config_of
 
 FREE_MEMORY = (70 << 30, 80 << 30)
@@ -128,12 +129,12 @@ def accelerator_on_cuda(cfg: Any) -> Accelerator:
         torch.accelerator.is_available = real
 
 
-def begin(blueprint: Blueprint, accelerator: Accelerator, run: Path, mode: FakeTensorMode) -> tuple[Job, loop.Learner]:
+def begin(plan: Plan, accelerator: Accelerator, run: Path, mode: FakeTensorMode) -> tuple[Job, loop.Learner]:
     """The project's own job and learner, on cuda:0; backward gives every parameter that learns an empty gradient."""
     with mode:
-        job = build_job(accelerator, blueprint, RunFolder(run), Display(False), StopRequests(), resumed=True)
-        learner = loop.begin_phase(job, job.cfg.phase[0])
-        train_mode(job.model, learner.phase)
+        job = build_job(accelerator, plan, RunFolder(run), Display(False), StopRequests(), resumed=True)
+        learner = loop.begin_phase(job, job.plan.phases[0])
+        train_mode(job.model, learner.phase.updating)
         for feed in (learner.source.train_input, learner.source.val_input):
             if isinstance(feed, Features):
                 rows = sum(len(view.table) for view in feed.views)
@@ -151,26 +152,26 @@ def begin(blueprint: Blueprint, accelerator: Accelerator, run: Path, mode: FakeT
     return job, learner
 
 
-def batches_of(learner: loop.Learner, job: Job, blueprint: Blueprint) -> list[list[Batch]]:
+def batches_of(learner: loop.Learner, job: Job, plan: Plan) -> list[list[Batch]]:
     """Real batches, made outside the mode."""
     if learner.source.train_loader is not job.train_loader:
         return list(learner.source.train_loader.epoch(0))
-    images = TrainImages(blueprint.index.train, blueprint.spec, blueprint.cfg.augment, 0)
-    return list(TrainLoader(images, blueprint.batches, 0, False).epoch(0))
+    images = TrainImages(plan.index.train, plan.spec, plan.cfg.augment, 0)
+    return list(TrainLoader(images, plan.batches, 0, False).epoch(0))
 
 
 def run_case(data: str, options: Sequence[str], plant: str | None) -> dict[str, Any]:
     """Two steps and, without a fault, an evaluation: what was noted, and the launches and copies of the second step."""
     cfg = config_of(data, *options)
     accelerator = accelerator_on_cuda(cfg)
-    blueprint = draw(accelerator, cfg)
+    plan = make_plan(accelerator, cfg)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with tempfile.TemporaryDirectory() as folder, torch.autograd.set_multithreading_enabled(False):
         (Path(folder) / "checkpoints").mkdir()
-        job, learner = begin(blueprint, accelerator, Path(folder), mode)
+        job, learner = begin(plan, accelerator, Path(folder), mode)
         undo = PLANTS[plant](job) if plant else None
         noted: list[str] = []
-        for step in batches_of(learner, job, blueprint)[:2]:
+        for step in batches_of(learner, job, plan)[:2]:
             with mode:
                 loop.set_rates(learner.optimizer, 1.0)
             watch = watched(mode, lambda step=step: loop.train_step(job, learner, step), noted)

@@ -8,7 +8,8 @@ from resnet_dist.files.run import RunFolder
 from resnet_dist.runtime.accelerate import start
 from resnet_dist.runtime.display import Display
 from resnet_dist.runtime.signals import StopRequests
-from resnet_dist.training.job import Job, build_job, draw
+from resnet_dist.training.job import Job, build_job
+from resnet_dist.training.plan import make_plan
 
 
 def config_of(*arguments: str | Path) -> TrainConfig:
@@ -22,4 +23,4 @@ def job_of(run: Path, *arguments: str | Path) -> Job:
     cfg = config_of(*arguments)
     accelerator, _ = start(cfg.system, cfg.run.seed)
     (run / "checkpoints").mkdir(parents=True)
-    return build_job(accelerator, draw(accelerator, cfg), RunFolder(run), Display(enabled=False), StopRequests())
+    return build_job(accelerator, make_plan(accelerator, cfg), RunFolder(run), Display(enabled=False), StopRequests())

@@ -15,7 +15,7 @@ from resnet_dist.cli.main import main
 from resnet_dist.runtime.accelerate import start
 from resnet_dist.training import autotune as trial
 from resnet_dist.training.autotune import autotune, workers_for
-from resnet_dist.training.job import Blueprint, draw
+from resnet_dist.training.plan import Plan, make_plan
 from tests.conftest import TINY
 from tests.training.helpers import config_of
 
@@ -41,10 +41,10 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
     return prepare
 
 
-def drawn(folder: Path, *options: str) -> tuple[Accelerator, Blueprint]:
+def planned(folder: Path, *options: str) -> tuple[Accelerator, Plan]:
     cfg = config_of(folder, *options)
     accelerator, _ = start(cfg.system, cfg.run.seed)
-    return accelerator, draw(accelerator, cfg)
+    return accelerator, make_plan(accelerator, cfg)
 
 
 def test_the_faster_precision_is_in_force(
@@ -63,8 +63,8 @@ def test_the_faster_precision_is_in_force(
 
 def test_bf16_is_taken_if_it_is_faster(folder: Path, trials: Callable[[str], list[str]]) -> None:
     tried = trials("no")
-    cfg, lines = autotune(*drawn(folder, *OPEN, "--autotune"))
-    assert cfg.system.mixed_precision == "bf16" and set(tried) == {"no", "bf16"}
+    plan, lines = autotune(*planned(folder, *OPEN, "--autotune"))
+    assert plan.cfg.system.mixed_precision == "bf16" and set(tried) == {"no", "bf16"}
     assert lines == ["autotune: precision bf16 (images/s and process: no 2.0, bf16 8.0)"]
 
 
@@ -74,8 +74,8 @@ def test_a_cpu_without_bf16_tries_nothing(
     """One emulated step can take longer than the training."""
     tried = trials("bf16")
     monkeypatch.setattr("resnet_dist.runtime.environment.cpu_flags", lambda: {"avx2"})
-    accelerator, blueprint = drawn(folder, *OPEN, "--autotune")
-    assert autotune(accelerator, blueprint) == (blueprint.cfg, []) and not tried
+    accelerator, plan = planned(folder, *OPEN, "--autotune")
+    assert autotune(accelerator, plan) == (plan, []) and not tried
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -89,9 +89,9 @@ def test_a_tried_step_leaves_the_weights_alone(precision: str) -> None:
 
 def test_typed_values_stay_and_the_random_state_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "SECONDS", 0.01)
-    accelerator, blueprint = drawn(folder, *TINY, "--autotune")
+    accelerator, plan = planned(folder, *TINY, "--autotune")
     before = torch.get_rng_state()
-    assert autotune(accelerator, blueprint) == (blueprint.cfg, [])
+    assert autotune(accelerator, plan) == (plan, [])
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -40,7 +40,7 @@ def test_same_result_as_without(folder: Path, tmp_path: Path, options: list[str]
     for how in ("off", "auto"):
         run = tmp_path / how
         job = job_of(run, folder, *FROZEN, "--aug", "none", *options, "--cache-features", how)
-        chosen = source(job, job.cfg.phase[0])
+        chosen = source(job, job.plan.phases[0])
         assert isinstance(chosen.train_input, Features) == isinstance(chosen.val_input, Features) == (how == "auto")
         train(job)
         results[how] = losses(run), job.model.state_dict()
@@ -79,7 +79,7 @@ class Allocations(TorchDispatchMode):
 def test_features_take_their_memory_once(folder: Path, tmp_path: Path) -> None:
     """No second copy while they are put together, of one view or of all."""
     job = job_of(tmp_path / "run", folder, *FROZEN, "--cache-features", "2")
-    features = source(job, job.cfg.phase[0]).train_input
+    features = source(job, job.plan.phases[0]).train_input
     assert isinstance(features, Features)
     with Allocations(24, features.example.shape[1:]) as seen:
         features.fill(job)
@@ -92,7 +92,7 @@ def test_validation_alone_where_training_images_change(
 ) -> None:
     job = job_of(tmp_path / "run", folder, *FROZEN)
     job.display.enabled = True
-    chosen = source(job, job.cfg.phase[0])
+    chosen = source(job, job.plan.phases[0])
     assert chosen.train_module is job.model and isinstance(chosen.val_input, Features)
     said = capsys.readouterr().out
     assert "for validation, " in said and "--cache-features N" in said
@@ -124,7 +124,7 @@ def test_not_more_than_half_of_the_memory(folder: Path, tmp_path: Path, monkeypa
     for room, expected in ((24 + 15, (True, True)), (24, (False, True)), (14, (False, False))):
         # 24 training and 15 validation images, 512 numbers of 4 bytes each
         monkeypatch.setattr("resnet_dist.runtime.environment.available_memory", lambda room=room: 2 * room * 512 * 4)
-        chosen = source(job, job.cfg.phase[0])
+        chosen = source(job, job.plan.phases[0])
         assert (isinstance(chosen.train_input, Features), isinstance(chosen.val_input, Features)) == expected
 
 

@@ -114,8 +114,8 @@ def test_an_overflow_in_the_first_step_leaves_nothing_behind(
     moved = {}
     for name, steps in (("skipped", (0, 1)), ("direct", (1,))):
         job = fp16_job(tmp_path / name, folder, "--epochs", "1", *options)
-        learner = loop.begin_phase(job, job.cfg.phase[0])
-        loop.train_mode(job.model, learner.phase)
+        learner = loop.begin_phase(job, job.plan.phases[0])
+        loop.train_mode(job.model, learner.phase.updating)
         batches = list(learner.source.train_loader.epoch(0))
         start = [parameter.detach().clone() for parameter in job.model.parameters()]
         if name == "skipped":
@@ -170,7 +170,7 @@ def test_resumed_run_has_the_scale_of_the_interrupted_one(folder: Path, tmp_path
     """And the steps until it grows; states from before it was saved still load, with the scale that a run starts at."""
     job = fp16_job(tmp_path / "run", folder, "--epochs", "2")
     overflow(job, 0)
-    learner, state = loop.begin_phase(job, job.cfg.phase[0]), State()
+    learner, state = loop.begin_phase(job, job.plan.phases[0]), State()
     loop.train_one_epoch(job, learner, state)
     save_state(job, learner.optimizer, learner.schedule, learner.tally, state)
     tensors, facts, _ = read_newest_state(tmp_path / "run/checkpoints")
@@ -181,7 +181,7 @@ def test_resumed_run_has_the_scale_of_the_interrupted_one(folder: Path, tmp_path
         ("old", {key: value for key, value in facts.items() if key != "scaler"}, {"scale": 2.0**16}),
     ):
         again = fp16_job(tmp_path / name, folder, "--epochs", "2")
-        new = loop.begin_phase(again, again.cfg.phase[0])
+        new = loop.begin_phase(again, again.plan.phases[0])
         resumed = Resumed(State.from_dict(known["state"]), tensors, known)
         restore_learner(resumed, again, new.optimizer, new.schedule, new.tally)
         assert again.accelerator.scaler.state_dict().items() >= expected.items()

@@ -51,7 +51,7 @@ def weights_of(job: Job) -> dict[str, torch.Tensor]:
 
 def said_of(job: Job, old: Path) -> str:
     """What is said of the weights when the run starts."""
-    return start_from(old / BEST, job.model, job.architecture, job.index.classes)
+    return start_from(old / BEST, job.model, job.plan.architecture, job.plan.index.classes)
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, head: bool) -> bool:
@@ -69,8 +69,8 @@ def test_same_classes_bring_backbone_head_and_preprocessing(
     assert weights_of(job).keys() == before.keys()
     assert equal(weights_of(job), before, head=False) and equal(weights_of(job), before, head=True)
     assert said_of(job, old) == f"weights: backbone and head of {old / BEST}"
-    assert job.spec.to_dict() == json.loads((old / "preprocess.json").read_text())
-    assert (job.spec.img_size, job.spec.resize_mode, job.spec.mean) == (16, "squash", (0.4, 0.5, 0.6))
+    assert job.plan.spec.to_dict() == json.loads((old / "preprocess.json").read_text())
+    assert (job.plan.spec.img_size, job.plan.spec.resize_mode, job.plan.spec.mean) == (16, "squash", (0.4, 0.5, 0.6))
 
 
 def test_other_classes_bring_the_backbone_and_a_new_head(old: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_another_head_is_new_and_what_is_typed_holds(old: Path, folder: Path, tm
     assert equal(weights_of(job), load_file(old / BEST), head=False)
     assert weights_of(job)["fc.weight"].shape == (3, 512)
     assert said_of(job, old).endswith("new head (it had mlp 7, this run has linear)")
-    assert (job.spec.img_size, job.spec.resize_mode, job.spec.mean) == (24, "pad", (0.4, 0.5, 0.6))
+    assert (job.plan.spec.img_size, job.plan.spec.resize_mode, job.plan.spec.mean) == (24, "pad", (0.4, 0.5, 0.6))
 
 
 def test_run_from_it_is_stored_and_can_be_repeated(
@@ -153,8 +153,8 @@ def samples_of(job: Job) -> list[tuple[int, list[int]]]:
 def test_it_is_fine_tuned_and_does_not_repeat_the_samples(old: Path, folder: Path, tmp_path: Path) -> None:
     """Of the run before it or of the one before that; unless it is asked for."""
     first = started(old, folder, tmp_path / "first")
-    assert first.cfg.optim.lr == 1e-3 and first.cfg.run.random_stream == 1
-    save_best(tmp_path / "first.safetensors", first.model, first.described(Best({}, 1, "raw")))
+    assert first.plan.optimizer.lr == 1e-3 and first.plan.cfg.run.random_stream == 1
+    save_best(tmp_path / "first.safetensors", first.model, first.plan.description(Best({}, 1, "raw")))
     second = started(tmp_path / "first.safetensors", folder, tmp_path / "second")
     again = started(old, folder, tmp_path / "again", "--random-stream", "0")
     scratch = job_of(tmp_path / "scratch", folder, *TINY, "--resize-mode", "squash", "--mean", "0.4,0.5,0.6")

@@ -43,8 +43,8 @@ def by_hand(
     model = copy.deepcopy(job.model).train()
     optimizer = make(model)
     to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-    table = job.index.train
-    order = epoch_order(len(table), job.cfg.run.seed, 0, GLOBAL_BATCH, drop_last=False)
+    table = job.plan.index.train
+    order = epoch_order(len(table), job.plan.cfg.run.seed, 0, GLOBAL_BATCH, drop_last=False)
     for of_step in order.reshape(STEPS, GLOBAL_BATCH):
         total = len(of_step) if weight is None else float(weight[table.targets[of_step]].sum())
         for chosen in of_step.reshape(accumulate, -1):
@@ -147,7 +147,7 @@ def test_three_steps_equal_plain_torch(case: str, images: Path, tmp_path: Path) 
     job = job_of(tmp_path / "run", images, *TINY, *plain, *options)
     weight = None
     if "--class-weights" in options:
-        targets = job.index.train.targets
+        targets = job.plan.index.train.targets
         balanced = compute_class_weight("balanced", classes=np.array([0, 1]), y=targets)
         weight = torch.tensor(balanced, dtype=torch.float32)
     clip = 0.5 if "--clip-grad" in options else None

@@ -3,7 +3,8 @@
 import csv
 import itertools
 import math
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ from PIL import Image
 
 from resnet_dist.cli.main import main
 from resnet_dist.config.schema import OptimConfig
-from resnet_dist.training.loop import begin_phase, set_rates, train_step
+from resnet_dist.data.transforms import Batch
+from resnet_dist.training import lr_range
+from resnet_dist.training.job import Job
+from resnet_dist.training.loop import Learner, begin_phase, set_rates, train_step
 from resnet_dist.training.lr_range import (
     RangeTest,
     longest_decrease,
@@ -24,10 +28,9 @@ from resnet_dist.training.lr_range import (
     typed,
     valley,
 )
-from resnet_dist.training.phases import scaled
 from tests.conftest import TINY
 from tests.runtime.test_program import ACCELERATE, program
-from tests.training.helpers import job_of
+from tests.training.helpers import config_of, job_of
 
 Refused = Callable[..., str]
 
@@ -79,19 +82,39 @@ def test_a_loss_that_never_falls_suggests_nothing() -> None:
 
 def test_suggestion_sets_every_rate() -> None:
     optim = OptimConfig(lr=0.1, lr_groups={"stem": 1e-3, "head": 0.2})
-    assert typed(rates_for(optim, 0.01, 1.0)) == '--lr 1.0e-02 --lr-groups "stem=1.0e-04 head=2.0e-02"'
-    assert typed(rates_for(OptimConfig(lr=0.1, lr_backbone=1e-3), 0.2, 1.0)) == "--lr 2.0e-01 --lr-backbone 2.0e-03"
-    # Typed below --lr-base-size, which multiplies it: 0.05 becomes the 0.2 that was tried.
-    again = scaled(OptimConfig(lr=rates_for(OptimConfig(lr=0.1), 0.2, 4.0)["lr"]), 4.0)
-    assert again.lr == pytest.approx(0.2)
+    assert typed(rates_for(optim, 0.1, 0.01)) == '--lr 1.0e-02 --lr-groups "stem=1.0e-04 head=2.0e-02"'
+    assert typed(rates_for(OptimConfig(lr_backbone=1e-3), 0.1, 0.2)) == "--lr 2.0e-01 --lr-backbone 2.0e-03"
+
+
+@pytest.mark.parametrize("other", [[], ["--lr-backbone", "0.002"], ["--lr-groups", "layer4=0.03 head=0.5"]])
+def test_train_with_what_is_suggested_trains_with_what_was_tried(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: list[str]
+) -> None:
+    """With --lr-base-size, which multiplies the rates by 2 here: the tried rate is the value of --lr."""
+    options = [folder, *TINY, "-b", "8", "--lr-base-size", "4"]
+    job = job_of(tmp_path / "find", *options, "--lr", "0.01", *other)
+    tried: list[dict[str, float]] = []
+
+    def note(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
+        tried.append({group["name"].partition("/")[0]: group["lr"] for group in learner.optimizer.param_groups})
+        train_step(job, learner, batches)
+
+    monkeypatch.setattr(lr_range, "train_step", note)
+    test = range_test(job, job.plan.phases[-1], 1e-3, 2e-3, 2)
+    asked = config_of(*options, "--lr", "0.01", *other).optim
+    for rate, rates in zip(test.rates, tried, strict=True):
+        words = shlex.split(typed(rates_for(asked, job.plan.optimizer.base_lr, rate)))
+        phase = job_of(tmp_path / f"{rate}", *options, *words).plan.phases[-1]
+        assert phase.rates["head"] == pytest.approx(2 * rate * (50 if "--lr-groups" in other else 1))
+        assert phase.rates == pytest.approx(rates)
 
 
 def test_losses_are_those_of_the_loop_at_these_rates(folder: Path, tmp_path: Path) -> None:
     """Step by step with the loop's own functions on a second network; another group keeps its ratio."""
     options = [folder, *TINY, "-b", "8", "--recipe", "discriminative", "--lr", "0.01", "--aug", "none"]
     job, other = job_of(tmp_path / "a", *options), job_of(tmp_path / "b", *options)
-    test = range_test(job, job.cfg.phase[-1], 1e-3, 1e-2, 4)
-    learner = begin_phase(other, other.cfg.phase[-1])
+    test = range_test(job, job.plan.phases[-1], 1e-3, 1e-2, 4)
+    learner = begin_phase(other, other.plan.phases[-1])
     learner.source.fill(other)
     other.model.train()
     batches = itertools.chain(*(learner.source.train_loader.epoch(epoch) for epoch in (0, 1)))
@@ -162,12 +185,12 @@ def test_suggestion_beats_ten_times_more_and_less(shared: Path, tmp_path: Path) 
     options = [shared / "hymenoptera", "--recipe", "full-finetune", "--model", "resnet18", "-b", "32", "--workers", "0"]
     options += ["--img-size", "112", "--resize", "128", "--weights", shared / "weights/resnet18.safetensors"]
     job = job_of(tmp_path / "find", *options)
-    rate = steepest(range_test(job, job.cfg.phase[-1], 1e-6, 10.0, 50))
+    rate = steepest(range_test(job, job.plan.phases[-1], 1e-6, 10.0, 50))
     assert rate is not None
     losses: dict[float, float] = {}
     for factor in (0.1, 1.0, 10.0):
         job = job_of(tmp_path / str(factor), *options, "--lr", f"{rate * factor}")
-        learner = begin_phase(job, job.cfg.phase[-1])
+        learner = begin_phase(job, job.plan.phases[-1])
         learner.source.fill(job)
         job.model.train()
         for epoch in range(2):

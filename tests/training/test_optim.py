@@ -1,34 +1,52 @@
 """Learning rates per stage, weight decay, and what is taken where no rate is given."""
 
+import math
+
 import pytest
 import torch
 
 from resnet_dist.config.schema import OptimConfig, Phase
 from resnet_dist.model.resnet import Architecture, empty, stage_of
-from resnet_dist.model.trainable import set_trainable
+from resnet_dist.model.trainable import select, set_trainable
 from resnet_dist.training import optim
-from resnet_dist.training.optim import param_groups, stage_rates
+from resnet_dist.training.optim import PlannedOptimizer, param_groups, stage_rates
+from resnet_dist.training.plan import plan_optimizer
 from tests.training.helpers import config_of
 
 STAGES = ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
 ARCHITECTURE = Architecture(name="resnet18", stem="standard", head="linear", head_hidden=(), dropout=0, num_classes=3)
 
 
+def planned_optimizer(
+    name: str = "sgd", weight_decay: float = 0.0, decay_norm_and_bias: bool = False
+) -> PlannedOptimizer:
+    return PlannedOptimizer(
+        name=name,
+        base_lr=0.1,
+        lr_factor=1.0,
+        momentum=0.0,
+        nesterov=False,
+        weight_decay=weight_decay,
+        decay_norm_and_bias=decay_norm_and_bias,
+        clip_grad=math.inf,
+    )
+
+
 @pytest.mark.parametrize(
-    ("cfg", "phase", "expected"),
+    ("cfg", "lr", "phase", "expected"),
     [
-        (OptimConfig(lr=0.1), Phase(), [0.1] * 6),
-        (OptimConfig(lr=0.1), Phase(lr_scale=0.5), [0.05] * 6),
-        (OptimConfig(lr=0.1, lr_backbone=1e-3), Phase(), [1e-3] * 5 + [0.1]),
-        (OptimConfig(lr=0.1), Phase(backbone_lr_scale=0.01), [1e-3] * 5 + [0.1]),
-        (OptimConfig(lr=0.1, lr_backbone=0.02), Phase(backbone_lr_scale=0.01), [0.02] * 5 + [0.1]),
-        (OptimConfig(lr=1.0, lr_decay_per_stage=0.5), Phase(), [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]),
-        (OptimConfig(lr=0.1, lr_groups={"stem": 1e-5, "layer4": 1e-4}), Phase(), [1e-5, 0.1, 0.1, 0.1, 1e-4, 0.1]),
-        (OptimConfig(lr=0.1, lr_groups={"head": 1.0}), Phase(lr_scale=0.1), [0.01] * 5 + [0.1]),
+        (OptimConfig(), 0.1, Phase(), [0.1] * 6),
+        (OptimConfig(), 0.1, Phase(lr_scale=0.5), [0.05] * 6),
+        (OptimConfig(lr_backbone=1e-3), 0.1, Phase(), [1e-3] * 5 + [0.1]),
+        (OptimConfig(), 0.1, Phase(backbone_lr_scale=0.01), [1e-3] * 5 + [0.1]),
+        (OptimConfig(lr_backbone=0.02), 0.1, Phase(backbone_lr_scale=0.01), [0.02] * 5 + [0.1]),
+        (OptimConfig(lr_decay_per_stage=0.5), 1.0, Phase(), [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]),
+        (OptimConfig(lr_groups={"stem": 1e-5, "layer4": 1e-4}), 0.1, Phase(), [1e-5, 0.1, 0.1, 0.1, 1e-4, 0.1]),
+        (OptimConfig(lr_groups={"head": 1.0}), 0.1, Phase(lr_scale=0.1), [0.01] * 5 + [0.1]),
     ],
 )
-def test_rate_of_every_stage(cfg: OptimConfig, phase: Phase, expected: list[float]) -> None:
-    rates = stage_rates(cfg, phase)
+def test_rate_of_every_stage(cfg: OptimConfig, lr: float, phase: Phase, expected: list[float]) -> None:
+    rates = stage_rates(cfg, lr, phase)
     assert [rates[stage] for stage in STAGES] == pytest.approx(expected)
 
 
@@ -36,11 +54,11 @@ def test_rate_of_every_stage(cfg: OptimConfig, phase: Phase, expected: list[floa
 def test_every_learning_parameter_is_in_one_group(decay_all: bool) -> None:
     """No frozen parameter is given to the optimizer, and weight decay spares BatchNorm and biases unless asked."""
     model = empty(ARCHITECTURE)
-    phase = Phase(trainable="layer3 layer4 head")
-    set_trainable(model, phase)
-    cfg = OptimConfig(lr=0.1, weight_decay=0.01, decay_norm_and_bias=decay_all)
+    set_trainable(model, select(model, "layer3 layer4 head"))
+    planned = planned_optimizer(weight_decay=0.01, decay_norm_and_bias=decay_all)
+    rates = dict.fromkeys(("layer3", "layer4", "head"), 0.1)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decay = {names[p]: group["weight_decay"] for group in param_groups(model, cfg, phase) for p in group["params"]}
+    decay = {names[p]: group["weight_decay"] for group in param_groups(model, planned, rates) for p in group["params"]}
     assert sorted(decay) == sorted(n for n in names.values() if stage_of(n) in ("layer3", "layer4", "head"))
     for name, value in decay.items():
         is_norm_or_bias = ".bn" in name or "downsample.1" in name or name.endswith("bias")
@@ -62,10 +80,9 @@ def test_every_learning_parameter_is_in_one_group(decay_all: bool) -> None:
 )
 def test_automatic_lr(options: str, lr: float) -> None:
     """By optimizer and by what learns; a typed value always wins."""
-    from resnet_dist.training.phases import resolve
-
-    cfg, reasons = resolve(config_of("nowhere", "--model", "resnet18", *options.split()), empty(ARCHITECTURE), 32)
-    assert cfg.optim.lr == pytest.approx(lr)
+    cfg = config_of("nowhere", "--model", "resnet18", *options.split())
+    planned, reasons = plan_optimizer(cfg, empty(ARCHITECTURE), 32)
+    assert planned.lr == planned.base_lr == pytest.approx(lr)
     assert any(line.startswith("lr ") for line in reasons) is ("--lr" not in options)
 
 
@@ -75,7 +92,7 @@ def test_adagrad_is_fused_where_torch_has_that(has_one: bool, monkeypatch: pytes
     monkeypatch.setattr(optim, "has_fused_adagrad", lambda device: has_one)
     parameter = torch.nn.Parameter(torch.ones(2))
     groups = [{"params": [parameter], "lr": 0.1, "base_lr": 0.1, "weight_decay": 0.0}]
-    optimizer = optim.build_optimizer(groups, OptimConfig(opt="adagrad"))
+    optimizer = optim.build_optimizer(groups, planned_optimizer("adagrad"))
     assert bool(optimizer.defaults["fused"]) is has_one
     for bad, moved in ((1.0, 0.0), (0.0, 0.1)):
         parameter.grad = torch.ones(2)

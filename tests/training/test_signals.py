@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import resnet_dist.training.finish as finish
-import resnet_dist.training.job as job
+import resnet_dist.training.plan as plan
 from resnet_dist.cli.main import main
 from resnet_dist.runtime import signals as stop
 from resnet_dist.runtime.signals import StopRequested, stop_requests
@@ -264,7 +264,7 @@ def test_told_in_a_dry_run(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     images = {"train": 24, "val": 6, "test": 0}
     facts = {"status": "running", "epochs": 1, "data_root": str(folder), "images": images}
     (run / "run.json").write_text(said := json.dumps(facts))
-    monkeypatch.setattr(job, "draw", interrupted(job.draw, 1, stop_here))
+    monkeypatch.setattr(plan, "make_plan", interrupted(plan.make_plan, 1, stop_here))
     arguments = ["train", str(folder), *TINY, "--epochs", "1", "-o", str(run), "--overwrite", "--dry-run"]
     assert main(arguments) == 128 + SIGTERM
     assert (run / "run.json").read_text() == said
