@@ -1,1 +1,1 @@
-"""From the best checkpoint to a deployable file. `export.predict` stands alone and is shipped with every model."""
+"""Export a checkpoint to ONNX. `export.predict` needs no other module and is copied into every export."""

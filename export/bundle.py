@@ -1,4 +1,4 @@
-"""The folder that is deployed: model files that passed the gate, and files that other programs need."""
+"""Write the export folder: the verified model files, and side files for other programs."""
 
 import json
 import os
@@ -21,7 +21,8 @@ BUNDLE = Kind("an export", "export_report.json", json_with("passed", "problems",
 VECTORS = "test_data_set_0"  # a folder of the bundle
 README = """# {architecture}, {count} classes
 
-Exported by resnet-dist. `{model}` alone is a whole deployment: classes and preprocessing are in its metadata.
+Exported by resnet-dist. `{model}` and `predict.py` are a complete deployment: the classes
+and the preprocessing are in the metadata of `{model}`.
 
 ```
 pip install onnxruntime numpy pillow
@@ -29,24 +30,25 @@ python predict.py {model} photos/
 python predict.py {model} --verify
 ```
 
-- Input: `{input}`; output `logits`. {how}
-- Preprocessing, to the pixel: {preprocessing}
-- `labels.txt` has the class names in index order; `export_report.json` says what was checked before these files got
-  their names; `test_data_set_0/` holds an input and its output as the ONNX model zoo has them.
-- `config.json` and `preprocessor_config.json` are for libraries of the Hugging Face style. Their resize and crop round
-  in another way than training did, so a few images in a hundred differ by a pixel; `predict.py` is exact.
+- Input: `{input}`; output `logits`. {description}
+- Exact preprocessing: {preprocessing}
+- `labels.txt` lists the class names in index order. `export_report.json` holds the results of the verification.
+  `test_data_set_0/` holds one input and its output in the layout of the ONNX model zoo.
+- `config.json` and `preprocessor_config.json` are for libraries that read Hugging Face configurations. Those libraries
+  round sizes and crops differently from training, so a few images in a hundred differ by a pixel; `predict.py` is
+  exact.
 """
 
 
 def write_side_files(folder: Path, metadata: Mapping[str, Any]) -> None:
-    """labels.txt, config.json, preprocessor_config.json, README.md and predict.py beside model.onnx in `folder`."""
+    """Write labels, configurations, README.md, predict.py and test vectors into `folder`, next to model.onnx."""
     classes = metadata["classes"]
     spec = Preprocessing.from_dict(metadata["preprocessing"])
     labels = "".join(f"{one_line(name)}\n" for name in classes)
     (folder / "labels.txt").write_text(labels, encoding="utf-8", errors="surrogateescape")
     (folder / "config.json").write_text(to_json(config_of(metadata)))
     (folder / "preprocessor_config.json").write_text(to_json(preprocessor_config_of(spec)))
-    how = {
+    description = {
         "image": f"uint8 (batch, {spec.img_size}, {spec.img_size}, 3), RGB; it is normalised in the graph.",
         "pixel_values": f"float32 (batch, 3, {spec.img_size}, {spec.img_size}), normalised by mean and std.",
     }[metadata["input"]]
@@ -55,7 +57,7 @@ def write_side_files(folder: Path, metadata: Mapping[str, Any]) -> None:
         count=len(classes),
         model="model.onnx",
         input=metadata["input"],
-        how=how,
+        description=description,
         preprocessing=json.dumps(metadata["preprocessing"]),
     )
     (folder / "README.md").write_text(text)
@@ -101,7 +103,7 @@ def preprocessor_config_of(spec: Preprocessing) -> dict[str, Any]:
 
 
 def write_vectors(folder: Path, predictor: Predictor) -> None:
-    """input_0.pb and output_0.pb of the self-test's image, in the layout of the ONNX model zoo."""
+    """Write the self-test as input_0.pb (image) and output_0.pb (logits), in the layout of the ONNX model zoo."""
     folder.mkdir()
     pixels = self_test_pixels(predictor.preprocessing.img_size)
     ((name, given),) = predictor.inputs(pixels).items()
@@ -111,19 +113,21 @@ def write_vectors(folder: Path, predictor: Predictor) -> None:
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """See before any work that the bundle can be put at `out`. Raises UsageError, MachineError."""
+    """Check, before any work, that the export can be written to `out`. Raises UsageError, MachineError."""
     check_folder(out, BUNDLE)
     if (out / "model.onnx").exists() and not overwrite:
-        raise UsageError(f"--output-dir {out}: it holds an export already; choose another place, or --overwrite")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise MachineError(f"{out}: cannot be made ({above} cannot be written)")
+        raise UsageError(
+            f"--output-dir {out}: it contains an export already; choose another folder, or give --overwrite"
+        )
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise MachineError(f"{out}: cannot be created ({parent} is not writable)")
 
 
 def put_in_place(made: Path, out: Path) -> None:
-    """Give the finished bundle its name in one step; what was there before stays until then.
+    """Rename the finished export to `out` in one step; an old export stays complete until then.
 
-    Of an export that it replaces, files that the program did not write are kept. Raises MachineError.
+    Files in the old export that this program did not write are kept. Raises MachineError.
     """
     old = out.with_name(f".old-{os.getpid()}-{out.name}")
     try:
@@ -146,7 +150,7 @@ def put_in_place(made: Path, out: Path) -> None:
 
 
 def keep_others(old: Path, out: Path) -> None:
-    """Move into a new bundle what the old one holds and the program did not write. Raises OSError."""
+    """Move files that this program did not write from an old export into the new one. Raises OSError."""
     for entry in list(old.iterdir()):
         if entry.name == VECTORS and not entry.is_symlink():
             keep_others(entry, out / VECTORS)
@@ -155,5 +159,5 @@ def keep_others(old: Path, out: Path) -> None:
 
 
 def sizes(folder: Path, names: Sequence[str]) -> dict[str, float]:
-    """MiB of each model file."""
+    """The size of each model file in MiB."""
     return {name: round((folder / name).stat().st_size / 2**20, 1) for name in names}

@@ -1,4 +1,4 @@
-"""The images that an export is verified on, and those that int8 is calibrated on."""
+"""The images on which an export is verified, and those on which int8 is calibrated."""
 
 from pathlib import Path
 
@@ -14,7 +14,11 @@ from resnet_dist.model.checkpoint import Description
 
 
 def gate_images(cfg: ExportConfig, description: Description, folder: Path) -> tuple[ImageTable, str]:
-    """Validation images: of --data, of the run, or (in `folder`) synthetic ones; and which of these."""
+    """The images to verify on, and their source: "given", "validation" or "synthetic".
+
+    They are the validation images of --data or of the run. A checkpoint without either is verified on synthetic images,
+    which are written to `folder`. Raises UsageError, DataError.
+    """
     if cfg.data is not None:
         return read_part(Path(cfg.data), "val", description.classes), "given"
     if Path(cfg.run or "").is_dir():
@@ -23,7 +27,10 @@ def gate_images(cfg: ExportConfig, description: Description, folder: Path) -> tu
 
 
 def calibration_inputs(cfg: ExportConfig, description: Description) -> list[np.ndarray]:
-    """Training images, spread evenly, as inputs of the graph. Raises UsageError where there are none, DataError."""
+    """Evenly spread training images as inputs of the graph. Raises UsageError or DataError if there are too few.
+
+    uint8 (S, S, 3) if the graph normalises, otherwise float32 (3, S, S).
+    """
     run = Path(cfg.run or "")
     if cfg.data is not None:
         table = read_part(Path(cfg.data), "train", description.classes)
@@ -33,7 +40,7 @@ def calibration_inputs(cfg: ExportConfig, description: Description) -> list[np.n
         raise UsageError("--int8 needs training images to calibrate on: give --data")
     if len(table) < MIN_CALIBRATION:
         raise DataError(
-            f"--int8 needs at least {MIN_CALIBRATION} training images to calibrate on, there are {len(table)}"
+            f"--int8 needs at least {MIN_CALIBRATION} training images to calibrate on; there are only {len(table)}"
         )
     chosen = table.spread(cfg.calibration_images)
     spec = description.preprocessing
@@ -44,7 +51,7 @@ def calibration_inputs(cfg: ExportConfig, description: Description) -> list[np.n
 
 
 def synthetic_images(folder: Path, count: int = MIN_CALIBRATION) -> ImageTable:
-    """Noise and gradients of many sizes as PNG files: enough to compare pipelines, not to say how good a model is."""
+    """PNG files with noise and gradients in many sizes: they can compare pipelines but cannot measure accuracy."""
     random = np.random.default_rng(0)
     for number in range(count):
         height, width = (int(n) for n in random.integers(40, 500, 2))

@@ -1,4 +1,4 @@
-"""Label images in one call. To label more images later, keep a `Predictor`."""
+"""Predict the classes of images in one call. To predict more images later, keep a `Predictor`."""
 
 import os
 from collections.abc import Iterable
@@ -16,12 +16,13 @@ def predict(
     providers: str = "auto",
     **settings: Any,
 ) -> list[Prediction]:
-    """Label images with an exported model (.onnx, or the Run or run folder that it was exported into).
+    """Predict the classes of images with an exported model.
 
-    `images` is one image or an iterable of them: paths, bytes, binary files, Pillow images, or arrays, uint8 (H, W, 3)
-    in RGB or (H, W). `settings` are those of `Predictor.predict`: top_k, batch_size, abstain_below, embed. An image
-    that cannot be read gives a Prediction with `error`. Raises ArtifactError if the model is missing, damaged or
-    foreign, TypeError for what is no image, ValueError for a number out of range.
+    `model` is a .onnx file, a Bundle, or the Run or run folder that was exported. `images` is one image or an iterable
+    of images: paths, bytes, binary files, Pillow images, or uint8 arrays (H, W, 3) in RGB or (H, W). `settings` are
+    the keywords of `Predictor.predict`: top_k, batch_size, abstain_below, embed. An image that cannot be read gives a
+    Prediction with `error`. Raises ArtifactError if the model is missing, damaged or not from resnet-dist, TypeError
+    if an item is not an image, ValueError if a number is out of range.
     """
     with python_errors():
         try:

@@ -1,12 +1,11 @@
-"""Image files in, labels out: needs nothing but numpy, Pillow and onnxruntime.
+"""Predict the classes of images with an exported ONNX model. Needs only numpy, Pillow and onnxruntime.
 
     python predict.py model.onnx photos/ more.jpg --top-k 3
     python predict.py model.onnx --verify
 
-As a library: `Predictor("model.onnx").predict(["cat.jpg"])`. The model file says by itself what its classes are and
-how an image becomes its input. This file is copied beside every exported model, so it imports nothing of resnet-dist;
-training and evaluation import their decoding and their evaluation geometry from here, which is what makes a deployed
-prediction equal to theirs.
+As a library: `Predictor("model.onnx").predict(["cat.jpg"])`. The metadata of the model file holds its classes and its
+preprocessing. Every export includes a copy of this file, so it imports nothing from resnet-dist. Training and
+evaluation import their decoding, resizing and cropping from here, so a deployed model gets the same pixels as they do.
 """
 
 import argparse
@@ -38,18 +37,18 @@ from typing import Any, BinaryIO, ClassVar, NoReturn, TextIO
 import numpy as np
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
-# What may be decoded, decided by content and not by name. Leaving EPS, PDF and their like out is a security rule:
-# Pillow hands those to external programs.
+# Formats that are decoded, recognised by content and not by file name. EPS, PDF and similar formats are excluded for
+# security: Pillow passes them to external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 MAX_PIXELS = 64_000_000
-MAX_FILE_BYTES = 1 << 29  # twice what that many pixels take uncompressed
-# Work that a small file may ask for: scans (libtiff's limit too); strips, tiles, chunks or segments; pixels of codecs
-# that are written in Python; comments of a plain PNM; bytes of a file's start in which its header is expected.
+MAX_FILE_BYTES = 1 << 29  # more than twice the size of MAX_PIXELS uncompressed RGB pixels
+# Limits on the work that a small file can cause: scans (libtiff has the same limit); strips, tiles, chunks or
+# segments; pixels for codecs written in Python; comments in a plain PNM; bytes in which the header must start.
 MAX_SCANS, MAX_PARTS, MAX_SLOW_PIXELS, MAX_COMMENTS, HEAD = 100, 1 << 16, 1 << 24, 1000, 1 << 14
 SLOW_CODECS = ("bmp_rle", "ppm_plain")
-MIN_ROOM, ROOM_PER_CORE = 1 << 29, 1 << 27  # bytes for decoding in all threads
-BAND = 1 << 20  # pixels that are converted at a time
-MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # of a JPEG: what ends the data of a scan
+MIN_ROOM, ROOM_PER_CORE = 1 << 29, 1 << 27  # bytes that all threads together may use for decoding
+BAND = 1 << 20  # pixels converted at a time
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # a JPEG marker that ends the data of a scan
 ORIENTATION, PHOTOMETRIC, BITS_PER_SAMPLE = 0x0112, 262, 258  # Exif and TIFF fields
 TURNS = dict(enumerate((None, *(Image.Transpose(t) for t in (0, 3, 1, 5, 4, 6, 2))), 1))  # by Exif orientation
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -57,34 +56,34 @@ FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BI
 OpenFile = io.BufferedReader | io.BytesIO
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
-# What Pillow's decoders raise on damaged files.
+# Exceptions that Pillow's decoders raise on damaged files.
 _ODD = (SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error)
 DAMAGED = (*_ODD, OSError, ValueError, MemoryError)
 
-# A file that unpacks to hundreds of megapixels is an attack or an accident: never a warning that scrolls by.
+# A file that unpacks to hundreds of megapixels is an attack or an accident, so Pillow's warning becomes an error.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 class ImageError(ValueError):
-    """An image that cannot be used: unreadable, of a format or size that is not accepted. One line, no path."""
+    """An image cannot be used: it is unreadable, or its format or size is not accepted. One line, without the path."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How an image file becomes the network's input. Stored verbatim in checkpoints and exported models.
+    """How an image file is converted to the network's input. Checkpoints and exported models store it unchanged.
 
-    The fixed rules, stated in the stored form too: EXIF orientation is applied, alpha is composited on white,
-    16-bit grey is scaled, the resize is antialiased and done by Pillow on uint8, the long side of a `crop` resize is
-    `int(resize * long / short)`, the crop starts at `round((size - img_size) / 2)` with halves to the even number.
+    These rules are fixed and are part of the stored form: EXIF orientation is applied; alpha is composited on white;
+    16-bit grey is scaled to 8 bits; Pillow resizes uint8 pixels with antialiasing; in mode `crop` the long side becomes
+    `int(resize * long / short)`; the crop starts at `round((size - img_size) / 2)`, where halves round to even.
 
     Attributes:
-        img_size: side of the square result, pixels.
-        resize_mode: "crop" (short side to `resize`, cut the centre), "squash" (ignore the aspect ratio) or
-            "pad" (long side to `img_size`, filled up with `fill`).
-        resize: short side before the crop, pixels; equals `img_size` in the other modes.
+        img_size: side of the square result in pixels.
+        resize_mode: "crop" (resize the short side to `resize`, then crop the centre), "squash" (ignore the aspect
+            ratio) or "pad" (resize the long side to `img_size`, then pad with `fill`).
+        resize: short side before the crop in pixels; equals `img_size` in the other modes.
         interpolation: "bilinear" or "bicubic".
-        mean, std: of the three channels, in 0..1.
-        fill: colour of the padding, 0..255.
+        mean, std: one value per channel, in 0..1.
+        fill: RGB colour of the padding, 0..255.
     """
 
     img_size: int = 224
@@ -107,21 +106,20 @@ class Preprocessing:
     }
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec and its fixed rules as plain JSON values."""
+        """The fields and the fixed rules as plain JSON values."""
         fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
         return {**fields, **self.RULES}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Preprocessing":
-        """The spec from its stored form.
+        """Read the stored form.
 
-        Raises ValueError where a key is missing or unknown, a rule is not the one that this code follows, or a value
-        is out of range.
+        Raises ValueError if a key is missing or unknown, if a rule differs from `RULES`, or if a value is out of range.
         """
         if not isinstance(values, Mapping):
-            raise ValueError("preprocessing: not an object")
+            raise ValueError("preprocessing must be an object")
         wrong = [
-            f"{name}: {values.get(name)!r} is not {rule!r}"
+            f"{name} must be {rule!r}, not {values.get(name)!r}"
             for name, rule in cls.RULES.items()
             if values.get(name) != rule
         ]
@@ -138,29 +136,34 @@ class Preprocessing:
     def _check(self) -> None:
         sizes_fit = all(type(n) is int and 1 <= n <= 4096 for n in (self.img_size, self.resize))
         if not sizes_fit or (self.resize_mode == "crop" and self.resize < self.img_size):
-            raise ValueError(f"preprocessing: img_size {self.img_size!r} and resize {self.resize!r} do not fit")
+            raise ValueError(
+                f"preprocessing: img_size {self.img_size!r} and resize {self.resize!r} must be in 1..4096, and in mode "
+                "crop resize must not be below img_size"
+            )
         if self.resize_mode not in ("crop", "squash", "pad") or self.interpolation not in tuple(FILTERS):
-            raise ValueError(f"preprocessing: unknown {self.resize_mode!r} or {self.interpolation!r}")
+            raise ValueError(
+                f"preprocessing: unknown resize_mode {self.resize_mode!r} or interpolation {self.interpolation!r}"
+            )
         for name in ("mean", "std", "fill"):
             values = getattr(self, name)
             limit = 255 if name == "fill" else 1
             kind = int if name == "fill" else int | float
             fits = isinstance(values, tuple) and len(values) == 3 and all(isinstance(v, kind) for v in values)
             if not fits or not all(0 <= v <= limit for v in values):
-                raise ValueError(f"preprocessing: {name} {values!r} is not three numbers in 0..{limit}")
+                raise ValueError(f"preprocessing: {name} must be three numbers in 0..{limit}, not {values!r}")
         if min(self.std) <= 0:
             raise ValueError("preprocessing: std must be above 0")
 
 
 class Room:
-    """Memory for decoding, shared by all threads: a thread waits until its image fits in, or is the only one."""
+    """Memory for decoding, shared by all threads. A thread waits until its image fits or nothing else is decoded."""
 
     def __init__(self, size: int) -> None:
         self._size, self._taken, self._changed = size, 0, threading.Condition()
 
     @contextmanager
     def take(self, size: int) -> Iterator[None]:
-        """Within it, `size` bytes are reserved. A thread may reserve only once at a time."""
+        """Reserve `size` bytes inside this context. A thread may hold only one reservation at a time."""
         with self._changed:
             self._changed.wait_for(lambda: not self._taken or self._taken + size <= self._size)
             self._taken += size
@@ -176,10 +179,10 @@ ROOM = Room(max(MIN_ROOM, ROOM_PER_CORE * (os.cpu_count() or 1)))
 
 
 def decode(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An image file, or its bytes, as an upright RGB image.
+    """Decode an image file, or its bytes, to an upright RGB image. Of an animation, only the first frame is decoded.
 
-    Of an animation, the first frame. Raises ImageError for whatever cannot be used, before decoding where the header
-    already says so. A file that cannot be opened at all raises OSError.
+    Raises ImageError if the image cannot be used, before decoding if the header already shows it, and OSError if the
+    file cannot be opened.
     """
     with decoded(source, max_pixels) as image:
         return image
@@ -187,13 +190,13 @@ def decode(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS)
 
 @contextmanager
 def decoded(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """As `decode`; within it, the memory of the image counts against what all threads together may take."""
+    """Like `decode`, as a context that reserves the memory of the image in the budget of all threads (`ROOM`)."""
     with opened(source, max_pixels, whole=True) as image, ROOM.take(memory_of(image)):
         yield loaded(image)
 
 
 def loaded(image: Image.Image) -> Image.Image:
-    """An opened image, decoded, as upright RGB. Its memory is for the caller to reserve."""
+    """Decode an opened image to upright RGB. The caller must reserve its memory."""
     bits = bits_of(image)
     image.load()
     return to_rgb(upright(image), bits)
@@ -203,9 +206,9 @@ def loaded(image: Image.Image) -> Image.Image:
 def opened(
     source: str | os.PathLike[str] | bytes | OpenFile, max_pixels: int = MAX_PIXELS, whole: bool = False
 ) -> Iterator[Image.Image]:
-    """An image whose header was read and is acceptable. What goes wrong then or within is raised as ImageError.
+    """Open an image and check its header. Errors in the check or inside this context are raised as ImageError.
 
-    With `whole`, and always for bytes, the structure of the whole file is checked and not only that of its start.
+    With `whole`, and always for bytes, the structure of the whole file is checked, otherwise that of its start.
     """
     with file_of(source) as file, as_image_errors(max_pixels):
         _check_structure(file, whole or isinstance(source, bytes))
@@ -214,23 +217,25 @@ def opened(
             if pixels > max_pixels:
                 raise ImageError(f"{image.width}x{image.height} pixels, more than the limit of {max_pixels}")
             if len(parts) > MAX_PARTS:
-                raise ImageError(f"in {len(parts)} strips or tiles, more than the limit of {MAX_PARTS}")
+                raise ImageError(f"{len(parts)} strips or tiles, more than the limit of {MAX_PARTS}")
             if parts and parts[0][0] in SLOW_CODECS and pixels > MAX_SLOW_PIXELS:
-                raise ImageError(f"{pixels} pixels in a rare coding, whose limit is {MAX_SLOW_PIXELS}: save it as PNG")
+                raise ImageError(
+                    f"{pixels} pixels in a slow encoding, whose limit is {MAX_SLOW_PIXELS}: save it as PNG"
+                )
             yield image
 
 
 @contextmanager
 def file_of(source: str | os.PathLike[str] | bytes | OpenFile) -> Iterator[OpenFile]:
-    """The file, opened; what is open already stays so. Raises OSError, or ImageError where it is none or too large."""
+    """Open a file; one that is already open stays open. Raises OSError, or ImageError if it is no file or too large."""
     if isinstance(source, OpenFile | bytes):
         yield io.BytesIO(source) if isinstance(source, bytes) else source
         return
     try:
-        status = os.stat(source)  # noqa: PTH116 - a name with a NUL is a ValueError here and nothing else
+        status = os.stat(source)  # noqa: PTH116 - it raises ValueError only for a name that contains a NUL
     except ValueError as error:
         raise ImageError(f"not a file name ({error})") from None
-    if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):  # opening it could wait without end
+    if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):  # opening a pipe can block forever
         raise ImageError("a pipe or a device, not a file")
     if status.st_size > MAX_FILE_BYTES:
         raise ImageError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
@@ -240,13 +245,13 @@ def file_of(source: str | os.PathLike[str] | bytes | OpenFile) -> Iterator[OpenF
 
 @contextmanager
 def as_image_errors(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
-    """Within it, what Pillow's decoders raise becomes an ImageError."""
+    """Inside this context, exceptions of Pillow's decoders become an ImageError."""
     try:
         yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(f"more pixels than the limit of {max_pixels}") from None
     except UnidentifiedImageError:
-        raise ImageError(f"not an image of a format that is read here ({', '.join(FORMATS)})") from None
+        raise ImageError(f"not an image in a supported format ({', '.join(FORMATS)})") from None
     except ImageError:
         raise
     except DAMAGED as error:
@@ -254,9 +259,9 @@ def as_image_errors(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
 
 
 def _check_structure(file: BinaryIO, whole: bool) -> None:
-    """Refuse a file that would keep the decoder busy out of proportion to its size, and go back to its start.
+    """Refuse a file that is very slow to decode for its size, then rewind it. Raises ImageError.
 
-    Raises ImageError. Without `whole` only the start is looked at, which is most of what reading the header goes over.
+    Without `whole`, only the first bytes are checked: Pillow reads little more than those for the header.
     """
     start = file.read(HEAD)
     check = next((check for magic, check in STRUCTURE.items() if start.startswith(magic)), None)
@@ -269,13 +274,13 @@ def _check_structure(file: BinaryIO, whole: bool) -> None:
 
 
 def _check_jpeg(data: bytes) -> bool:
-    """Each scan of a JPEG goes over all pixels, however few bytes it has: 10,000 scans fit into 1 MB.
+    """Limit the scans of a JPEG. The decoder visits all pixels in every scan, and 10,000 scans fit into 1 MB.
 
-    Returns whether it is an ordinary JPEG, of one scan. Raises ImageError.
+    Returns whether it is an ordinary JPEG with one scan. Raises ImageError.
     """
     place, scans, segments, components, sequential = 2, 0, 0, 0, False
-    while (found := MARKER.search(data, place)) and (marker := data[found.start() + 1]) != 0xD9:
-        gap, place = found.start() - place, found.end()
+    while (match := MARKER.search(data, place)) and (marker := data[match.start() + 1]) != 0xD9:
+        gap, place = match.start() - place, match.end()
         if marker in (0x01, 0xD8) or place + 8 > len(data):
             continue
         segments += 1
@@ -286,9 +291,9 @@ def _check_jpeg(data: bytes) -> bool:
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             sequential, components = marker in (0xC0, 0xC1, 0xC9), data[place + 7]
         if scans > MAX_SCANS:
-            raise ImageError(f"a JPEG of more than {MAX_SCANS} scans, which would take too long: save it anew")
+            raise ImageError(f"a JPEG with more than {MAX_SCANS} scans, which would take too long: save it again")
         if segments > MAX_PARTS or (not scans and gap > HEAD):
-            raise ImageError("a JPEG with too many segments, or too much between them: save it anew")
+            raise ImageError("a JPEG with too many segments, or too much data between them: save it again")
         place += int.from_bytes(data[place : place + 2], "big")
     return False
 
@@ -299,14 +304,14 @@ def _check_png(data: bytes) -> bool:
         chunks += 1
         profiles += data[place + 4 : place + 8] == b"iCCP"
         if chunks > MAX_PARTS or profiles > 1:
-            raise ImageError("a PNG with too many chunks or colour profiles: save it anew")
+            raise ImageError("a PNG with too many chunks or colour profiles: save it again")
         place += 12 + int.from_bytes(data[place : place + 4], "big")
     return False
 
 
 def _check_plain(data: bytes) -> bool:
     if data.count(b"#") > MAX_COMMENTS:
-        raise ImageError(f"a PNM of more than {MAX_COMMENTS} comments: save it anew")
+        raise ImageError(f"a PNM with more than {MAX_COMMENTS} comments: save it again")
     return False
 
 
@@ -315,39 +320,39 @@ STRUCTURE |= dict.fromkeys((b"P1", b"P2", b"P3"), _check_plain)
 
 
 def memory_of(image: Image.Image) -> int:
-    """Bytes that decoding an opened image and resizing it take at the most, by its header."""
+    """The most bytes that decoding and resizing an opened image can take, estimated from its header."""
     pixels = image.width * image.height
-    bytes_per_pixel = 8  # RGB takes four bytes in Pillow, and turning it upright makes a copy
+    bytes_per_pixel = 8  # Pillow stores RGB in four bytes, and turning the image upright copies it
     if image.format in ("WEBP", "TIFF") or image.info.get("progressive"):
-        bytes_per_pixel = 20  # frame buffers, a strip that is the whole image, coefficients
+        bytes_per_pixel = 20  # frame buffers, one strip for the whole image, DCT coefficients
     elif image.mode not in ("RGB", "L"):
-        bytes_per_pixel = 12  # and a third one as RGB
+        bytes_per_pixel = 12  # plus a third copy as RGB
     short, long = sorted(image.size)
     return bytes_per_pixel * pixels + 20 * min(pixels, BAND) + (1 << 20) * -(-long // max(short, 1))
 
 
 def bits_of(image: Image.Image) -> int:
-    """How many bits the pixels of an opened grey image have, of the 16 that they are stored in. Raises ImageError."""
+    """The bits per pixel of an opened grey image that is stored in 16 bits, such as 12. Raises ImageError."""
     tags = getattr(image, "tag_v2", {}) if image.mode.startswith("I;16") else {}
     if tags.get(PHOTOMETRIC) == 0:
-        raise ImageError("16-bit grey in which 0 is white, which is not read here: convert it to 8 bits first")
+        raise ImageError("16-bit grey in which 0 is white is not supported: convert it to 8 bits first")
     return int(tags.get(BITS_PER_SAMPLE, (16,))[0])
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its Exif says it is to be shown."""
-    # Not ImageOps.exif_transpose: that writes all Exif fields anew, and fails where one of them is odd.
+    """Rotate or mirror the image as its Exif orientation says."""
+    # Not ImageOps.exif_transpose: it rewrites all Exif fields, and fails if one of them is malformed.
     turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
-    """An image of any mode as RGB: alpha composited on white, grey of up to 16 `bits` scaled to 8.
+    """Convert an image of any mode to RGB: alpha is composited on white, grey of up to 16 `bits` is scaled to 8 bits.
 
-    Raises ImageError for pixels whose range is not known.
+    Raises ImageError if the range of the pixel values is unknown.
     """
     if image.mode == "F":
-        raise ImageError("floating-point pixels, whose range is not known: convert it to 8 bits first")
+        raise ImageError("the range of its floating-point pixels is unknown: convert it to 8 bits first")
     if image.mode.startswith("I"):
         return _in_bands(image, partial(_scaled_to_8_bit, most=2**bits - 1))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
@@ -356,7 +361,7 @@ def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
 
 
 def _in_bands(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """The RGB image that `change` makes, of a large one a few rows at a time, so that it takes little memory."""
+    """Apply `change`, which returns RGB. A large image is converted a few rows at a time to save memory."""
     rows = max(1, BAND // max(1, image.width))
     if image.height <= rows:
         return change(image)
@@ -374,16 +379,16 @@ def _on_white(image: Image.Image) -> Image.Image:
 def _scaled_to_8_bit(image: Image.Image, most: int) -> Image.Image:
     values = np.asarray(image).astype(np.int32)
     if values.size and (values.min() < 0 or values.max() > most):
-        raise ImageError("32-bit pixels, whose range is not known: convert it to 8 bits first")
+        raise ImageError("the range of its 32-bit pixels is unknown: convert it to 8 bits first")
     scaled = ((values * 255 + most // 2) // most).astype(np.uint8)
     scaled[values == image.info.get("transparency", -1)] = 255
     return Image.fromarray(scaled, "L").convert("RGB")
 
 
 def fit(image: Image.Image, spec: Preprocessing, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The evaluation geometry: an RGB image as a uint8 array of (img_size, img_size, 3).
+    """Resize and crop an RGB image for evaluation. Returns uint8 (img_size, img_size, 3).
 
-    Raises ImageError where the aspect ratio is so extreme that the resized image would exceed `max_pixels`.
+    Raises ImageError if the aspect ratio is so extreme that the resized image would exceed `max_pixels`.
     """
     size, filter_ = spec.img_size, FILTERS[spec.interpolation]
     width, height = image.size
@@ -397,7 +402,7 @@ def fit(image: Image.Image, spec: Preprocessing, max_pixels: int = MAX_PIXELS) -
     else:
         inner = (size, size)
     if inner[0] * max(inner[1], height) > max(max_pixels, width * height):  # Pillow resizes the width first
-        raise ImageError(f"{width}x{height} pixels: so narrow that resizing it would exceed the pixel limit")
+        raise ImageError(f"{width}x{height} pixels: too narrow, resizing it would exceed the pixel limit")
     image = image if image.size == inner else image.resize(inner, filter_)
     if spec.resize_mode == "pad":
         canvas = Image.new("RGB", (size, size), spec.fill)
@@ -408,14 +413,14 @@ def fit(image: Image.Image, spec: Preprocessing, max_pixels: int = MAX_PIXELS) -
 
 
 def normalise(pixels: np.ndarray, spec: Preprocessing) -> np.ndarray:
-    """uint8 of (..., 3) to float32: (x / 255 - mean) / std, through a table of the 256 values of each channel."""
+    """Normalise uint8 (..., 3) to float32: (x / 255 - mean) / std, by a lookup table of 256 values per channel."""
     levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
     table = (levels - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
     return np.stack([table[pixels[..., channel], channel] for channel in range(3)], axis=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which files are images: the one rule of predict, train and check
+# Which files are images: predict, train and check follow this one rule
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 EXTENSIONS |= {".ppm", ".pgm", ".pbm", ".pnm"}
@@ -425,10 +430,10 @@ NOT_DATA = {"__macosx", "thumbs.db", "desktop.ini"}
 def images_below(
     folder: Path, ignored: Counter[str], notes: list[str], above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[str]:
-    """Image files below a folder by their extensions, sorted, links followed but never around a loop.
+    """Yield the image files below a folder, sorted. They are recognised by extension; links are followed.
 
-    `ignored` counts the other files by extension; a link that goes round is told in `notes`. Hidden files and what file
-    managers leave behind are not counted. Raises OSError for a folder that cannot be listed.
+    `ignored` counts the other files by extension, without hidden files and files that file managers leave behind. A
+    link to a folder above it is not followed but added to `notes`. Raises OSError if a folder cannot be listed.
     """
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
@@ -440,7 +445,7 @@ def images_below(
         extension = Path(entry.name).suffix.lower()
         if is_folder(entry):
             folders.append(entry.path)
-        elif extension in EXTENSIONS and (entry.is_symlink() or entry.is_file()):  # no pipe
+        elif extension in EXTENSIONS and (entry.is_symlink() or entry.is_file()):  # not a pipe
             yield entry.path
         else:
             ignored[extension] += 1
@@ -457,20 +462,20 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def entries_of(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, sorted, without hidden files and what file managers leave behind. Raises OSError."""
+    """The sorted entries of a folder, without hidden files and those that file managers create. Raises OSError."""
     with os.scandir(folder) as entries:
-        kept = [e for e in entries if not e.name.startswith(".") and e.name.lower() not in NOT_DATA]
-    return sorted(kept, key=lambda entry: entry.name)
+        visible = [e for e in entries if not e.name.startswith(".") and e.name.lower() not in NOT_DATA]
+    return sorted(visible, key=lambda entry: entry.name)
 
 
 def ignored_text(ignored: Counter[str]) -> str:
-    """` (files that are not read as images: 2 .gif, 1 .txt)`, or nothing."""
+    """The text ` (files that are not read as images: 2 .gif, 1 .txt)`, or an empty string."""
     kinds = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in sorted(ignored.items()))
     return f" (files that are not read as images: {kinds})" if kinds else ""
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces, so that equal values are equal bytes."""
+    """JSON with sorted keys and no spaces, so that equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
@@ -478,28 +483,33 @@ def canonical_json(value: Any) -> str:
 # The model
 
 
-NAMES = "resnet_dist_names"  # of the error handler of streams
+NAMES = "resnet_dist_names"  # name of the error handler that writes any file name to a stream
 METADATA, DIGEST = "resnet_dist", "resnet_dist_sha256"
 MAX_MODEL_BYTES, MAX_METADATA_BYTES, MAX_CLASSES = 1 << 30, 1 << 24, 100_000
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "openvino": "OpenVINOExecutionProvider"}
-# How far the self-test's logits may be off, as a share of the largest: other machines add in other orders, and int8
+# The largest error of the self-test's logits, relative to the largest logit: machines add in different orders, and int8
 # products may saturate on CPUs without VNNI.
 SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "int8": 0.25}
 Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | BinaryIO
 
 
 class ModelError(ValueError):
-    """A model file that cannot be used or is not what it says. One line that names it."""
+    """A model file is missing, damaged or not from resnet-dist. One line that names the file."""
 
     exit_code = 6
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model makes of one image: its best classes and their probabilities (0..1), best first; or an error.
+    """The prediction for one image.
 
-    `abstained` says that the best class is too improbable to be believed. `features`, float32 (F,), is what the head
-    takes of the image, where it was asked for.
+    Attributes:
+        source: the path, or "image" if the image was not given as a path.
+        classes: the names of the most probable classes, best first; empty if there is an error.
+        probabilities: their probabilities (0..1).
+        error: why the image cannot be used, or "".
+        abstained: whether the best probability is below the confidence threshold.
+        features: the input of the head, float32 (F,), if `embed` was set.
     """
 
     source: str
@@ -511,22 +521,23 @@ class Prediction:
 
 
 class Predictor:
-    """An exported model, ready to label images.
+    """An exported model that predicts the classes of images.
 
     Attributes:
-        classes: names in index order.
-        preprocessing: how an image becomes the input.
-        metadata: everything that the file says of itself.
-        thresholds: for every class the least probability to believe, None for never; empty where there are none.
-        has_features: whether it was exported with --embeddings.
+        classes: the class names in the order of the logits.
+        preprocessing: how an image is converted to the input.
+        metadata: the metadata of the file.
+        thresholds: the confidence threshold of every class, None if the class is never predicted; empty if the model
+            has no thresholds.
+        has_features: whether the model was exported with --embeddings.
     """
 
     def __init__(self, model: str | os.PathLike[str], threads: int | None = None, providers: str = "auto") -> None:
-        """Load a .onnx file that resnet-dist exported, or the one of an exported run folder.
+        """Load a .onnx file that resnet-dist exported, or the model of an exported run folder.
 
-        `threads`: of the CPU (default: onnxruntime's choice). `providers`: auto, or names such as "cuda,cpu". Raises
-        ModelError where the file is missing, foreign, damaged, or its checksum is not its own, ValueError for `threads`
-        below 1.
+        `threads`: the number of CPU threads (default: onnxruntime decides). `providers`: "auto", or names such as
+        "cuda,cpu". Raises ModelError if the file is missing, damaged, not from resnet-dist, or does not match its
+        checksum, and ValueError if `threads` is below 1.
         """
         if threads is not None:
             _check_count("threads", threads)
@@ -543,7 +554,7 @@ class Predictor:
         self._takes_pixels = self._session.get_inputs()[0].type == "tensor(uint8)"
 
     def inputs(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 (B, img_size, img_size, 3) as the graph takes it: as it is, or normalised float32 (B, 3, H, W)."""
+        """The feed of the graph for uint8 (B, img_size, img_size, 3): the same, or normalised float32 (B, 3, H, W)."""
         if self._takes_pixels:
             return {"image": pixels}
         return {"pixel_values": np.ascontiguousarray(normalise(pixels, self.preprocessing).transpose(0, 3, 1, 2))}
@@ -553,11 +564,11 @@ class Predictor:
         return np.asarray(self._session.run(["logits"], self.inputs(pixels))[0], np.float32)
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (B, img_size, img_size, 3) to float32 (B, F), what the head takes; only where `has_features`."""
+        """uint8 (B, img_size, img_size, 3) to the input of the head, float32 (B, F). Only if `has_features`."""
         return np.asarray(self._session.run(["features"], self.inputs(pixels))[0], np.float32)
 
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (B, img_size, img_size, 3) to float32 (B, classes), calibrated, each row adding up to 1."""
+        """uint8 (B, img_size, img_size, 3) to calibrated probabilities, float32 (B, classes). Each row sums to 1."""
         return self._softmax(self.logits(pixels))
 
     def _softmax(self, logits: np.ndarray) -> np.ndarray:
@@ -573,21 +584,21 @@ class Predictor:
         abstain_below: float | None = None,
         embed: bool = False,
     ) -> Iterator[Prediction]:
-        """Predictions in the order of the images; an image that cannot be read gives one with `error`.
+        """Yield one prediction per image, in order. An image that cannot be read gives a prediction with `error`.
 
-        `images`: one image, or an iterable of them. An image is a path, the bytes of a file, a binary file object, a
-        Pillow image, or an array, uint8 (H, W, 3) in RGB or (H, W). `abstain_below` (0..1) stands in for the model's
-        own thresholds. `embed` adds the features. Images are decoded ahead by a pool of threads while the model runs.
+        `images`: one image, or an iterable of images. An image is a path, the bytes of a file, a binary file object, a
+        Pillow image, or a uint8 array (H, W, 3) in RGB or (H, W). `abstain_below` (0..1) replaces the model's
+        confidence thresholds. `embed` adds the features. Threads decode the next images while the model runs.
 
-        Raises TypeError for what is no image, as soon as it is met; ValueError for `top_k` or `batch_size` below 1;
-        ModelError where there are no features to give.
+        Raises TypeError at the first item that is not an image; ValueError if `top_k` or `batch_size` is below 1 or
+        `abstain_below` is not in 0..1; ModelError if `embed` is set and the model has no features.
         """
         for name, number in (("top_k", top_k), ("batch_size", batch_size)):
             _check_count(name, number)
         if abstain_below is not None and not 0 <= abstain_below <= 1:
             raise ValueError(f"abstain_below must be in 0..1, not {abstain_below!r}")
         if embed and not self.has_features:
-            raise ModelError(f"{self.path}: gives no features; export it with --embeddings")
+            raise ModelError(f"{self.path}: the model has no features; export it with --embeddings")
         items: Any = [images] if _is_one(images) else images
         if not isinstance(items, Iterable):
             raise TypeError(_not_an_image(images))
@@ -613,14 +624,16 @@ class Predictor:
         self, name: str, row: tuple[np.ndarray, np.ndarray, np.ndarray | None], top_k: int, abstain_below: float | None
     ) -> Prediction:
         logits, probabilities, features = row
-        best = np.argsort(-logits, kind="stable")[:top_k]  # rounding may make different logits equal probabilities
+        best = np.argsort(-logits, kind="stable")[
+            :top_k
+        ]  # not by probability: rounding can make those of different logits equal
         values = tuple(float(probabilities[i]) for i in best)
         limit = self.thresholds[best[0]] if abstain_below is None and self.thresholds else abstain_below or 0.0
         abstained = limit is None or values[0] < limit
         return Prediction(name, tuple(self.classes[i] for i in best), values, "", abstained, features)
 
     def _decoded(self, images: Iterable[Source], ahead: int) -> Iterator[tuple[str, np.ndarray | None, str]]:
-        """(name, pixels or None, error), in order, with up to `ahead` images being decoded meanwhile."""
+        """Yield (name, pixels or None, error) in order, while up to `ahead` more images are decoded."""
         with ThreadPoolExecutor(self.threads) as pool:
             waiting: deque[Future[tuple[str, np.ndarray | None, str]]] = deque()
             for image in images:
@@ -631,9 +644,9 @@ class Predictor:
                 yield waiting.popleft().result()
 
     def load(self, image: Source) -> tuple[str, np.ndarray | None, str]:
-        """Name, pixels uint8 (img_size, img_size, 3) and "", or name, None and what is wrong.
+        """Load one image. Returns (name, pixels uint8 (img_size, img_size, 3), "") or (name, None, error).
 
-        `image` is one of those of `predict`. Raises TypeError for anything else.
+        For the kinds of `image` see `predict`. Raises TypeError for other values.
         """
         image = _readable(image)
         name = os.fsdecode(image) if isinstance(image, str | os.PathLike) else "image"
@@ -649,27 +662,27 @@ class Predictor:
             return name, None, f"cannot be opened ({error.strerror})"
 
     def verify(self) -> str:
-        """Run the self-test that the file carries; returns how far its logits are off. Raises ModelError."""
+        """Run the self-test in the metadata. Returns the largest relative error of the logits. Raises ModelError."""
         expected = np.asarray(self.metadata["self_test"], np.float32)
-        found = self.logits(self_test_pixels(self.preprocessing.img_size))[0]
+        logits = self.logits(self_test_pixels(self.preprocessing.img_size))[0]
         scale = max(1.0, float(np.abs(expected).max()))
-        off = float(np.abs(found - expected).max()) / scale if found.shape == expected.shape else float("inf")
-        if not off <= SELF_TEST_TOLERANCE[self.metadata["precision"]]:
-            raise ModelError(f"{self.path}: the self-test fails, its logits are off by {off:.1e} of their size")
-        return f"{off:.1e}"
+        error = float(np.abs(logits - expected).max()) / scale if logits.shape == expected.shape else float("inf")
+        if not error <= SELF_TEST_TOLERANCE[self.metadata["precision"]]:
+            raise ModelError(f"{self.path}: the self-test fails, the relative error of the logits is {error:.1e}")
+        return f"{error:.1e}"
 
 
 def _is_one(images: object) -> bool:
-    """Whether it is a single image, and not an iterable of images."""
+    """Whether `images` is a single image and not an iterable of images."""
     if isinstance(images, np.ndarray):
         return images.ndim < 4
     return isinstance(images, str | os.PathLike | bytes | Image.Image) or hasattr(images, "read")
 
 
 def _readable(image: Any) -> str | os.PathLike[str] | bytes | Image.Image:
-    """An image in a form that any thread can read: a file object as its bytes, an array as a Pillow image.
+    """Convert a file object to bytes and an array to a Pillow image, so that any thread can read it.
 
-    Raises TypeError for what is no image.
+    Raises TypeError if it is not an image.
     """
     if isinstance(image, str | os.PathLike | bytes | Image.Image):
         return image
@@ -683,7 +696,7 @@ def _readable(image: Any) -> str | os.PathLike[str] | bytes | Image.Image:
 
 def _not_an_image(value: object) -> str:
     given = f"{value.dtype} array {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-    kinds = "a path, bytes, a binary file object, a Pillow image or an array, uint8 (H, W, 3) or (H, W)"
+    kinds = "a path, bytes, a binary file object, a Pillow image or a uint8 array (H, W, 3) or (H, W)"
     return f"{given}: not an image; give {kinds}, or a list of those"
 
 
@@ -699,25 +712,26 @@ def self_test_pixels(size: int) -> np.ndarray:
 
 
 def digest_of(data: bytes, digest: str) -> str:
-    """sha256 of a model file with the hex digits of its own digest taken as zeros."""
+    """The sha256 of a model file in which the hex digits of `digest` are replaced by zeros."""
     return hashlib.sha256(data.replace(digest.encode(), b"0" * 64)).hexdigest()
 
 
 def find_model(model: str | os.PathLike[str]) -> Path:
-    """The .onnx file that is meant: itself, or model.onnx of an exported run folder. Raises ModelError."""
+    """The path of a .onnx file, or of model.onnx in an exported run folder. Raises ModelError."""
     path = Path(model)
     for inside in ("export/model.onnx", "model.onnx"):
         if os.path.isdir(path) and (path / inside).is_file():  # noqa: PTH112
             return path / inside
-    if os.path.isdir(path):  # noqa: PTH112 - False, and no error, for a name that is too long
-        raise ModelError(f"{path}: holds no model.onnx; export the run first: resnet-dist export {path}")
+    if os.path.isdir(path):  # noqa: PTH112 - it returns False for a name that is too long
+        raise ModelError(f"{path}: there is no model.onnx in it; export the run first: resnet-dist export {path}")
     return path
 
 
 def _checked(path: Path) -> str | bytes:
-    """What onnxruntime is to load of a file whose checksum is its own: the path, or bytes. Raises ModelError.
+    """Verify the checksum of a model file and return what onnxruntime must load: the path or the bytes.
 
-    From bytes it reads no other file, which only a model with these two words could name; but it keeps the bytes.
+    A model loaded from a path can make onnxruntime read other files, if it contains one of two words. Such a model is
+    loaded from bytes, which takes more memory. Raises ModelError.
     """
     try:
         status = path.stat()
@@ -728,58 +742,61 @@ def _checked(path: Path) -> str | bytes:
         data = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
-    stated = re.search(DIGEST.encode() + rb"\x12\x40([0-9a-f]{64})", data)  # the value, a field of 64 bytes
-    if stated is None or data.count(stated[1]) != 1:
-        raise ModelError(f"{path}: not a whole ONNX file that resnet-dist exported (there is no checksum in it)")
-    if digest_of(data, stated[1].decode()) != stated[1].decode():
-        raise ModelError(f"{path}: damaged or changed: its checksum is not the one that it carries")
+    stored = re.search(DIGEST.encode() + rb"\x12\x40([0-9a-f]{64})", data)  # a protobuf field of 64 bytes
+    if stored is None or data.count(stored[1]) != 1:
+        raise ModelError(f"{path}: not a complete ONNX file exported by resnet-dist (it contains no checksum)")
+    if digest_of(data, stored[1].decode()) != stored[1].decode():
+        raise ModelError(f"{path}: damaged or changed: its content does not match its checksum")
     return data if b"location" in data or b"EPContext" in data else str(path)
 
 
 def _open_session(path: Path, model: str | bytes, threads: int | None, providers: str) -> Any:
-    """An onnxruntime session on a file or its bytes."""
+    """An onnxruntime session for a model file or its bytes. Raises ModelError."""
     try:
         import onnxruntime
     except ImportError:
         raise ModelError("onnxruntime is missing: pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning starves neighbours
-    options.log_severity_level = 4  # what goes wrong is said below, in one line
-    there = onnxruntime.get_available_providers()
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # spinning takes CPU time from other processes
+    options.log_severity_level = 4  # errors are reported below in one line
+    available = onnxruntime.get_available_providers()
     wanted = ["cuda", "openvino", "cpu"] if providers == "auto" else [name.strip() for name in providers.split(",")]
     chosen = [PROVIDERS.get(name, name) for name in wanted]
-    missing = [name for name in chosen if name not in there]
+    missing = [name for name in chosen if name not in available]
     if providers != "auto" and missing:
-        raise ModelError(f"--providers {providers}: this onnxruntime has {', '.join(there)}")
+        raise ModelError(f"--providers {providers}: this onnxruntime has only {', '.join(available)}")
     try:
-        return onnxruntime.InferenceSession(model, options, providers=[name for name in chosen if name in there])
+        usable = [name for name in chosen if name in available]
+        return onnxruntime.InferenceSession(model, options, providers=usable)
     except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen types, UnicodeDecodeError among them
         reason = str(error).strip().split("\n")[0][:200]
         raise ModelError(
-            f"{path}: not an ONNX model that onnxruntime {onnxruntime.__version__} loads ({reason})"
+            f"{path}: onnxruntime {onnxruntime.__version__} cannot load this ONNX model ({reason})"
         ) from None
 
 
 def _read_metadata(path: Path, text: str) -> dict[str, Any]:
-    """What the file says of itself, checked."""
+    """The metadata of a model file, checked. Raises ModelError."""
     try:
         if not text or len(text) > MAX_METADATA_BYTES:
-            raise ValueError("no description in its metadata")
+            raise ValueError(f"its metadata must have 1 to {MAX_METADATA_BYTES} characters")
         values = json.loads(text)
         classes = values["classes"]
         if not isinstance(classes, list) or not 1 <= len(classes) <= MAX_CLASSES or not all(map(_is_name, classes)):
-            raise ValueError("its classes are not a list of names")
+            raise ValueError("classes must be a list of names")
         Preprocessing.from_dict(values["preprocessing"])
         if len(values["self_test"]) != len(classes) or not 0 < float(values["temperature"]) < 1e6:
-            raise ValueError("its self-test or temperature does not fit")
+            raise ValueError("self_test must have one logit per class, and temperature must be in 0..1e6")
         limits = values.get("thresholds", [])
         if len(limits) not in (0, len(classes)) or not all(n is None or 0 <= float(n) <= 1 for n in limits):
-            raise ValueError("its thresholds do not fit")
+            raise ValueError("thresholds must be one number in 0..1 or null per class")
         if values["precision"] not in SELF_TEST_TOLERANCE:
-            raise ValueError("its precision is unknown")
+            raise ValueError(f"precision must be one of {', '.join(SELF_TEST_TOLERANCE)}")
         if not all(isinstance(logit, int | float) for logit in values["self_test"]):
-            raise ValueError("its self-test is not numbers")
+            raise ValueError("self_test must be a list of numbers")
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ModelError(f"{path}: not a model that resnet-dist exported ({error})") from None
     return dict(values)
@@ -805,13 +822,13 @@ class UsageError(Exception):
 
 
 class FolderError(UsageError):
-    """A folder cannot be listed, or nothing that was named holds an image. One line."""
+    """A folder cannot be listed, or no image was found. One line."""
 
     exit_code = 3
 
 
 class OutputError(UsageError):
-    """What was found cannot be written. One line."""
+    """The output cannot be written. One line."""
 
     exit_code = 4
 
@@ -822,43 +839,44 @@ def _cannot_write(option: str, file: Path, error: OSError) -> Exception:
 
 
 def find_images(inputs: Sequence[str], say: Callable[[str], None] = lambda line: None) -> Iterator[str]:
-    """Files, folders (see `images_below`), glob patterns, and `-` for a list of paths on standard input.
+    """Yield the paths of images. `inputs`: files, folders, glob patterns, or `-` for a list of paths on standard input.
 
-    `say` gets a line on what is passed over. Raises UsageError for a URL, FolderError for folders without any image.
+    `say` is called with one line about the files that are ignored. Raises UsageError for a URL, and FolderError if a
+    folder cannot be listed or no image is found.
     """
     ignored: Counter[str] = Counter()
     notes: list[str] = []
-    found = 0
+    count = 0
     for text in inputs:
         for path in _named_by(text):
             try:
                 for image in images_below(Path(path), ignored, notes) if os.path.isdir(path) else [path]:  # noqa: PTH112
-                    found += 1
+                    count += 1
                     yield image
             except OSError as error:
                 raise FolderError(f"{error.filename}: cannot be listed ({error.strerror})") from None
-    if not found:
+    if not count:
         raise FolderError(f"{', '.join(inputs)}: no images found{ignored_text(ignored)}")
     for line in (*notes, *([f"ignored{ignored_text(ignored)}"] if ignored else [])):
         say(line)
 
 
 def _named_by(text: str) -> Iterable[str]:
-    """The paths that one INPUT stands for."""
+    """The paths that one INPUT names."""
     if text.startswith(("http://", "https://")):
-        raise UsageError(f"{text}: nothing is read from the network; download it first")
+        raise UsageError(f"{text}: URLs are not supported; download the image first")
     if text == "-":
         return (line.rstrip("\n") for line in sys.stdin if line.strip())
     if os.path.lexists(text):
         return [text]
-    return sorted(glob.glob(text, recursive=True)) or [text]  # noqa: PTH207 - absolute too
+    return sorted(glob.glob(text, recursive=True)) or [text]  # noqa: PTH207 - Path.glob refuses absolute patterns
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "predict.py") -> int:
-    """The command line.
+    """Run the command line.
 
-    Returns 0, or 2 (usage), 3 (some image could not be read), 4 (the output cannot be written), 6 (the model was
-    refused).
+    Returns 0, or 2 (wrong usage), 3 (an image could not be read), 4 (the output cannot be written), 6 (the model is
+    missing, damaged or not from resnet-dist).
     """
     _prepare_streams()
     try:
@@ -869,7 +887,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "predict.py") ->
     except (UsageError, ModelError) as error:
         _say(f"{program}: error: {error}")
         return error.exit_code
-    except BrokenPipeError:  # `... | head` has seen enough
+    except BrokenPipeError:  # such as `... | head`, which ends early
         _silence(sys.stdout)
         return 0
 
@@ -881,27 +899,29 @@ def _run(arguments: Sequence[str] | None, program: str) -> int:
         return 0
     predictor = Predictor(options.model, options.threads, options.providers)
     if options.verify:
-        print(f"{predictor.path}: checksum and self-test pass (logits off by {predictor.verify()} of their size)")
+        print(f"{predictor.path}: checksum and self-test pass (relative error of the logits: {predictor.verify()})")
         return 0
     if not options.inputs:
-        raise UsageError("no INPUT: give image files, folders, patterns, or - for a list on standard input")
+        raise UsageError(
+            "INPUT is missing: give image files, folders, patterns, or - to read a list of paths from standard input"
+        )
     return _predict(predictor, options)
 
 
 def _prepare_streams() -> None:
-    """Let no name fail to be written or read, and no file get the number of a stream that is closed."""
+    """Make the standard streams accept any file name. Open a stream that is closed, so that no file gets its number."""
     codecs.register_error(NAMES, _escaped)
     for name, errors in (("stdin", "surrogateescape"), ("stdout", NAMES), ("stderr", "backslashreplace")):
         stream = getattr(sys, name)
         if stream is None:
-            closed = os.open(os.devnull, os.O_RDONLY)  # writing to it fails, so that nothing is lost unseen
+            closed = os.open(os.devnull, os.O_RDONLY)  # writing to it fails, so lost output is noticed
             setattr(sys, name, open(closed, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
 
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Bytes of a file name that are no text as they are, and as an escape what the encoding has no sign for."""
+    """Write undecodable bytes of a file name unchanged, and escape characters that the encoding does not have."""
     assert isinstance(error, UnicodeEncodeError)
     code = ord(error.object[error.start])
     if 0xDC80 <= code <= 0xDCFF:
@@ -911,7 +931,7 @@ def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
 
 @contextmanager
 def _writing() -> Iterator[None]:
-    """Within it, what standard output does not take is an OutputError."""
+    """Inside this context, a failed write to standard output becomes an OutputError."""
     try:
         yield
     except BrokenPipeError:
@@ -924,13 +944,13 @@ def _writing() -> Iterator[None]:
 def _say(line: str) -> None:
     try:
         print(line, file=sys.stderr, flush=True)
-    except OSError:  # nobody can be told
+    except OSError:  # there is no way left to report anything
         _silence(sys.stderr)
 
 
 def _silence(stream: TextIO) -> None:
-    """Take what is still to be written nowhere: at its end, Python would complain."""
-    with suppress(OSError):  # not a stream of the system
+    """Discard the rest of the output; otherwise Python reports an error when it exits."""
+    with suppress(OSError):  # the stream has no file descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -940,20 +960,32 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = _Parser(program, description="Label images with an exported model.", allow_abbrev=False)
-    parser.add_argument("model", metavar="MODEL", help="a .onnx file, or a run folder that was exported")
-    parser.add_argument("inputs", metavar="INPUT", nargs="*", help="files, folders, patterns; - reads a list of paths")
-    parser.add_argument("--top-k", type=_positive, default=5, metavar="N", help="classes to name per image (5)")
-    parser.add_argument("--format", choices=[*WRITERS], help="table on a terminal, csv elsewhere; excel: inert csv")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write there instead of to the terminal")
-    parser.add_argument("--abstain-below", type=_share, metavar="P", help="believe no class below this (0..1)")
-    parser.add_argument("--embed", metavar="FILE", help="also write what the head takes of every image: .npy or .csv")
-    parser.add_argument("--save-grid", metavar="PNG", help="the first images with their labels, as a picture")
-    parser.add_argument("-b", "--batch-size", type=_positive, default=16, metavar="N", help="images at a time (16)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (all)")
-    parser.add_argument("--providers", default="auto", metavar="NAMES", help="auto, or such as cuda,cpu (auto)")
+    parser = _Parser(program, description="Predict the classes of images with an exported model.", allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", help="a .onnx file, or an exported run folder")
+    parser.add_argument("inputs", metavar="INPUT", nargs="*", help="files, folders, patterns; - reads paths from stdin")
+    parser.add_argument(
+        "--top-k", type=_positive, default=5, metavar="N", help="number of classes per image (default: 5)"
+    )
+    parser.add_argument(
+        "--format", choices=[*WRITERS], help="default: table on a terminal, else csv; excel: csv without formulas"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the predictions to this file")
+    parser.add_argument(
+        "--abstain-below", type=_probability, metavar="P", help="abstain if the best probability is below P"
+    )
+    parser.add_argument("--embed", metavar="FILE", help="also save the features of each image: .npy or .csv")
+    parser.add_argument(
+        "--save-grid", metavar="PNG", help=f"save a picture of the first {GRID} images and their classes"
+    )
+    parser.add_argument(
+        "-b", "--batch-size", type=_positive, default=16, metavar="N", help="images per batch (default: 16)"
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument(
+        "--providers", default="auto", metavar="NAMES", help="onnxruntime providers, such as cuda,cpu (default: auto)"
+    )
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
-    parser.add_argument("--verify", action="store_true", help="check the model file against itself and stop")
+    parser.add_argument("--verify", action="store_true", help="check the checksum, run the self-test and stop")
     return parser
 
 
@@ -963,7 +995,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _share(text: str) -> float:
+def _probability(text: str) -> float:
     with suppress(ValueError):
         if 0 <= float(text) <= 1:
             return float(text)
@@ -978,19 +1010,19 @@ def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
     if options.embed:
         _check_embed(Path(options.embed), predictor)
     if options.save_grid and os.path.lexists(options.save_grid):
-        raise UsageError(f"--save-grid {options.save_grid}: exists already")
+        raise UsageError(f"--save-grid {options.save_grid}: it exists already")
     images = find_images(options.inputs, _say)
-    images = itertools.chain([next(images)], images)  # before there is an output, for there may be none
+    images = itertools.chain([next(images)], images)  # find the first image, or raise, before the output is created
     try:
         output = Path(options.output) if options.output else None
         target = output.open("x", newline="", encoding="utf-8", errors=NAMES) if output else None
     except OSError as error:
         raise _cannot_write("--output", Path(options.output), error) from None
-    how = (top_k, options.batch_size, options.abstain_below, bool(options.embed))
+    settings = (top_k, options.batch_size, options.abstain_below, bool(options.embed))
     with _written(options.output, target) as stream:
         write = WRITERS[options.format or ("table" if stream.isatty() else "csv")]
         write(stream, top_k, None)
-        for prediction in predictor.predict(images, *how):
+        for prediction in predictor.predict(images, *settings):
             write(stream, top_k, prediction)
             bad += bool(prediction.error)
             if options.embed:
@@ -1004,13 +1036,13 @@ def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
     if options.embed:
         save_features(Path(options.embed), embedded)
     if bad:
-        _say(f"{bad} image{'s' if bad > 1 else ''} could not be read; the column error says why")
+        _say(f"{bad} image{'s' if bad > 1 else ''} could not be read; the error column gives the reason")
     return 3 if bad else 0
 
 
 @contextmanager
 def _written(name: str | None, target: TextIO | None) -> Iterator[TextIO]:
-    """The stream that lines go to; what a full disk says of a file is raised as OutputError."""
+    """The stream to write to: `target`, or standard output. A full disk raises OutputError."""
     if target is None:
         with _writing():
             yield sys.stdout
@@ -1029,13 +1061,15 @@ def _check_embed(file: Path, predictor: Predictor) -> None:
     if file.suffix not in (".npy", ".csv"):
         raise UsageError(f"--embed {file}: the name must end in .npy or .csv")
     if os.path.lexists(file) or not file.parent.is_dir():
-        raise UsageError(f"--embed {file}: {'exists already' if os.path.lexists(file) else 'there is no such folder'}")
+        raise UsageError(
+            f"--embed {file}: {'it exists already' if os.path.lexists(file) else 'its folder does not exist'}"
+        )
     if not predictor.has_features:
-        raise ModelError(f"{predictor.path}: gives no features; export it with --embeddings")
+        raise ModelError(f"{predictor.path}: the model has no features; export it with --embeddings")
 
 
 def save_features(file: Path, rows: Sequence[tuple[str, np.ndarray | None]]) -> None:
-    """Features as float32 (images, F) in a .npy file, or as lines of path,f0..fF-1; NaN for an image that is bad."""
+    """Write features as float32 (images, F) to .npy, or as rows path,f0..fF-1 to .csv; NaN for an unreadable image."""
     width = next((len(features) for _, features in rows if features is not None), 0)
     none = np.full(width, np.nan, np.float32)
     table = np.array([none if f is None else f for _, f in rows], np.float32).reshape(len(rows), width)
@@ -1053,8 +1087,11 @@ def save_features(file: Path, rows: Sequence[tuple[str, np.ndarray | None]]) -> 
 
 
 def _write_csv(stream: TextIO, top_k: int, prediction: Prediction | None, inert: bool = False) -> None:
-    """A line of path,prediction,top1..topk,p1..pk,abstained,error, without a prediction where it abstained; the header
-    for None."""
+    """Write a row path,prediction,top1..topk,p1..pk,abstained,error; for None, write the header.
+
+    The prediction is empty if the model abstained. With `inert`, a cell that a spreadsheet would evaluate as a formula
+    starts with an apostrophe.
+    """
     if prediction is None:
         ranks = range(1, top_k + 1)
         named = [*(f"top{i}" for i in ranks), *(f"p{i}" for i in ranks)]
@@ -1069,9 +1106,9 @@ def _write_csv(stream: TextIO, top_k: int, prediction: Prediction | None, inert:
 
 
 def _write_row(stream: TextIO, row: Sequence[str]) -> None:
-    # Before Python 3.13 a lone carriage return is not quoted by itself, and cuts the line when it is read.
-    odd = any("\r" in cell for cell in row)
-    csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL).writerow(row)
+    # Before Python 3.13, csv does not quote a lone carriage return, which then ends the row for a reader.
+    quote_all = any("\r" in cell for cell in row)
+    csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL).writerow(row)
 
 
 def _write_jsonl(stream: TextIO, top_k: int, prediction: Prediction | None) -> None:
@@ -1090,14 +1127,13 @@ def _write_table(stream: TextIO, top_k: int, prediction: Prediction | None) -> N
 
 
 Writer = Callable[[TextIO, int, Prediction | None], None]
-# excel: csv with an apostrophe before what a spreadsheet would compute
 WRITERS: dict[str, Writer] = {"table": _write_table, "csv": _write_csv, "jsonl": _write_jsonl}
 WRITERS["excel"] = partial(_write_csv, inert=True)
 GRID, TILE = 16, 160
 
 
 def save_grid(file: Path, predictions: Sequence[Prediction], predictor: Predictor) -> None:
-    """Up to 16 images as the network sees them, four in a row, each with its best class and probability."""
+    """Save a picture of up to 16 images as the network sees them, four in a row, with the best class of each."""
     rows = max(1, -(-len(predictions) // 4))
     sheet = Image.new("RGB", (4 * (TILE + 8), rows * (TILE + 24)), "white")
     draw = ImageDraw.Draw(sheet)

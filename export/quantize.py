@@ -1,4 +1,4 @@
-"""Smaller files from the float32 graph: 16-bit weights and activations, or 8-bit ones calibrated on images."""
+"""Convert the float32 graph to float16, or to int8 with ranges calibrated on images."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,42 +20,43 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from export.to_onnx import cleaned
 
 SAFE_WEIGHT = 64  # 255 * (64 + 64) < 2**15 <= 255 * (65 + 64)
-AROUND = ("Transpose", "Cast", "Sub", "Div", "Softmax")  # what FromPixels puts around the network
+AROUND = ("Transpose", "Cast", "Sub", "Div", "Softmax")  # operations that FromPixels adds before and after the network
 
 
 class Images(CalibrationDataReader):  # type: ignore[misc]
-    """Batches of inputs, one image each, for onnxruntime's calibration."""
+    """Inputs for onnxruntime's calibration, in batches of one image."""
 
     def __init__(self, name: str, inputs: Sequence[np.ndarray]) -> None:
         self._feeds: Iterator[dict[str, np.ndarray]] = iter([{name: row[None]} for row in inputs])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        """The next inputs, or None at the end."""
+        """The next batch, or None at the end."""
         return next(self._feeds, None)
 
 
 def to_fp16(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with 16-bit floats inside; inputs and outputs stay float32 (or uint8)."""
+    """Convert the weights and activations to float16. Inputs and outputs stay float32 (or uint8)."""
     copy = onnx.ModelProto.FromString(graph.SerializeToString())
     blocked = [node.name for node in copy.graph.node if node.op_type in AROUND]
     converted = convert_float_to_float16(copy, keep_io_types=True, node_block_list=blocked, disable_shape_infer=False)
-    sorted_ = OnnxModel(converted)
-    sorted_.topological_sort()  # the casts of the inputs were put at the end
-    return cleaned(sorted_.model)
+    wrapped = OnnxModel(converted)
+    wrapped.topological_sort()  # the conversion appends the casts of the inputs at the end
+    return cleaned(wrapped.model)
 
 
 def to_int8(graph: onnx.ModelProto, inputs: Sequence[np.ndarray], reduce_range: bool = True) -> onnx.ModelProto:
-    """The graph with 8-bit products, in QDQ form.
+    """Quantize the graph to int8 in QDQ form.
 
-    Activations are unsigned and weights signed, per channel: with signed activations onnxruntime on x86 leaves half of
-    the convolutions in float. `inputs` are what the ranges are taken from, each one image as the graph takes it.
+    Weights are signed and per channel. Activations are unsigned: with signed activations, onnxruntime on x86 computes
+    half of the convolutions in float. The ranges are measured on `inputs`, which are single images in the form that the
+    graph takes.
 
     On x86 CPUs without VNNI, onnxruntime adds two neighbouring products of such bytes in 16 bits, and a sum that does
-    not fit is clamped (saturates). `reduce_range` limits weights to -64..64 (7 bits), so that every sum fits: the file
-    gives the same on every CPU. Without it, see `may_saturate`.
+    not fit is clamped (saturates). `reduce_range` limits weights to -64..64 (7 bits), so every sum fits and the file
+    gives the same results on every CPU. Without it, see `may_saturate`.
     """
     name = graph.graph.input[0].name
-    around = [node.name for node in graph.graph.node if node.op_type in AROUND]
+    excluded = [node.name for node in graph.graph.node if node.op_type in AROUND]
     with tempfile.TemporaryDirectory(prefix="resnet-dist-int8-") as folder:
         plain, prepared, quantized = (Path(folder) / f"{step}.onnx" for step in ("plain", "prepared", "quantized"))
         onnx.save(graph, plain)
@@ -70,13 +71,13 @@ def to_int8(graph: onnx.ModelProto, inputs: Sequence[np.ndarray], reduce_range: 
             per_channel=True,
             reduce_range=reduce_range,
             calibrate_method=CalibrationMethod.MinMax,
-            nodes_to_exclude=around,
+            nodes_to_exclude=excluded,
         )
         return cleaned(onnx.load(quantized))
 
 
 def may_saturate(graph: onnx.ModelProto) -> list[str]:
     """Names of the 8-bit weights whose products with unsigned activations can saturate on x86 CPUs without VNNI."""
-    bytes_ = [t for t in graph.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
-    largest = {t.name: np.abs(onnx.numpy_helper.to_array(t).astype(np.int16)).max(initial=0) for t in bytes_}
+    weights = [t for t in graph.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
+    largest = {t.name: np.abs(onnx.numpy_helper.to_array(t).astype(np.int16)).max(initial=0) for t in weights}
     return [name for name, weight in largest.items() if weight > SAFE_WEIGHT]

@@ -31,7 +31,7 @@ MIN_AGREEMENT = 90.0
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Export a run's best checkpoint to ONNX, and verify every file against PyTorch before it gets its name."""
+    """Export a run's best checkpoint to ONNX and verify every file against PyTorch before it is saved."""
 
     run: str | None = option(None, positional=True)
     """A run folder, or a checkpoint (.safetensors) that resnet-dist wrote."""
@@ -40,7 +40,7 @@ class ExportConfig:
     output_dir: str | None = option(None, "-o", "--output")
     """The folder to write (default: export in the run folder, or next to the checkpoint)."""
     overwrite: bool = False
-    """Replace the export that is there."""
+    """Replace an existing export."""
     preprocess_in_graph: bool = option(False, "--with-preprocess")
     """The graph takes uint8 images and normalises them itself; it also outputs probabilities."""
     embeddings: bool = False
@@ -48,13 +48,14 @@ class ExportConfig:
     fp16: bool = option(False, "--half")
     """Also write model.fp16.onnx."""
     int8: bool = False
-    """Also write model.int8.onnx, calibrated on training images. It is kept only if it agrees with float32."""
+    """Also write model.int8.onnx, calibrated on training images. It is kept only if it passes --min-agreement and
+    --max-accuracy-drop."""
     reduce_range: bool = True
     """Use 7-bit weights in int8. Without it, x86 CPUs that lack VNNI can give other results."""
     calibration_images: int = 128
-    """Number of training images that the ranges of int8 are measured on."""
+    """Number of training images on which the ranges of int8 are measured."""
     images: int = 64
-    """Number of validation images that the float32 file is verified on."""
+    """Number of validation images on which the float32 file is verified."""
     full: bool = False
     """Verify the float32 file on all validation images."""
     min_agreement: float = MIN_AGREEMENT
@@ -74,19 +75,19 @@ class ExportConfig:
         yield from out_of_range(self, MIN_CALIBRATION, math.inf, "calibration_images")
         yield from out_of_range(self, 0, 100, "max_accuracy_drop", "min_agreement")
         if not self.reduce_range and not self.int8:
-            yield "--no-reduce-range belongs to --int8"
+            yield "--no-reduce-range needs --int8"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """The folder that is deployed.
+    """A finished export.
 
     Attributes:
         path: the folder.
         model: the float32 file, model.onnx.
         files: all model files with their size in MiB.
-        report: what was checked, as in export_report.json.
-        latency: if it was measured: file -> batch size -> median milliseconds per image.
+        report: the results of the verification, as in export_report.json.
+        latency: file -> batch size -> median milliseconds per image; empty unless it was measured.
     """
 
     path: Path
@@ -96,7 +97,7 @@ class Bundle:
     latency: Mapping[str, Mapping[int, float]]
 
     def __fspath__(self) -> str:
-        """The float32 file: a Bundle can be given wherever a model can."""
+        """The float32 file, so that a Bundle can be used as the path of a model."""
         return str(self.model)
 
     def _repr_html_(self) -> str:
@@ -119,7 +120,7 @@ export.__signature__ = keyword_signature(ExportConfig, verbose=False)  # type: i
 
 
 def run_export(cfg: ExportConfig, verbose: bool = True) -> Bundle:
-    """Export, verify and put in place; nothing half-written is left. With `verbose`, say what was checked.
+    """Export and verify, then move the files into place; no partial export is left. With `verbose`, print the checks.
 
     Raises ResnetDistError: ArtifactError if a file is refused, after the files that passed are in place.
     """
@@ -151,10 +152,10 @@ def run_export(cfg: ExportConfig, verbose: bool = True) -> Bundle:
 
 
 def write_bundle(out: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Let `fill` write a bundle into a temporary folder, and put it in place. Returns the report that `fill` returns.
+    """Let `fill` write an export into a temporary folder, and move it to `out`. Returns the report of `fill`.
 
-    Raises ArtifactError if model.onnx is refused, or another file is and an export that is there already stays;
-    MachineError.
+    Raises ArtifactError if model.onnx is refused, or if another file is refused and `out` already holds an export,
+    which then stays; MachineError if `out` cannot be written.
     """
     from export.bundle import put_in_place
 
@@ -166,8 +167,8 @@ def write_bundle(out: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str,
         raise MachineError(f"{out}: cannot be written ({error.strerror})") from None
     try:
         report = fill(made)
-        can_stay = (out / "model.onnx").exists()  # an export that a refused one does not replace
-        written = report["passed"] or not (can_stay or "model.onnx" in report["refused"])
+        had_export = (out / "model.onnx").exists()  # it is not replaced if a file is refused
+        written = report["passed"] or not (had_export or "model.onnx" in report["refused"])
         if written:
             put_in_place(made, out)
         else:
@@ -177,13 +178,15 @@ def write_bundle(out: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str,
     finally:
         shutil.rmtree(made, ignore_errors=True)
     if not written:
-        stays = "; the export that is there stays as it was" if report_file.name != REPORT else ""
-        raise ArtifactError(f"the gate refused the export: {report['problems'][0]}{stays}; {report_file} has all")
+        stays = "; the existing export is unchanged" if report_file.name != REPORT else ""
+        raise ArtifactError(
+            f"the gate refused the export: {report['problems'][0]}{stays}; all reasons are in {report_file}"
+        )
     return report
 
 
 def keep_report(made: Path, out: Path) -> Path:
-    """Leave only the report of a refused export, and return its path; an export that is there is not touched."""
+    """Save only the report of a refused export and return its path. An existing export is not changed."""
     out.mkdir(exist_ok=True)
     file = out / ("export_report.failed.json" if (out / "model.onnx").exists() else REPORT)
     shutil.copyfile(made / REPORT, file)
@@ -193,7 +196,7 @@ def keep_report(made: Path, out: Path) -> Path:
 def fill(
     made: Path, cfg: ExportConfig, checkpoint: Path, model: "nn.Module", description: "Description", say: Say
 ) -> dict[str, Any]:
-    """Write the model files and verify them; those that are refused are removed. Returns the report.
+    """Write the model files, verify them, and remove those that are refused. Returns the report.
 
     If model.onnx passes, the side files are written too. Raises ResnetDistError.
     """
@@ -209,11 +212,16 @@ def fill(
     with tempfile.TemporaryDirectory(prefix="resnet-dist-gate-") as folder:
         table, source = gate_images(cfg, description, Path(folder))
         labelled = source != "synthetic"
-        say(f"gate on {source} images, {len(table)} at hand" + ("" if labelled else ": give --data for real ones"))
+        say(
+            f"verifying on {source} images ({len(table)} available)"
+            + ("" if labelled else "; give --data for real ones")
+        )
         calibration = read_calibration(checkpoint, len(description.classes))
         temperature = calibration.temperature if calibration else 1.0
         say(f"temperature {temperature:.4f} (calibration.json)" if calibration else "not calibrated")
-        inputs = calibration_inputs(cfg, description) if cfg.int8 else []  # what is wrong with them is said first
+        inputs = (
+            calibration_inputs(cfg, description) if cfg.int8 else []
+        )  # before the slow steps, so that an error comes early
         graph = graph_of(model, description.preprocessing, in_graph, temperature, cfg.embeddings)
         expected = self_test_logits(model, description.preprocessing)
         metadata = describe(description, checkpoint, "fp32", in_graph, expected, calibration)
@@ -231,7 +239,7 @@ def fill(
             reports[name] = compare_smaller(made / "model.onnx", made / name, table, labelled, *limits)
             say(f"{name:<16} {reports[name]}")
             if may_saturate(small):
-                say(f"{name:<16} 8-bit weights: on x86 CPUs without VNNI it can give other classes than here")
+                say(f"{name:<16} 8-bit weights: x86 CPUs without VNNI can predict other classes")
     problems = [f"{name}: {problem}" for name, part in reports.items() for problem in part.problems]
     refused = [name for name, part in reports.items() if part.problems]
     report: dict[str, Any] = {"passed": not refused, "refused": refused, "problems": problems, "gate_images": source}
@@ -245,14 +253,14 @@ def fill(
 
 
 def write_model(file: Path, graph: "onnx.ModelProto", metadata: dict[str, Any]) -> None:
-    """The bytes of a model, with its metadata."""
+    """Write a model with its metadata."""
     from export.to_onnx import finished
 
     file.write_bytes(finished(graph, metadata))
 
 
 def self_test_feed(made: Path) -> "dict[str, np.ndarray]":
-    """The self-test's image as the graphs of this export take it."""
+    """The image of the self-test as the input of the graphs of this export."""
     from export.predict import Predictor, self_test_pixels
 
     predictor = Predictor(made / "model.onnx", providers="cpu")
@@ -262,7 +270,7 @@ def self_test_feed(made: Path) -> "dict[str, np.ndarray]":
 def smaller_graphs(
     cfg: ExportConfig, graph: "onnx.ModelProto", inputs: "list[np.ndarray]"
 ) -> "Iterator[tuple[str, onnx.ModelProto]]":
-    """The fp16 and int8 graphs that were asked for, under their file names; int8's ranges are taken from `inputs`."""
+    """Yield (file name, graph) of the fp16 and int8 graphs that `cfg` selects. `inputs` calibrate int8."""
     from export.quantize import to_fp16, to_int8
 
     if cfg.fp16:

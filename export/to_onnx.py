@@ -1,4 +1,4 @@
-"""From a network in PyTorch to the bytes of an .onnx file with classes, preprocessing and hashes in its metadata."""
+"""Convert a PyTorch network to the bytes of an .onnx file with classes, preprocessing and hashes in its metadata."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from resnet_dist.model.checkpoint import Description
 from resnet_dist.model.parts import cut
 from resnet_dist.model.weights import sha256_of
 
-OPSET, IR_VERSION = 18, 8  # what onnxruntime 1.15 and later load
+OPSET, IR_VERSION = 18, 8  # onnxruntime 1.15 and later can load these
 FORMAT_VERSION = 1
 _PLACEHOLDER = hashlib.sha256(b"the digest goes here").hexdigest()
 
@@ -36,7 +36,7 @@ class WithFeatures(nn.Module):
 
 
 class FromPixels(nn.Module):
-    """The network with normalisation in front and softmax behind, of logits divided by a temperature."""
+    """The network with normalisation before it, and after it a softmax of the logits divided by a temperature."""
 
     def __init__(self, model: nn.Module, spec: Preprocessing, temperature: float) -> None:
         super().__init__()
@@ -48,8 +48,8 @@ class FromPixels(nn.Module):
         """uint8 (B, H, W, 3) to logits and probabilities (B, classes); features (B, F) if the network gives any."""
         # Without contiguous() the exporter writes nine nodes that compute shapes.
         x = image.permute(0, 3, 1, 2).contiguous().to(torch.float32)
-        found = self.model((x / 255 - self.mean) / self.std)
-        logits, *features = found if isinstance(found, tuple) else (found,)
+        outputs = self.model((x / 255 - self.mean) / self.std)
+        logits, *features = outputs if isinstance(outputs, tuple) else (outputs,)
         scaled = logits if self.temperature == 1 else logits / self.temperature
         return logits, scaled.softmax(1), *features
 
@@ -57,11 +57,12 @@ class FromPixels(nn.Module):
 def graph_of(
     model: nn.Module, spec: Preprocessing, in_graph: bool, temperature: float = 1.0, embeddings: bool = False
 ) -> onnx.ModelProto:
-    """The network as an ONNX graph with a dynamic axis `batch`, BatchNorm folded into the convolutions.
+    """Export the network to an ONNX graph with a dynamic axis `batch` and BatchNorm folded into the convolutions.
 
-    float32 `pixel_values` (batch, 3, H, W) to `logits`; or, `in_graph`, uint8 `image` (batch, H, W, 3) to `logits` and
-    `probabilities`, which are of the logits divided by `temperature`. With `embeddings` also to `features`, the
-    input of the head. It holds no path of this machine.
+    The input is float32 `pixel_values` (batch, 3, H, W) and the output `logits`. With `in_graph`, the input is uint8
+    `image` (batch, H, W, 3), and the output `probabilities` is added: the softmax of the logits divided by
+    `temperature`. With `embeddings`, the output `features` (the input of the head) is added. The graph contains no path
+    of this machine.
     """
     model = model.eval().float().cpu().to(memory_format=torch.contiguous_format)
     size = spec.img_size
@@ -91,7 +92,7 @@ def graph_of(
 
 
 def cleaned(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Without the exporter's notes about this machine, unused operator sets, and shapes that no longer hold."""
+    """Remove the exporter's notes about this machine, unused operator sets and outdated shapes from the graph."""
     parts = (graph.graph.node, graph.graph.initializer, graph.graph.input, graph.graph.output)
     for item in (item for part in parts for item in part):
         item.ClearField("metadata_props")
@@ -100,9 +101,9 @@ def cleaned(graph: onnx.ModelProto) -> onnx.ModelProto:
     graph.graph.ClearField("doc_string")
     graph.graph.ClearField("value_info")
     used = {node.domain for node in graph.graph.node}
-    kept = [entry for entry in graph.opset_import if entry.domain in used]
+    opsets = [entry for entry in graph.opset_import if entry.domain in used]
     graph.ClearField("opset_import")
-    graph.opset_import.extend(kept)
+    graph.opset_import.extend(opsets)
     graph.ClearField("metadata_props")
     graph.ir_version = IR_VERSION
     graph.producer_name, graph.producer_version = "resnet-dist", version("resnet-dist")
@@ -117,7 +118,7 @@ def describe(
     self_test: np.ndarray,
     calibration: Calibration | None,
 ) -> dict[str, Any]:
-    """The metadata of the file: all that is needed to use it, and where it is from."""
+    """The metadata of the file: everything that is needed to use it, and its origin."""
     thresholds = {"thresholds": list(calibration.thresholds)} if calibration and calibration.thresholds else {}
     return {
         "format_version": FORMAT_VERSION,
@@ -138,9 +139,9 @@ def describe(
 
 
 def finished(graph: onnx.ModelProto, metadata: Mapping[str, Any]) -> bytes:
-    """The bytes of the file: the graph with its metadata and, in it, the sha256 of all the rest."""
-    # Image.NominalPixelRange (onnx/docs/MetadataProps.md) has no word for an input that is normalised by mean and
-    # standard deviation, so only the graph that takes bytes has it.
+    """The bytes of the file: the graph with its metadata, which includes the sha256 of everything else."""
+    # Image.NominalPixelRange (onnx/docs/MetadataProps.md) has no value for an input that is normalised by mean and
+    # standard deviation, so only a graph with uint8 input has the property.
     properties = {METADATA: canonical_json(metadata), DIGEST: _PLACEHOLDER}
     properties |= {"Image.BitmapPixelFormat": "Rgb8", "Image.ColorSpaceGamma": "SRGB"}
     if metadata["input"] == "image":
@@ -154,14 +155,14 @@ def finished(graph: onnx.ModelProto, metadata: Mapping[str, Any]) -> bytes:
 
 @torch.no_grad()
 def self_test_logits(model: nn.Module, spec: Preprocessing) -> np.ndarray:
-    """What torch makes of the self-test's image, float32 (classes,)."""
+    """The logits of the self-test's image in PyTorch, float32 (classes,)."""
     network = FromPixels(model.eval().float().cpu(), spec, 1.0).eval()
     logits, _ = network(torch.from_numpy(self_test_pixels(spec.img_size)))
     return np.asarray(logits[0])
 
 
 def runtime_logits(graph: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-    """What onnxruntime makes of the inputs, float32 (B, classes)."""
+    """The logits of the inputs in onnxruntime, float32 (B, classes)."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])

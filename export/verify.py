@@ -1,4 +1,4 @@
-"""The gate: a file is kept only if it gives the results of PyTorch on real images, from the image file to the label."""
+"""The gate: a file is kept only if it reproduces PyTorch on real images, from the image file to the predicted class."""
 
 import math
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ from resnet_dist.errors import DataError
 from resnet_dist.evaluation.intervals import Z95, paired_drop, wilson
 from resnet_dist.model.parts import cut
 
-LOGITS, PROBABILITIES = 1e-4, 1e-4  # the first as a share of max(1, the largest logit)
+LOGITS, PROBABILITIES = 1e-4, 1e-4  # LOGITS is relative to max(1, the largest logit)
 FP16_AGREEMENT = 0.995
 BATCHES = (1, 8)
 
 
 @dataclass
 class Equality:
-    """How near the float32 file is to torch, over `images` images, and every reason why it is not near enough."""
+    """The differences between the float32 file and PyTorch over `images` images. `problems`: reasons to refuse it."""
 
     images: int
     inputs_equal: bool = True
@@ -52,7 +52,7 @@ class Equality:
 
 @torch.no_grad()
 def in_torch(model: nn.Module, table: ImageTable, predictor: Predictor) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    """Images of the training pipeline, uint8 NHWC, and torch's logits for them, eight at a time. Raises DataError."""
+    """Yield pixels of the training pipeline, uint8 (8, S, S, 3), and their logits in PyTorch. Raises DataError."""
     images = EvalImages(table, predictor.preprocessing)
     to_input = ToInput(predictor.preprocessing, torch.device("cpu"))
     for start in range(0, len(table), max(BATCHES)):
@@ -65,38 +65,38 @@ def in_torch(model: nn.Module, table: ImageTable, predictor: Predictor) -> Itera
 def check_equality(
     model: nn.Module, table: ImageTable, file: Path, labelled: bool, temperature: float = 1.0
 ) -> Equality:
-    """Compare the torch pipeline with the predictor on the written file, both starting from the image files.
+    """Compare the PyTorch pipeline with the predictor on the written file. Both start from the image files.
 
-    `model` is in float32 on the CPU, in evaluation mode; its probabilities are those at `temperature`. `labelled` says
-    whether the targets of the table mean anything. Raises DataError where an image cannot be read.
+    `model` is in float32 on the CPU, in evaluation mode. Its probabilities are computed at `temperature`. `labelled`
+    says whether the table has real labels. Raises DataError if an image cannot be read.
     """
     predictor = Predictor(file, threads=torch.get_num_threads(), providers="cpu")
-    found = Equality(images=len(table))
+    equality = Equality(images=len(table))
     to_input = ToInput(predictor.preprocessing, torch.device("cpu"))
     agree = right_torch = right_onnx = 0
     start = 0
     for pixels, logits in in_torch(model, table, predictor):
         names = [str(table.path(start + row)) for row in range(len(pixels))]
         loaded = np.stack([_loaded(predictor, name) for name in names])
-        _compare_inputs(found, predictor, to_input, pixels, loaded, names)
+        _compare_inputs(equality, predictor, to_input, pixels, loaded, names)
         for size in BATCHES:
             others = np.concatenate([predictor.logits(loaded[i : i + size]) for i in range(0, len(loaded), size)])
-            _compare_outputs(found, logits, others, predictor.probabilities(loaded), temperature, names)
+            _compare_outputs(equality, logits, others, predictor.probabilities(loaded), temperature, names)
         if predictor.has_features:
             _compare_features(
-                found, cut(model, "head")[0](to_input(_batch_of(pixels))), predictor.features(loaded), names
+                equality, cut(model, "head")[0](to_input(_batch_of(pixels))), predictor.features(loaded), names
             )
         best, other = logits.argmax(1), others.argmax(1)
         agree += int((best == other).sum())
         targets = table.targets[start : start + len(pixels)]
         right_torch, right_onnx = right_torch + int((best == targets).sum()), right_onnx + int((other == targets).sum())
         start += len(pixels)
-    found.top1_agreement = agree / len(table)
+    equality.top1_agreement = agree / len(table)
     if labelled:
-        found.accuracy_torch, found.accuracy_onnx = right_torch / len(table), right_onnx / len(table)
-        if right_torch != right_onnx and found.near_ties == 0:
-            found.problems.append(f"accuracy {found.accuracy_onnx:.4f} instead of {found.accuracy_torch:.4f}")
-    return found
+        equality.accuracy_torch, equality.accuracy_onnx = right_torch / len(table), right_onnx / len(table)
+        if right_torch != right_onnx and equality.near_ties == 0:
+            equality.problems.append(f"accuracy {equality.accuracy_onnx:.4f} instead of {equality.accuracy_torch:.4f}")
+    return equality
 
 
 def _loaded(predictor: Predictor, name: str) -> np.ndarray:
@@ -111,61 +111,66 @@ def _batch_of(pixels: torch.Tensor) -> Batch:
 
 
 def _compare_inputs(
-    found: Equality, predictor: Predictor, to_input: ToInput, pixels: torch.Tensor, loaded: np.ndarray, names: list[str]
+    equality: Equality,
+    predictor: Predictor,
+    to_input: ToInput,
+    pixels: torch.Tensor,
+    loaded: np.ndarray,
+    names: list[str],
 ) -> None:
-    """The predictor's input against training's, bit for bit."""
+    """Require that the predictor's inputs equal those of training bit for bit."""
     (given,) = predictor.inputs(loaded).values()
     expected = np.asarray(pixels) if given.dtype == np.uint8 else np.asarray(to_input(_batch_of(pixels)))
     for row, name in enumerate(names):
         if not np.array_equal(given[row], expected[row]):
-            found.inputs_equal = False
-            found.problems.append(f"{name}: the input is not that of training")
+            equality.inputs_equal = False
+            equality.problems.append(f"{name}: the input differs from that of training")
 
 
-def _compare_features(found: Equality, features: torch.Tensor, others: np.ndarray, names: list[str]) -> None:
-    """Features within the same share of their size as logits."""
+def _compare_features(equality: Equality, features: torch.Tensor, others: np.ndarray, names: list[str]) -> None:
+    """Require that features are within the same relative tolerance as logits."""
     expected = np.asarray(features.detach())
     off, scale = np.abs(expected - others).max(axis=1), np.maximum(1.0, np.abs(expected).max(axis=1))
-    found.max_feature_difference = max(found.max_feature_difference or 0.0, float(off.max()))
+    equality.max_feature_difference = max(equality.max_feature_difference or 0.0, float(off.max()))
     wrong = np.flatnonzero(~(off <= LOGITS * scale))
-    found.problems += [f"{names[row]}: features are off by {off[row]:.1e}" for row in wrong]
+    equality.problems += [f"{names[row]}: features are off by {off[row]:.1e}" for row in wrong]
 
 
 def _compare_outputs(
-    found: Equality,
+    equality: Equality,
     logits: np.ndarray,
     others: np.ndarray,
     probabilities: np.ndarray,
     temperature: float,
     names: list[str],
 ) -> None:
-    """Logits within a share of their size, probabilities, and the best class where it is not a near tie."""
+    """Require close logits and probabilities, and the same best class unless it is a near tie."""
     difference, scale = np.abs(logits - others).max(axis=1), np.maximum(1.0, np.abs(logits).max(axis=1))
     expected = np.asarray((torch.from_numpy(logits) / temperature).softmax(1))
     off = np.abs(expected - probabilities).max(axis=1)
     ordered = np.sort(logits, axis=1)
     tie = ordered[:, -1] - ordered[:, -2] < 2 * difference if logits.shape[1] > 1 else np.zeros(len(logits), bool)
-    found.near_ties += int(tie.sum())
-    found.max_logit = max(found.max_logit, float(np.abs(logits).max()))
-    found.max_logit_difference = max(found.max_logit_difference, float(difference.max()))
-    found.max_probability_difference = max(found.max_probability_difference, float(off.max()))
+    equality.near_ties += int(tie.sum())
+    equality.max_logit = max(equality.max_logit, float(np.abs(logits).max()))
+    equality.max_logit_difference = max(equality.max_logit_difference, float(difference.max()))
+    equality.max_probability_difference = max(equality.max_probability_difference, float(off.max()))
     for row, name in enumerate(names):
         if not difference[row] <= LOGITS * scale[row]:
-            found.problems.append(
+            equality.problems.append(
                 f"{name}: logits are off by {difference[row]:.1e}, more than {LOGITS * scale[row]:.1e}"
             )
         elif not off[row] <= PROBABILITIES:
-            found.problems.append(f"{name}: probabilities are off by {off[row]:.1e}, more than {PROBABILITIES:g}")
+            equality.problems.append(f"{name}: probabilities are off by {off[row]:.1e}, more than {PROBABILITIES:g}")
         elif logits[row].argmax() != others[row].argmax() and not tie[row]:
-            found.problems.append(f"{name}: another class comes first")
+            equality.problems.append(f"{name}: the predicted class differs")
 
 
 @dataclass
 class Loss:
-    """What a smaller file costs, measured on the same images as the float32 file."""
+    """The loss of accuracy of a smaller file, measured on the same images as the float32 file."""
 
     images: int
-    agreement: float  # share of the images with the same top-1 as the float32 file
+    agreement: float  # share of images with the same top-1 as the float32 file
     agreement_interval: tuple[float, float]  # Wilson, 95 %
     min_agreement: float  # what the file must reach
     max_logit_difference: float
@@ -176,14 +181,14 @@ class Loss:
 
     def __str__(self) -> str:
         low, high = (100 * end for end in self.agreement_interval)
-        said = f"{self.images} images: top-1 as fp32 on {100 * self.agreement:.2f} %"
-        said += f" (95 % interval {low:.1f} to {high:.1f} %)"
+        text = f"{self.images} images: same top-1 as fp32 on {100 * self.agreement:.2f} %"
+        text += f" (95 % interval {low:.1f} to {high:.1f} %)"
         if self.accuracy is None:
-            return said
-        said += f", accuracy {self.accuracy:.4f} (fp32 {self.accuracy_fp32:.4f}"
+            return text
+        text += f", accuracy {self.accuracy:.4f} (fp32 {self.accuracy_fp32:.4f}"
         if self.accuracy_drop_interval is not None:
-            said += ", drop {:.1f} to {:.1f} points".format(*(100 * end for end in self.accuracy_drop_interval))
-        return f"{said})"
+            text += ", drop {:.1f} to {:.1f} points".format(*(100 * end for end in self.accuracy_drop_interval))
+        return f"{text})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -193,35 +198,37 @@ class Loss:
 def compare_smaller(
     full: Path, small: Path, table: ImageTable, labelled: bool, max_accuracy_drop: float, min_agreement: float
 ) -> Loss:
-    """Measure a fp16 or int8 file against the float32 one.
+    """Compare a fp16 or int8 file with the float32 file.
 
-    fp16 must have the same top-1 on 99.5 % of the images. int8 must show that it has the same top-1 on at least
-    `min_agreement` percent, and is refused when its accuracy is lower by more than `max_accuracy_drop` (points) even
-    at the lower end of the interval that this number of images allows. Raises DataError where an image cannot be read.
+    fp16 must have the same top-1 on 99.5 % of the images. int8 must have the same top-1 on at least `min_agreement`
+    percent, with 95 % confidence. int8 is also refused if its accuracy is lower by more than `max_accuracy_drop`
+    (points) even at the lower end of the 95 % interval. Raises DataError if an image cannot be read.
     """
     logits, others, precision = _outputs_of_both(full, small, table)
     best, other = logits.argmax(1), others.argmax(1)
     n, same = len(table), int((best == other).sum())
     bound = min_agreement / 100 if precision == "int8" else FP16_AGREEMENT
-    found = Loss(n, same / n, wilson(same, n), bound, float(np.abs(logits - others).max()))
+    loss = Loss(n, same / n, wilson(same, n), bound, float(np.abs(logits - others).max()))
     if precision == "int8":
-        found.problems += judge_agreement(same, n, bound)
-    elif found.agreement < bound:
-        found.problems.append(f"fp16 agrees on {100 * found.agreement:.2f} % of {n} images, not {100 * bound} %")
+        loss.problems += judge_agreement(same, n, bound)
+    elif loss.agreement < bound:
+        loss.problems.append(
+            f"fp16 has the same top-1 on {100 * loss.agreement:.2f} % of {n} images, less than {100 * bound} %"
+        )
     if labelled:
         right, right_small = best == table.targets, other == table.targets
-        found.accuracy_fp32, found.accuracy = float(right.mean()), float(right_small.mean())
-        found.accuracy_drop_interval = paired_drop(
+        loss.accuracy_fp32, loss.accuracy = float(right.mean()), float(right_small.mean())
+        loss.accuracy_drop_interval = paired_drop(
             int((right & ~right_small).sum()), int((right_small & ~right).sum()), n
         )
-        if precision == "int8" and 100 * found.accuracy_drop_interval[0] > max_accuracy_drop:
-            drop, (low, high) = found.accuracy_fp32 - found.accuracy, found.accuracy_drop_interval
+        if precision == "int8" and 100 * loss.accuracy_drop_interval[0] > max_accuracy_drop:
+            drop, (low, high) = loss.accuracy_fp32 - loss.accuracy, loss.accuracy_drop_interval
             interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f}"
-            found.problems.append(
+            loss.problems.append(
                 f"int8 loses {100 * drop:.2f} points of top-1 on {n} images ({interval}), more than the "
-                f"{max_accuracy_drop:g} of --max-accuracy-drop"
+                f"{max_accuracy_drop:g} points that --max-accuracy-drop allows"
             )
-    return found
+    return loss
 
 
 def _outputs_of_both(full: Path, small: Path, table: ImageTable) -> tuple[np.ndarray, np.ndarray, str]:
@@ -238,26 +245,27 @@ def _outputs_of_both(full: Path, small: Path, table: ImageTable) -> tuple[np.nda
 
 
 def judge_agreement(same: int, n: int, bound: float) -> list[str]:
-    """Why `same` of `n` images with the same top-1 do not show an agreement of at least `bound` (0..1); [] if they do.
+    """Test if `same` of `n` images with the same top-1 show an agreement of at least `bound` (0..1).
 
-    The lower end of the 95 % interval must reach the bound. If only the upper end does, nothing is known yet.
+    Returns [] if they do, otherwise one reason. The lower end of the 95 % interval must reach the bound. If only the
+    upper end reaches it, there are too few images to decide.
     """
     low, high = wilson(same, n)
     if low >= bound:
         return []
-    asked = f"{100 * bound:g} %"
+    required = f"{100 * bound:g} %"
     measured = f"int8 has the same top-1 as float32 on {same} of {n} images"
     measured += f" ({100 * same / n:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
     if high < bound:
-        return [f"{measured}, less than the {asked} of --min-agreement"]
+        return [f"{measured}, less than the {required} of --min-agreement"]
     needed = images_needed(same / n, bound)
-    more = f"about {needed:,} images like these would" if needed else "more images like these would not"
-    return [f"too few images to tell: {measured}, which does not show the {asked} of --min-agreement; {more}"]
+    more = f"about {needed:,} such images would be enough" if needed else "more such images would not help"
+    return [f"too few images to decide: {measured}, which does not prove the {required} of --min-agreement; {more}"]
 
 
 def images_needed(share: float, bound: float) -> int | None:
-    """The smallest number of images on which this agreement shows the bound (both 0..1); None: no number does.
+    """The smallest number of images for which an agreement of `share` proves `bound` (both 0..1); None if none does.
 
-    It is where the lower end of the Wilson interval reaches the bound.
+    With that many images, the lower end of the Wilson interval reaches the bound.
     """
     return math.ceil(Z95**2 * bound * (1 - bound) / (share - bound) ** 2) if share > bound else None

@@ -322,7 +322,7 @@ def test_image_too_narrow_for_the_evaluation_geometry_is_named(tmp_path: Path, l
     table, bad = spoiled_table(tmp_path, "very narrow")
     said = error_of(loader, table, cfg=cfg)
     assert said.startswith(f"{bad}: ")
-    assert "so narrow" in said
+    assert "too narrow" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------

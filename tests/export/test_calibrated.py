@@ -124,7 +124,7 @@ def test_a_later_eval_takes_the_calibration_and_says_that_it_was_fitted_on_these
 def test_a_precision_that_the_images_cannot_show_is_refused(run: Path, tmp_path: Path, refused: Refused) -> None:
     before = (run / "checkpoints/calibration.json").read_bytes()
     said = refused(3, "eval", run, "--calibrate", "--precision", "0.95", *QUIET, "-o", tmp_path / "out")
-    assert "--precision 0.95: at least 59 images must be predicted as a class" in said and len(said.splitlines()) == 1
+    assert "--precision 0.95: a class needs at least 59 predicted images" in said and len(said.splitlines()) == 1
     assert (run / "checkpoints/calibration.json").read_bytes() == before and not (tmp_path / "out").exists()
 
 
@@ -242,7 +242,7 @@ def test_embed_needs_an_export_with_embeddings(
 ) -> None:
     assert predict([str(bundle / "model.onnx"), str(tmp_path), "--embed", str(tmp_path / "f.npy")]) == 6
     assert "export it with --embeddings" in capsys.readouterr().err
-    with pytest.raises(ModelError, match="gives no features"):
+    with pytest.raises(ModelError, match="the model has no features"):
         next(Predictor(bundle / "model.onnx", threads=1).predict([b""], embed=True))
 
 
@@ -268,7 +268,7 @@ def test_a_calibration_of_other_weights_stops_eval_and_export(run: Path, tmp_pat
     for arguments in (["eval", data, *QUIET], ["export", "--data", data, "--threads", "1"]):
         verb, *others = arguments
         said = refused(6, verb, tmp_path / "best.safetensors", *others, "-o", out)
-        assert "calibration.json: made for another checkpoint" in said and "eval --calibrate" in said
+        assert "calibration.json: it does not belong to" in said and "eval --calibrate" in said
     assert main(["eval", str(tmp_path / "best.safetensors"), data, "--calibrate", *QUIET, "-o", out]) == 0
     assert main(["eval", str(tmp_path / "best.safetensors"), data, *QUIET, "-o", out]) == 0
 
@@ -305,11 +305,11 @@ def test_augmented_evaluation_averages_probabilities(run: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--calibrate", "--split", "test"], "--calibrate belongs to --split val"),
-        (["--precision", "0.9"], "--precision belongs to --calibrate"),
+        (["--calibrate", "--split", "test"], "--calibrate needs --split val"),
+        (["--precision", "0.9"], "--precision needs --calibrate"),
         (["--calibrate", "--precision", "1.5"], "--precision 1.5: must be between 0 and 1"),
         (["--calibrate", "--precision", "1"], "--precision 1: must be between 0 and 1"),
-        (["--calibrate", "--tta", "flip"], "--tta does not go with --calibrate"),
+        (["--calibrate", "--tta", "flip"], "--tta cannot be combined with --calibrate"),
         (["--tta", "rotate"], "must be one of none, flip, crops"),
     ],
 )

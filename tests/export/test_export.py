@@ -241,7 +241,7 @@ def test_gate_refuses_wrong_preprocessing(
         return name, np.roll(pixels, 1, axis=0), error
 
     monkeypatch.setattr(predict.Predictor, "load", shifted)
-    assert "the input is not that of training" in refused(6, "export", small_run, "-o", tmp_path / "out")
+    assert "the input differs from that of training" in refused(6, "export", small_run, "-o", tmp_path / "out")
 
 
 def test_a_refused_export_leaves_the_old_one(
@@ -250,7 +250,7 @@ def test_a_refused_export_leaves_the_old_one(
     out = tmp_path / "out"
     shutil.copytree(bundle, out)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    assert "it holds an export already" in refused(2, "export", small_run, "-o", out)
+    assert "it contains an export already" in refused(2, "export", small_run, "-o", out)
     spoil(monkeypatch)
     refused(6, "export", small_run, "-o", out, "--overwrite")
     after = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
@@ -265,7 +265,7 @@ def test_bad_targets_and_sources(small_run: Path, tmp_path: Path, refused: Refus
     assert "cannot be" in refused(4, "export", small_run, "-o", "/proc/nowhere/out")
     assert "there is no such checkpoint" in refused(6, "export", tmp_path)
     assert "RUN is missing" in refused(2, "export")
-    assert "--no-reduce-range belongs to --int8" in refused(2, "export", small_run, "--no-reduce-range")
+    assert "--no-reduce-range needs --int8" in refused(2, "export", small_run, "--no-reduce-range")
     said = refused(2, "export", small_run, "--int8", "--min-agreement", "101")
     assert "--min-agreement 101: must be at least 0 and at most 100" in said
     shutil.copy(small_run / "checkpoints/best.safetensors", tmp_path / "x.safetensors")

@@ -130,13 +130,13 @@ def test_bad_images_are_lines_and_exit_code_3(bundle: Path, photos: Path, capsys
 
 def test_nothing_is_read_from_the_network(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, bundle / "model.onnx", "https://example.org/cat.jpg")
-    assert code == 2 and "nothing is read from the network" in err
+    assert code == 2 and "URLs are not supported" in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "no INPUT"),
+        ([], "INPUT is missing"),
         (["x.png", "--top-k", "0"], "--top-k"),
         (["x.png", "--formt", "csv"], "unrecognized arguments"),
         (["x.png", "--output", "/proc/nowhere/x.csv"], "cannot be written"),

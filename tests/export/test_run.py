@@ -48,7 +48,7 @@ def test_with_verbose_every_check_is_printed(
 ) -> None:
     export(small_run, output_dir=tmp_path / "out", images=2, threads=1, verbose=True)
     said = capsys.readouterr().out
-    assert "gate on validation images" in said and f"written to {tmp_path / 'out'}: model.onnx" in said
+    assert "verifying on validation images" in said and f"written to {tmp_path / 'out'}: model.onnx" in said
 
 
 def test_errors_name_keywords(small_run: Path, bundle: Path) -> None:
@@ -57,5 +57,5 @@ def test_errors_name_keywords(small_run: Path, bundle: Path) -> None:
     assert raised.value.problems == ["min_agreement=101: must be at least 0 and at most 100"]
     with pytest.raises(UsageError) as raised:
         export(small_run, output_dir=bundle)
-    assert "it holds an export already; choose another place, or overwrite" in str(raised.value)
+    assert "it contains an export already; choose another folder, or give overwrite" in str(raised.value)
     assert "--" not in str(raised.value)
