@@ -1,4 +1,4 @@
-"""An evaluation in memory: everything that its tables, plots, page and model card are made from."""
+"""The result of an evaluation in memory. Tables, plots, page and model card are written from it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from resnet_dist.evaluation.calibrate import Calibration
 
 TOP_LOSSES = 24
+SAMPLES = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Evaluation:
-    """What a model predicts for n images, and how good that is.
+    """The predictions of a model for n images, and their metrics.
 
     Attributes:
         model: the checkpoint or exported model.
@@ -34,11 +35,11 @@ class Evaluation:
         spec: the preprocessing of the images.
         records: target, loss, best classes and their probabilities of every image.
         metrics: loss, top1, top5, macro_f1 and ece, each with its 95 % interval.
-        reliability: accuracy and confidence in bins of the confidence.
-        facts: how it was evaluated, as metrics.json has it besides the metrics.
-        calibration: the calibration that is applied to the probabilities, if there is one.
-        calibration_file: where it was written, if this evaluation made it.
-        folder: where the evaluation is written, or None.
+        reliability: accuracy and mean confidence per bin of confidence.
+        facts: the other values in metrics.json: how the model was evaluated.
+        calibration: the calibration of the probabilities, or None.
+        calibration_file: the file of the calibration, if this evaluation wrote one.
+        folder: the folder of the evaluation, or None if it is not saved.
     """
 
     model: Path
@@ -59,7 +60,7 @@ class Evaluation:
 
     @property
     def root(self) -> Path:
-        """The folder where the paths start."""
+        """The folder to which the paths are relative."""
         return self.table.root
 
     @cached_property
@@ -74,19 +75,19 @@ class Evaluation:
 
     @cached_property
     def per_class(self) -> list[dict[str, Any]]:
-        """For every class: class, images, precision, recall and f1 in 0..1; None where it has no images."""
+        """For every class: class, images, precision, recall and f1 in 0..1, or None if the class has no images."""
         return per_class(self.records, self.classes)
 
     @cached_property
     def pictures(self) -> "Pictures":
-        """The images as the network sees them, each decoded once."""
+        """The images that a report shows, each decoded once."""
         from resnet_dist.data.pictures import Pictures
 
-        return Pictures(self.table, self.spec)
+        return Pictures(self.table, self.spec, (*self.top_losses, *self.samples))
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What metrics.json holds: the number of images, the metrics, their intervals and `facts`."""
+        """The content of metrics.json: the number of images, the metrics, their intervals and `facts`."""
         values = {name: metric.value for name, metric in self.metrics.items()}
         intervals = {name: [metric.low, metric.high] for name, metric in self.metrics.items()}
         return {"images": len(self), **values, "intervals": intervals, **self.facts}
@@ -95,6 +96,11 @@ class Evaluation:
     def top_losses(self) -> list[int]:
         """Positions of the 24 images with the highest losses, the highest first."""
         return [int(position) for position in np.argsort(-self.records.loss, kind="stable")[:TOP_LOSSES]]
+
+    @property
+    def samples(self) -> list[int]:
+        """Positions of 16 images, evenly spread over the table."""
+        return self.table.spread(SAMPLES)
 
     def __repr__(self) -> str:
         top1 = self.metrics["top1"]
@@ -116,7 +122,7 @@ def evaluation_of(
     folder: Path | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """The evaluation that records make, with its metrics computed from them."""
+    """Make an evaluation from records: compute the metrics and the reliability."""
     return Evaluation(
         model=model,
         table=table,

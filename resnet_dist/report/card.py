@@ -1,4 +1,4 @@
-"""The model card in Markdown: what a run trained, how good it is, its limits, and how to load it."""
+"""The model card in Markdown: results, data, training, limits, and code that loads the model."""
 
 import json
 import re
@@ -21,7 +21,7 @@ SHOWN_CLASSES = 50
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is made from: run.json, the metrics with their intervals, the checkpoint's description."""
+    """The input of a card: run.json, the metrics with their intervals, the description of the checkpoint."""
 
     facts: Mapping[str, Any]
     metrics: Mapping[str, Any]
@@ -29,17 +29,17 @@ class CardFacts:
 
     @property
     def is_plain(self) -> bool:
-        """Whether torchvision and timm have this network: the standard stem and a linear head."""
+        """Whether torchvision and timm can build this network."""
         return is_plain(self.description.architecture)
 
 
 def is_plain(architecture: Architecture) -> bool:
-    """Whether torchvision and timm can build this network themselves."""
+    """Whether torchvision and timm can build this network: standard stem and linear head."""
     return architecture.stem == "standard" and architecture.head == "linear"
 
 
 def read_card_facts(run: Path) -> CardFacts:
-    """Read a finished run. Raises UsageError if it is none, ArtifactError if a file is missing or damaged."""
+    """Read a finished run. Raises UsageError if it is not a run, ArtifactError if a file is missing or damaged."""
     facts, best = read_facts(run), best_of(run)
     try:
         metrics = json.loads((run / "eval" / "val" / "metrics.json").read_text(encoding="utf-8"))
@@ -54,77 +54,77 @@ def read_card_facts(run: Path) -> CardFacts:
 
 
 def plain_text(name: str) -> str:
-    """A name from the data, escaped for Markdown: a class name cannot become a link or a heading."""
+    """A name from the data, escaped for Markdown, so that a class name cannot become a link or a heading."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|&~$:-])", r"\\\1", printable(name).replace("\n", " "))
 
 
-def card(known: CardFacts, weights: str, how_to_load: Sequence[str]) -> str:
-    """The card as Markdown; `weights` is the file beside it that holds the weights, `how_to_load` its code."""
+def card(run: CardFacts, weights: str, how_to_load: Sequence[str]) -> str:
+    """The card as Markdown. `weights`: the file with the weights; `how_to_load`: lines of code that load it."""
     sections = {
-        "Results": _results(known),
+        "Results": _results(run),
         "Load and predict": [*how_to_load],
-        "Data": _data(known),
-        "Training": _training(known),
-        "Limits": _limits(known),
+        "Data": _data(run),
+        "Training": _training(run),
+        "Limits": _limits(run),
     }
-    made_of = known.description.architecture
-    what = f"{made_of.name}, {counted(made_of.num_classes, 'class')}" + (
-        "" if known.is_plain else f", head {made_of.head}"
+    architecture = run.description.architecture
+    what = f"{architecture.name}, {counted(architecture.num_classes, 'class')}" + (
+        "" if run.is_plain else f", head {architecture.head}"
     )
-    if made_of.stem != "standard":
+    if architecture.stem != "standard":
         what += ", stem for small images (3x3, no pooling)"
-    lines = [f"# {plain_text(_name_of_data(known))}: an image classifier", "", f"{what}. Weights: `{weights}`."]
+    lines = [f"# {plain_text(_name_of_data(run))}: an image classifier", "", f"{what}. Weights: `{weights}`."]
     for title, text in sections.items():
         lines += ["", f"## {title}", "", *text]
     return "\n".join(lines) + "\n"
 
 
-def _name_of_data(known: CardFacts) -> str:
-    return Path(str(known.facts.get("data_root", ""))).name or "images"
+def _name_of_data(run: CardFacts) -> str:
+    return Path(str(run.facts.get("data_root", ""))).name or "images"
 
 
-def _results(known: CardFacts) -> Iterator[str]:
-    yield f"On {known.metrics['images']} validation images, evaluated in float32:"
+def _results(run: CardFacts) -> Iterator[str]:
+    yield f"On {run.metrics['images']} validation images, evaluated in float32:"
     yield ""
     yield "| metric | value | 95 % interval |"
     yield "|---|---|---|"
     names = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "macro_f1": "macro-F1", "loss": "loss (nats)"}
-    if known.description.architecture.num_classes <= 5:
-        del names["top5"]  # it says nothing
-    intervals = known.metrics.get("intervals", {})
+    if run.description.architecture.num_classes <= 5:
+        del names["top5"]  # it is always 1
+    intervals = run.metrics.get("intervals", {})
     for name, shown in {**names, "ece": "calibration error (ECE)"}.items():
-        if name in known.metrics:
+        if name in run.metrics:
             interval = intervals.get(name)
             text = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
-            yield f"| {shown} | {known.metrics[name]:.4f} | {text} |"
+            yield f"| {shown} | {run.metrics[name]:.4f} | {text} |"
     yield ""
     yield "`eval/val/` in the run folder has every image, every class and the confusion matrix."
 
 
-def _data(known: CardFacts) -> Iterator[str]:
-    counts = known.facts.get("images", {})
+def _data(run: CardFacts) -> Iterator[str]:
+    counts = run.facts.get("images", {})
     parts = ", ".join(f"{number:,} {split}" for split, number in counts.items() if number)
-    yield f"`{printable(_name_of_data(known)).replace('`', ' ')}`: {parts} images."
-    data = known.facts.get("data")
+    yield f"`{printable(_name_of_data(run)).replace('`', ' ')}`: {parts} images."
+    data = run.facts.get("data")
     if data:
         yield f"Fingerprint of paths, classes and splits: `{data['sha256']}`."
-    classes = known.description.classes
+    classes = run.description.classes
     shown = ", ".join(plain_text(name) for name in classes[:SHOWN_CLASSES])
     more = f" and {len(classes) - SHOWN_CLASSES} more" if len(classes) > SHOWN_CLASSES else ""
     yield f"Classes, in the order of the outputs: {shown}{more}."
 
 
-def _training(known: CardFacts) -> Iterator[str]:
-    facts, config = known.facts, known.description.config
+def _training(run: CardFacts) -> Iterator[str]:
+    facts, config = run.facts, run.description.config
     optim = config.get("optim", {})
     start = StartingPoint.of(str(config.get("model", {}).get("weights")), config.get("run", {}).get("init_from"))
-    yield f"- recipe {config.get('recipe') or 'none'}; weights to begin with: {plain_text(str(start))}"
+    yield f"- recipe {config.get('recipe') or 'none'}; initial weights: {plain_text(str(start))}"
     yield (
         f"- {optim.get('opt')}, lr {optim.get('lr')}, global batch {facts.get('global_batch')}, "
-        f"seed {facts.get('seed')}; {counted(facts.get('epochs', 0), 'epoch')}, the best was {known.description.epoch}"
+        f"seed {facts.get('seed')}; {counted(facts.get('epochs', 0), 'epoch')}, the best was {run.description.epoch}"
     )
     for number, phase in enumerate(config.get("phase", []), 1):
-        yield f"- phase {number}: learns {plain_text(str(phase.get('trainable')))}"
+        yield f"- phase {number}: trains {plain_text(str(phase.get('trainable')))}"
     if "seconds" in facts:
         yield f"- {facts['seconds'] / 60:.1f} minutes on {_machine(facts)}"
     versions = (facts.get("launches") or [{}])[-1].get("versions", {})
@@ -135,25 +135,25 @@ def _machine(facts: Mapping[str, Any]) -> str:
     launch = (facts.get("launches") or [{}])[-1]
     hardware, processes = launch.get("hardware", {}), launch.get("processes", 1)
     device = (hardware.get("gpus") or [hardware.get("cpu")])[0] if launch.get("device") == "cuda" else None
-    where = device or f"{hardware.get('cpu')} ({hardware.get('cores')} cores)"
-    return f"{where}, {counted(processes, 'process')}, precision {launch.get('precision')}"
+    name = device or f"{hardware.get('cpu')} ({hardware.get('cores')} cores)"
+    return f"{name}, {counted(processes, 'process')}, precision {launch.get('precision')}"
 
 
-def _limits(known: CardFacts) -> Iterator[str]:
-    metrics, classes = known.metrics, known.description.architecture.num_classes
-    yield f"- It assigns one of {counted(classes, 'class')} to every image, even if the image shows none of them."
-    yield "- The best epoch was chosen on the validation images, so unseen images may do a little worse."
-    yield "- The interval is about other images like these, not about other cameras, places or times."
+def _limits(run: CardFacts) -> Iterator[str]:
+    metrics, classes = run.metrics, run.description.architecture.num_classes
+    yield f"- The model assigns one of {counted(classes, 'class')} to every image, even if the image shows none."
+    yield "- The best epoch was chosen on the validation images, so the metrics on new images may be slightly lower."
+    yield "- The intervals hold for similar images, not for other cameras, places or times."
     if int(metrics["images"]) < 30 * classes:
-        yield f"- {metrics['images']} validation images for {classes} classes are few: the intervals are wide."
-    yield "- The rights to the images, and whether the model fits a purpose, were not checked."
+        yield f"- {metrics['images']} validation images are few for {classes} classes, so the intervals are wide."
+    yield "- The rights to the images, and whether the model is fit for a purpose, were not checked."
 
 
 # How to load it
 
 
 def loading_with_torchvision(weights: str, architecture: Architecture, spec: Preprocessing) -> list[str]:
-    """Code that labels photo.jpg with torch and torchvision alone, fenced; for plain networks."""
+    """A Markdown code block that classifies photo.jpg with torch and torchvision; for plain networks."""
     resize = {
         "crop": f"v2.Resize({spec.resize}, v2.InterpolationMode.{spec.interpolation.upper()})",
         "squash": f"v2.Resize(({spec.img_size}, {spec.img_size}), v2.InterpolationMode.{spec.interpolation.upper()})",
@@ -185,7 +185,7 @@ print(int(probabilities.argmax()), float(probabilities.max()))
 
 
 def loading_with_ours(weights: str) -> list[str]:
-    """Code that labels photo.jpg with this package, fenced; for every network and every preprocessing."""
+    """A Markdown code block that classifies photo.jpg with this package; for all networks and preprocessings."""
     return f"""With resnet-dist, which also has the exact preprocessing:
 
 ```python
@@ -203,12 +203,12 @@ print(description.classes[int(probabilities.argmax())], float(probabilities.max(
 ```""".splitlines()
 
 
-def run_card(known: CardFacts) -> str:
-    """README.md of a finished run."""
+def run_card(run: CardFacts) -> str:
+    """The README.md of a finished run."""
     weights = "checkpoints/best.safetensors"
-    made_of, spec = known.description.architecture, known.description.preprocessing
+    architecture, spec = run.description.architecture, run.description.preprocessing
     lines = loading_with_ours(weights)
-    if known.is_plain and spec.resize_mode != "pad":
-        lines = [*loading_with_torchvision(weights, made_of, spec), "", *lines]
+    if run.is_plain and spec.resize_mode != "pad":
+        lines = [*loading_with_torchvision(weights, architecture, spec), "", *lines]
     lines += ["", "Without torch: `resnet-dist export` on this folder, then `resnet-dist predict`."]
-    return card(known, weights, lines)
+    return card(run, weights, lines)

@@ -1,4 +1,4 @@
-"""Finished runs side by side: a table, what of it is real, and their curves."""
+"""Compare finished runs: a table, significance tests and curves."""
 
 import csv
 import json
@@ -24,13 +24,13 @@ COMPARISON = Kind("a comparison", "compare.json", json_with("images", "technique
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a comparison takes of a run folder.
+    """The parts of a run folder that a comparison needs.
 
     Attributes:
         facts: its run.json.
         settings: its config.toml without the seed; runs with equal settings are seeds of one technique.
         images: (path, class) of every validation image.
-        right: bool (images,), whether the best checkpoint labels it rightly.
+        right: bool (images,), whether the best checkpoint predicts the image correctly.
         epochs: the rows of metrics.csv.
     """
 
@@ -43,10 +43,10 @@ class FinishedRun:
 
 
 def read_run(path: Path) -> FinishedRun:
-    """A finished run. Raises UsageError where it is none, ArtifactError where its files are damaged."""
+    """Read a finished run. Raises UsageError if it is not one, ArtifactError if its files are damaged."""
     facts = read_facts(path)
     if facts.get("status") != "done":
-        raise UsageError(f"{path}: this run is not done (status {facts.get('status')}); resume it first")
+        raise UsageError(f"{path}: this run is not finished (status {facts.get('status')}); resume it first")
     settings = read_toml(path / "config.toml")
     settings["run"] = {name: value for name, value in settings.get("run", {}).items() if name != "seed"}
     try:
@@ -68,7 +68,7 @@ def _rows(file: Path) -> list[dict[str, str]]:
 
 
 def by_settings(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
-    """Runs that differ in nothing but their seed together, under the path of the first of them."""
+    """Group the runs that differ only in their seed. The key is the path of the first run of a group."""
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault(run.settings, []).append(run)
@@ -76,27 +76,27 @@ def by_settings(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
 
 
 def check_same_images(groups: Mapping[str, Sequence[FinishedRun]]) -> None:
-    """Raises UsageError unless all runs were evaluated on the same images with the same labels."""
+    """Raise UsageError unless all runs were evaluated on the same images with the same labels."""
     first, *others = [run for group in groups.values() for run in group]
     for other in others:
         differing = set(first.images) ^ set(other.images)
         if differing:
             raise UsageError(
-                f"{first.path} and {other.path} have not the same validation images ({len(differing)} differ, such as "
-                f"'{min(differing)[0]}'): evaluate on one split to compare"
+                f"{first.path} and {other.path} have different validation images ({len(differing)} differ, such as "
+                f"'{min(differing)[0]}'): evaluate both on the same split"
             )
 
 
 @dataclass(frozen=True)
 class Technique:
-    """A row of the table: the runs of one technique, one per seed, summed up.
+    """A row of the table: a summary of the runs of one technique, one run per seed.
 
     Attributes:
         top1, macro_f1: means over the seeds, in 0..1.
-        interval: 95 % interval of top1; Student's t over the seeds, or Wilson's over the images of a single one.
-        minutes: of training, mean over the seeds; None where a run does not say so.
-        peak_mib: most memory held by a process, on its GPU if it has one, else on the host.
-        trainable_parameters: those that learn in at least one phase.
+        interval: 95 % interval of top1: Student's t over the seeds, or Wilson's over the images if there is one seed.
+        minutes: training time, mean over the seeds; None if a run does not record it.
+        peak_mib: highest memory of a process, on its GPU if it has one, otherwise on the host.
+        trainable_parameters: the number of parameters that are trained in at least one phase.
     """
 
     name: str
@@ -129,7 +129,7 @@ def summed_up(name: str, runs: Sequence[FinishedRun]) -> Technique:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two techniques, the first of them the better one: the sign test, and its p-value corrected for all pairs."""
+    """Two techniques, the better one first, with the sign test and its p-value corrected for all pairs."""
 
     first: str
     second: str
@@ -138,12 +138,12 @@ class Pair:
 
     @property
     def is_real(self) -> bool:
-        """Whether chance alone would show as much in under 5 % of all comparisons like this one."""
+        """Whether chance alone would give such a difference in less than 5 % of comparisons like this one."""
         return self.corrected < LEVEL
 
 
 def pairs_of(techniques: Sequence[Technique], groups: Mapping[str, Sequence[FinishedRun]]) -> list[Pair]:
-    """Every pair of techniques, better first. Corrected over all: the best is only known from looking at all."""
+    """Every pair of techniques, the better one first. The correction covers all pairs, as all are compared."""
     rows = {name: _right_by_image(group) for name, group in groups.items()}
     tests = [(a.name, b.name, sign_test(rows[a.name], rows[b.name])) for a, b in combinations(techniques, 2)]
     corrected = holm([test.p for *_, test in tests])
@@ -151,7 +151,7 @@ def pairs_of(techniques: Sequence[Technique], groups: Mapping[str, Sequence[Fini
 
 
 def _right_by_image(group: Sequence[FinishedRun]) -> np.ndarray:
-    """bool (runs, images), the images in the order of their paths."""
+    """bool (runs, images), with the images sorted by path."""
     return np.stack([run.right[sorted(range(len(run.images)), key=run.images.__getitem__)] for run in group])
 
 
@@ -163,7 +163,7 @@ class Comparison:
         path: the folder with compare.md, compare.csv, compare.json and compare.png.
         images: the number of validation images.
         techniques: one row each, the best first.
-        pairs: every pair of techniques, and whether their difference is real.
+        pairs: every pair of techniques, and whether their difference is significant.
         runs: the run folders of each technique.
     """
 
@@ -204,11 +204,11 @@ def write_comparison(comparison: Comparison, groups: Mapping[str, Sequence[Finis
 
 COLUMNS = ("technique", "seeds", "top1", "low", "high", "macro_f1", "minutes", "peak_mib", "trainable_parameters")
 HOW = (
-    "Top-1 with a 95 % interval: with several seeds Student's t over them, how far another seed may be; with one seed "
-    "Wilson's over the images, how far other images may be. A difference is called real where the exact sign test over "
-    "the validation images (McNemar's test, if there is one seed) gives p < 0.05 after Holm's correction over all "
-    "pairs. With one seed that says that these networks differ, not that another seed would not turn it round. Time is "
-    "that of training with its validation, memory that of the process that held most."
+    "Top-1 has a 95 % interval. With several seeds it is Student's t over the seeds and covers another seed; with one "
+    "seed it is Wilson's over the images and covers other images. A difference is called real if the exact sign test "
+    "over the validation images (McNemar's test if there is one seed) gives p < 0.05 after Holm's correction for all "
+    "pairs. With one seed this shows that these networks differ; another seed can still reverse the order. Time is the "
+    "training time including validation. Memory is that of the process with the highest use."
 )
 
 
@@ -217,7 +217,7 @@ def _cells(t: Technique) -> list[object]:
 
 
 def table_lines(techniques: Sequence[Technique]) -> list[str]:
-    """The table in Markdown, with its columns aligned for reading as it is."""
+    """The table in Markdown, with aligned columns."""
     header = ["technique", "seeds", "top-1", "95 % interval", "macro-F1", "min:s", "peak MiB", "trainable"]
     cells = [header, *map(_shown, techniques)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -236,7 +236,7 @@ def _shown(t: Technique) -> list[str]:
 
 
 def findings(techniques: Sequence[Technique], pairs: Sequence[Pair], images: int) -> list[str]:
-    """What the best is, and for every other technique whether its distance from the best is real, in words."""
+    """Sentences: the best technique, and whether each other technique differs significantly from it."""
     best = techniques[0]
     lines = [f"Best: {best.name}, top-1 {best.top1:.4f} on {images} validation images."]
     for pair in pairs:
@@ -255,7 +255,7 @@ def findings(techniques: Sequence[Technique], pairs: Sequence[Pair], images: int
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything that the table and the words are made from."""
+    """The content of compare.json."""
     return {
         "images": comparison.images,
         "techniques": [

@@ -1,4 +1,4 @@
-"""An evaluation as files: tables first, then plots and the page."""
+"""Write an evaluation as files: tables, plots and page."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from resnet_dist.evaluation.evidence import Evidence
 
 EVALUATION = Kind("an evaluation", "metrics.json", json_with("images", "top1", "loss", "intervals"))
-GRID = 16
 CONFUSED = ("target", "prediction", "images", "share_of_target")
 
 
@@ -34,11 +33,11 @@ def write_evaluation_report(folder: Path, evaluation: Evaluation, evidence: "Map
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Write the tables and numbers of an evaluation into `folder`.
 
-    metrics.json, predictions.csv, per_class.csv, confused.csv; if features were kept, embeddings.npy: float32 (n, F) in
-    the order of predictions.csv. Raises MachineError.
+    The files are metrics.json, predictions.csv, per_class.csv, confused.csv and, if the records have features,
+    embeddings.npy: float32 (n, F) in the order of predictions.csv. Raises MachineError.
     """
     make_folder(folder)
-    # First: this file marks the folder as an evaluation.
+    # This file comes first, because it marks the folder as an evaluation.
     write_atomically(folder / EVALUATION.mark, to_json(evaluation.summary))
     write_atomically(folder / "predictions.csv", predictions_csv(evaluation))
     write_atomically(folder / "per_class.csv", table_csv(evaluation.per_class))
@@ -71,7 +70,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MachineError(f"{folder}: cannot be made into a folder ({error.strerror})") from None
+        raise MachineError(f"{folder}: cannot be created ({error.strerror})") from None
 
 
 def table_csv(rows: Sequence[Mapping[str, object]], header: Sequence[str] = ()) -> str:
@@ -94,11 +93,11 @@ def predictions_csv(evaluation: Evaluation) -> str:
 
 
 def prediction_grid(file: Path, evaluation: Evaluation) -> None:
-    """Images spread evenly over the table with their predicted and true names, as the network sees them."""
+    """Draw 16 evenly spread images as the network sees them, with their predicted and true classes."""
     from resnet_dist.report import plots
 
     records = evaluation.records
-    chosen = evaluation.table.spread(GRID)
+    chosen = evaluation.samples
     images = [evaluation.pictures.fitted(position) for position in chosen]
     names = [shortened(name, 22) for name in evaluation.classes]
     titles = [

@@ -1,4 +1,4 @@
-"""Explanations on disk: the image, the image under its map of evidence, and a sheet of them all."""
+"""Write explanations: every image next to its saliency overlay, a table, and one sheet of the first images."""
 
 import csv
 import io
@@ -22,15 +22,15 @@ EXPLANATIONS = Kind("a folder of explanations", "explained.csv", table_with(*COL
 
 @dataclass(frozen=True)
 class Explanation:
-    """One image and why.
+    """The saliency map of one image.
 
     Attributes:
-        source: the file.
+        source: the path of the image.
         image: uint8 (H, W, 3), as the network sees it.
-        heat: float32 (H, W) in 0..1, the evidence for `explained`.
-        prediction, probability: the best class, and what the network gives it (0..1).
-        target: the label, or "" where none is known.
-        explained: the class that the map is for.
+        heat: float32 (H, W) in 0..1, the saliency for `explained`.
+        prediction, probability: the predicted class and its probability (0..1).
+        target: the label, or "" if it is unknown.
+        explained: the class that the map explains.
     """
 
     source: str
@@ -43,9 +43,9 @@ class Explanation:
 
 
 def write_explanations(folder: Path, found: list[Explanation]) -> None:
-    """explained.csv, sheet.png of the first ones, and a PNG for every image (itself, then under its map).
+    """Write explained.csv, one PNG per image (the image, then its overlay), and sheet.png with the first 24 images.
 
-    Pictures of an earlier call are removed, other files stay. Raises UsageError, MachineError.
+    The pictures of an earlier call are removed; other files stay. Raises UsageError, MachineError.
     """
     make_folder(folder, EXPLANATIONS)
     remove_pictures(folder)
@@ -63,7 +63,7 @@ def write_explanations(folder: Path, found: list[Explanation]) -> None:
 
 
 def remove_pictures(folder: Path) -> None:
-    """Remove the pictures that explained.csv of an earlier call names. Raises MachineError."""
+    """Remove the pictures that the explained.csv of an earlier call lists. Raises MachineError."""
     try:
         with (folder / EXPLANATIONS.mark).open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
             named = {row["file"] for row in csv.DictReader(stream)}
@@ -77,7 +77,7 @@ def remove_pictures(folder: Path) -> None:
 
 
 def write_sheet(file: Path, found: list[Explanation]) -> None:
-    """Pairs of image and overlay, two pairs in a row."""
+    """Draw pairs of image and overlay, two pairs per row."""
     tiles, titles, right = [], [], []
     for one in found:
         tiles += [one.image, overlay(one.image, one.heat)]

@@ -1,4 +1,4 @@
-"""Write the best checkpoint as a folder that timm and the Hugging Face Hub read, and upload it."""
+"""Write the best checkpoint as a folder for timm and the Hugging Face Hub, and upload it."""
 
 import importlib.util
 import re
@@ -13,16 +13,17 @@ from resnet_dist.files.outputs import inside
 
 @dataclass(frozen=True, kw_only=True)
 class HubConfig:
-    """Write a folder with config.json, model.safetensors and README.md, as timm and the Hugging Face Hub read it."""
+    """Write config.json, model.safetensors and README.md for timm and the Hugging Face Hub."""
 
     run: str | None = option(None, positional=True)
-    """A run folder whose training is done."""
+    """The folder of a finished run."""
     output_dir: str | None = option(None, "-o", "--output")
-    """The folder to write (default: hub, in the run folder)."""
+    """The folder to write (default: hub in the run folder)."""
     push_to_hub: str | None = None
-    """Upload it to this repository, such as you/ants (needs the extra hub, and a token: `hf auth login`, HF_TOKEN)."""
+    """Upload the folder to this repository, such as you/ants. Needs `pip install resnet-dist[hub]` and a token
+    (`hf auth login` or HF_TOKEN)."""
     private: bool = False
-    """Make that repository private, if it does not exist yet."""
+    """Make the repository private if it does not exist yet."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the settings, one line each."""
@@ -31,7 +32,7 @@ class HubConfig:
         if self.private and self.push_to_hub is None:
             yield "--private needs --push-to-hub"
         if self.push_to_hub is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.push_to_hub, re.ASCII):
-            yield f"--push-to-hub {self.push_to_hub}: not the name of a repository such as you/ants"
+            yield f"--push-to-hub {self.push_to_hub}: must be the name of a repository, such as you/ants"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class HubFolder:
 
 
 def run_hub(cfg: HubConfig) -> HubFolder:
-    """Write the folder; `push` uploads it. Raises UsageError, MachineError, ArtifactError."""
+    """Write the folder, which `push` can upload. Raises UsageError, MachineError, ArtifactError."""
     if cfg.push_to_hub is not None and importlib.util.find_spec("huggingface_hub") is None:
         raise UsageError("--push-to-hub needs huggingface_hub: pip install 'resnet-dist[hub]'")
 
@@ -59,17 +60,17 @@ def run_hub(cfg: HubConfig) -> HubFolder:
 
     run = Path(cfg.run or "")
     folder = Path(cfg.output_dir) if cfg.output_dir is not None else inside(run, "hub")
-    known = read_card_facts(run)
-    files = write_hub_folder(run, folder, known)
-    return HubFolder(folder, files, "" if known.is_plain else why_not(known))
+    card_facts = read_card_facts(run)
+    files = write_hub_folder(run, folder, card_facts)
+    return HubFolder(folder, files, "" if card_facts.is_plain else why_not(card_facts))
 
 
 def push(files: Sequence[Path], repository: str, private: bool) -> str:
-    """Upload the files as one commit, into a repository that is made if need be. Returns its address.
+    """Upload the files in one commit. The repository is created if it does not exist. Returns its URL.
 
-    Where and as whom is huggingface_hub's affair (HF_ENDPOINT, HF_TOKEN, `hf auth login`). Raises MachineError.
+    huggingface_hub reads the server and the token from HF_ENDPOINT, HF_TOKEN and `hf auth login`. Raises MachineError.
     """
-    from httpx2 import HTTPError  # what huggingface_hub speaks HTTP through
+    from httpx2 import HTTPError  # the HTTP client of huggingface_hub
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HFValidationError
 

@@ -1,4 +1,4 @@
-"""A folder as the Hugging Face Hub and timm read it: config.json, model.safetensors, README.md with front matter."""
+"""Write a folder for the Hugging Face Hub and timm: config.json, model.safetensors, README.md with front matter."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from resnet_dist.model.checkpoint import Description
 from resnet_dist.report.card import CardFacts, card, is_plain, loading_with_ours, loading_with_torchvision
 
 FILES = ("README.md", "config.json", "model.safetensors")
-CROP_MODES = {"crop": "center", "squash": "squash", "pad": "border"}  # ours: timm's
+CROP_MODES = {"crop": "center", "squash": "squash", "pad": "border"}  # our name: the name in timm
 
 
 def _is_checkpoint(file: Path) -> bool:
@@ -27,8 +27,8 @@ def _is_checkpoint(file: Path) -> bool:
 HUB_FOLDER = Kind("a folder that `hub` wrote", "model.safetensors", _is_checkpoint)
 
 
-def write_hub_folder(run: Path, folder: Path, known: CardFacts) -> list[Path]:
-    """Write the folder; returns its files. A network that timm does not have gets no config.json.
+def write_hub_folder(run: Path, folder: Path, card_facts: CardFacts) -> list[Path]:
+    """Write the folder and return its files. There is no config.json if timm cannot build the network.
 
     Raises UsageError, MachineError, ArtifactError.
     """
@@ -36,26 +36,26 @@ def write_hub_folder(run: Path, folder: Path, known: CardFacts) -> list[Path]:
     make_folder(folder, HUB_FOLDER)
     try:
         weights = best.read_bytes()
-        if not known.is_plain and not config.is_symlink():
-            config.unlink(missing_ok=True)  # of a run before this one
+        if not card_facts.is_plain and not config.is_symlink():
+            config.unlink(missing_ok=True)  # of an earlier run
     except OSError as error:
         kind = ArtifactError if error.filename == str(best) else MachineError
-        raise kind(f"{error.filename}: cannot be read or made ({error.strerror})") from None
+        raise kind(f"{error.filename}: cannot be read or written ({error.strerror})") from None
     write_atomically(folder / HUB_FOLDER.mark, weights)
-    if known.is_plain:
-        write_atomically(config, to_json(timm_config(known.description)))
-    write_atomically(folder / "README.md", hub_card(known))
+    if card_facts.is_plain:
+        write_atomically(config, to_json(timm_config(card_facts.description)))
+    write_atomically(folder / "README.md", hub_card(card_facts))
     return [folder / name for name in FILES if (folder / name).exists()]
 
 
 def timm_config(description: Description) -> dict[str, Any]:
-    """What timm's `create_model("local-dir:FOLDER")` and `create_transform` need to give the same logits."""
-    made_of, spec = description.architecture, description.preprocessing
-    assert is_plain(made_of)
+    """The config.json with which timm's `create_model("local-dir:FOLDER")` and `create_transform` give equal logits."""
+    architecture, spec = description.architecture, description.preprocessing
+    assert is_plain(architecture)
     return {
-        "architecture": made_of.name,
-        "num_classes": made_of.num_classes,
-        "num_features": 512 if made_of.name in ("resnet18", "resnet34") else 2048,
+        "architecture": architecture.name,
+        "num_classes": architecture.num_classes,
+        "num_features": 512 if architecture.name in ("resnet18", "resnet34") else 2048,
         "global_pool": "avg",
         "label_names": list(description.classes),
         "pretrained_cfg": {
@@ -68,7 +68,7 @@ def timm_config(description: Description) -> dict[str, Any]:
             "crop_mode": CROP_MODES[spec.resize_mode],
             "mean": list(spec.mean),
             "std": list(spec.std),
-            "num_classes": made_of.num_classes,
+            "num_classes": architecture.num_classes,
             "pool_size": None,
             "first_conv": "conv1",
             "classifier": "fc",
@@ -78,34 +78,34 @@ def timm_config(description: Description) -> dict[str, Any]:
 
 
 def crop_share(img_size: int, resize: int) -> float:
-    """timm's `crop_pct`: it resizes the short side to floor(img_size / crop_pct), which must be `resize` exactly."""
+    """timm's `crop_pct`. timm resizes the short side to floor(img_size / crop_pct), which must equal `resize`."""
     share = img_size / resize
     while math.floor(img_size / share) < resize:
         share = math.nextafter(share, 0)
     return share
 
 
-def hub_card(known: CardFacts) -> str:
-    """The model card with the front matter by which the Hub files it."""
-    made_of, spec = known.description.architecture, known.description.preprocessing
+def hub_card(run: CardFacts) -> str:
+    """The model card with the front matter that the Hub reads."""
+    architecture, spec = run.description.architecture, run.description.preprocessing
     text = loading_with_ours("model.safetensors")
-    if known.is_plain:
-        plain = [] if spec.resize_mode == "pad" else loading_with_torchvision("model.safetensors", made_of, spec)
+    if run.is_plain:
+        plain = [] if spec.resize_mode == "pad" else loading_with_torchvision("model.safetensors", architecture, spec)
         text = [*loading_with_timm(), "", *plain, "", *text]
     else:
-        text = [f"timm and torchvision have no such network ({why_not(known)}): this package loads it.", "", *text]
-    return front_matter(known.metrics, known.is_plain) + card(known, "model.safetensors", text)
+        text = [f"timm and torchvision cannot build this network ({why_not(run)}); resnet-dist loads it.", "", *text]
+    return front_matter(run.metrics, run.is_plain) + card(run, "model.safetensors", text)
 
 
-def why_not(known: CardFacts) -> str:
-    """The parts of the network that timm does not have."""
-    made_of = known.description.architecture
-    parts = [f"head {made_of.head}"] if made_of.head != "linear" else []
-    return " and ".join([*parts, "small stem"] if made_of.stem != "standard" else parts)
+def why_not(run: CardFacts) -> str:
+    """The parts of the network that timm cannot build."""
+    architecture = run.description.architecture
+    parts = [f"head {architecture.head}"] if architecture.head != "linear" else []
+    return " and ".join([*parts, "small stem"] if architecture.stem != "standard" else parts)
 
 
 def front_matter(metrics: Mapping[str, Any], is_plain: bool) -> str:
-    """YAML between two lines of dashes; its strings are written as JSON, which YAML contains."""
+    """YAML between two lines of dashes. Values are written as JSON, which is valid YAML."""
     values = [{"type": "accuracy", "value": metrics["top1"]}, {"type": "f1", "value": metrics["macro_f1"]}]
     task = {"type": "image-classification"}
     results = [{"task": task, "dataset": {"type": "imagefolder", "name": "validation images"}, "metrics": values}]
@@ -121,8 +121,8 @@ def front_matter(metrics: Mapping[str, Any], is_plain: bool) -> str:
 
 
 def loading_with_timm() -> list[str]:
-    """Code that labels photo.jpg with timm, fenced."""
-    return """With timm (`hf-hub:NAME` instead of `local-dir:.` once it is on the Hub):
+    """A Markdown code block that classifies photo.jpg with timm."""
+    return """With timm (use `hf-hub:NAME` instead of `local-dir:.` after the upload):
 
 ```python
 import timm

@@ -1,4 +1,4 @@
-"""What a run left on disk, read again for `report RUN`, with errors that name the file."""
+"""Read the files of a finished run for `report RUN`. Errors name the file."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ def read_run_evaluation(run: Path, classes: Sequence[str], spec: Preprocessing) 
 
 
 def read_evaluation(folder: Path, root: Path, split: str, classes: Sequence[str], spec: Preprocessing) -> Evaluation:
-    """The evaluation in a folder. Raises ArtifactError if there is none, or it is not of these classes."""
+    """Read the evaluation in a folder. Raises ArtifactError if there is none, or if its classes differ."""
     file = folder / "predictions.csv"
     rows = read_csv(file)
     with understood(file):
@@ -54,7 +54,7 @@ def read_evaluation(folder: Path, root: Path, split: str, classes: Sequence[str]
 
 
 def records_in(rows: Sequence[dict[str, str]], classes: Sequence[str]) -> Records:
-    """The records in the rows of predictions.csv. Raises KeyError for an unknown class, ValueError."""
+    """The records in the rows of predictions.csv. Raises KeyError for an unknown class, ValueError for a bad number."""
     number = {name: index for index, name in enumerate(classes)}
     k = min(5, len(classes))
     best = [[number[row[f"top{i + 1}"]] for i in range(k)] for row in rows]
@@ -67,7 +67,7 @@ def records_in(rows: Sequence[dict[str, str]], classes: Sequence[str]) -> Record
 
 
 def with_features(records: Records, file: Path) -> Records:
-    """The records with the features that `eval --embeddings` wrote, if it did. Raises ArtifactError."""
+    """Add the features that `eval --embeddings` wrote, if there are any. Raises ArtifactError."""
     if not file.exists():
         return records
     try:
@@ -75,21 +75,21 @@ def with_features(records: Records, file: Path) -> Records:
     except (ValueError, OSError) as error:
         raise ArtifactError(f"{file}: damaged ({error}); `resnet-dist eval --embeddings` writes it") from None
     if features.ndim != 2 or len(features) != len(records):
-        raise ArtifactError(f"{file}: not one row for every image of predictions.csv; evaluate again")
+        raise ArtifactError(f"{file}: must have one row per image of predictions.csv; evaluate again")
     return replace(records, features=features)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What the curves and the page of a run show besides its evaluation.
+    """The facts of a run that its curves and its page show in addition to the evaluation.
 
     Attributes:
         path: the run folder.
         facts: run.json.
-        epochs: the rows of metrics.csv; NaN where a cell is empty.
+        epochs: the rows of metrics.csv; an empty cell is NaN.
         steps: the rows of metrics.jsonl: the learning rates of every logged optimizer step.
         training_images: the number of training images of each class.
-        label_errors: the rows of label_errors.csv, or None if the labels were not judged.
+        label_errors: the rows of label_errors.csv, or None if `label-errors` was not run.
         texts: (name, text) of config.toml and command.txt.
     """
 
@@ -103,7 +103,7 @@ class RunRecord:
 
 
 def read_run_record(run: Path, training_images: Mapping[str, int] | None = None) -> RunRecord:
-    """The record of a run; the number of training images is read from its manifest if it is not given.
+    """Read the record of a run. Without `training_images`, they are counted in the manifest of the run.
 
     Raises UsageError, ArtifactError.
     """
@@ -128,12 +128,12 @@ def read_run_record(run: Path, training_images: Mapping[str, int] | None = None)
 
 @contextmanager
 def understood(file: Path) -> Iterator[None]:
-    """Within it, what does not fit together in a file is raised as an ArtifactError with its name."""
+    """Inside this context, an error about the content of a file becomes an ArtifactError with its path."""
     try:
         yield
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         reason = f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error)
-        raise ArtifactError(f"{file}: damaged, or of another run ({reason}); make it again") from None
+        raise ArtifactError(f"{file}: damaged, or from another run ({reason}); create it again") from None
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:
@@ -150,12 +150,12 @@ def read_csv(file: Path) -> list[dict[str, str]]:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ArtifactError."""
     try:
-        found = json.loads(read_text(file))
+        values = json.loads(read_text(file))
     except (ValueError, RecursionError):
         raise ArtifactError(f"{file}: damaged, not JSON; evaluate again") from None
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise ArtifactError(f"{file}: damaged, not a JSON object; evaluate again")
-    return found
+    return values
 
 
 def read_text(file: Path) -> str:

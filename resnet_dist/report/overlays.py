@@ -1,4 +1,4 @@
-"""Where the evidence for a prediction is, drawn over the image."""
+"""Draw saliency maps over images."""
 
 import numpy as np
 from matplotlib import colormaps
@@ -9,8 +9,10 @@ from resnet_dist.report.pictures import data_address
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """An image, uint8 (H, W, 3), under its map of evidence, (H, W) in 0..1: the stronger the evidence, the more colour
-    covers the image. uint8 (H, W, 3)."""
+    """Draw a saliency map, (H, W) in 0..1, over an image, uint8 (H, W, 3). Returns uint8 (H, W, 3).
+
+    The higher the saliency, the more colour covers the image.
+    """
     colours = colormaps["turbo"](heat)[..., :3] * 255
     share = 0.7 * np.sqrt(heat)[..., None]
     grey = image.mean(axis=2, keepdims=True)
@@ -18,5 +20,5 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def overlay_address(image: np.ndarray, heat: np.ndarray) -> str:
-    """The same as a small picture in a `data:` address."""
+    """The overlay as a small picture in a `data:` URL."""
     return data_address(thumbnail(Image.fromarray(overlay(image, heat))))

@@ -1,4 +1,4 @@
-"""`report.html`: one file that holds its pictures, numbers and script, and asks nobody for anything."""
+"""`report.html`: a single file with its pictures, numbers and script. It loads nothing else."""
 
 import base64
 import hashlib
@@ -20,11 +20,11 @@ from resnet_dist.runtime.wording import counted, printable
 if TYPE_CHECKING:
     from resnet_dist.evaluation.evidence import Evidence
 
-SCRIPTS = ("dom.js", "charts.js", "matrix.js", "gallery.js", "page.js")  # in this order, one after the other
+SCRIPTS = ("dom.js", "charts.js", "matrix.js", "gallery.js", "page.js")  # concatenated in this order
 
 
 def write_evaluation_page(file: Path, evaluation: Evaluation, evidence: "Mapping[int, Evidence]") -> None:
-    """Write the page of an evaluation. `evidence`: what Grad-CAM shows, by position. Raises MachineError."""
+    """Write the page of an evaluation. `evidence`: Grad-CAM maps by position. Raises MachineError."""
     title = f"{file.absolute().parent.name}: {counted(len(evaluation), 'image')}"
     write_page(file, title, evaluation_content(evaluation, None, None, overlays_of(evidence)))
 
@@ -35,7 +35,7 @@ def write_run_page(
     evidence: "Mapping[int, Evidence]",
     findings: Sequence[Finding] | None,
 ) -> Path:
-    """`report.html` in a run folder, about its validation images; `findings` is what a look at all images found.
+    """Write `report.html` of a run about its validation images. `findings`: the results of `check` for all images.
 
     Raises ArtifactError, UsageError, MachineError.
     """
@@ -46,7 +46,7 @@ def write_run_page(
 
 
 def overlays_of(evidence: "Mapping[int, Evidence]") -> dict[int, str]:
-    """The pictures of maps of evidence, by position."""
+    """Saliency overlays as `data:` URLs by position."""
     if not evidence:
         return {}
     from resnet_dist.report.overlays import overlay_address  # it imports matplotlib, which takes a second
@@ -64,12 +64,12 @@ def write_page(file: Path, title: str, content: Mapping[str, Any]) -> None:
         "SCRIPT": script,
         "CONTENT": script_json(content),
     }
-    # All at once: what is put in may itself contain such names.
+    # One substitution for all names, because the inserted text may itself contain them.
     write_atomically(file, re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], _part("page.html")))
 
 
 def policy(style: str, script: str) -> str:
-    """A Content-Security-Policy under which just this style and this script work, and nothing is ever loaded."""
+    """A Content-Security-Policy that allows only this style and this script, and loads nothing."""
     style_hash, script_hash = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)
     )
@@ -80,7 +80,7 @@ def policy(style: str, script: str) -> str:
 
 
 def script_json(content: Mapping[str, Any]) -> str:
-    """JSON that can stand in a script element: no class or file name in it can end the element or begin another."""
+    """JSON for a script element, escaped so that no class or file name can close the element or open another."""
     text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

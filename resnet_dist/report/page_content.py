@@ -1,4 +1,4 @@
-"""What `report.html` shows of an evaluation, and of the run that it belongs to."""
+"""The content of `report.html`: an evaluation, and the run that it belongs to."""
 
 import json
 import math
@@ -19,27 +19,27 @@ from resnet_dist.report.on_disk import RunRecord, understood
 from resnet_dist.report.pictures import pictures
 from resnet_dist.runtime.wording import counted
 
-MOST_LISTED = 20_000  # evaluated images that the page lists; the worst ones where there are more
-MOST_JUDGED = 500  # labels of each ranking that the page shows
-MOST_PICTURED = 150  # of each ranking, which have pictures before others do
+MOST_LISTED = 20_000  # evaluated images that the page lists; those with the highest losses if there are more
+MOST_JUDGED = 500  # labels per ranking that the page shows
+MOST_PICTURED = 150  # labels per ranking that get a picture before other images do
 MOST_PAIRS = 200
-MOST_POINTS = 400  # of a curve
-MOST_DOTS = 2_000  # of the map
+MOST_POINTS = 400  # per curve
+MOST_DOTS = 2_000  # on the map
 MATRIX = 100  # classes that the confusion matrix shows
-CLASS_COLUMNS = ("class", "images", "precision", "recall", "F1", "most often taken for")
-PER_CELL = 6  # pictures of each cell of the confusion matrix before other images get one
+CLASS_COLUMNS = ("class", "images", "precision", "recall", "F1", "most often confused with")
+PER_CELL = 6  # pictures per cell of the confusion matrix before other images get one
 
 
 @dataclass
 class Images:
-    """The images of a page: the evaluated ones first, then others that a section shows. One row each."""
+    """The images of a page, one row each: first the evaluated images, then those that other sections show."""
 
     root: Path
     columns: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     rows: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def row(self, split: str, path: str, target: int, record: tuple[int, float, float] = (-1, 0.0, 0.0)) -> int:
-        """The row of an image, a new one where it has none. `record`: prediction (-1 for none), loss, confidence."""
+        """The row of an image; it is added if necessary. `record`: prediction (-1 for none), loss, confidence."""
         if (split, path) not in self.rows:
             self.rows[split, path] = len(self.rows)
             values = (path, split, target, record[0], _rounded(record[1]), _rounded(record[2]))
@@ -50,14 +50,14 @@ class Images:
         return self.rows[split, path]
 
     def with_pictures(self, needed: Sequence[int], made: Mapping[Path, Image.Image]) -> dict[str, list[Any]]:
-        """The columns, with pictures of the rows in the order in which they are needed, as far as there is room.
+        """The columns and a column of pictures. Rows get a picture in the order of `needed`, up to the total size.
 
-        `made`: thumbnails by file that need not be made again.
+        `made`: existing thumbnails by file.
         """
         order = list(dict.fromkeys(needed))
         column = [""] * len(self.rows)
-        found = pictures([self.root / self.columns["path"][row] for row in order], made)
-        for row, picture in zip(order, found, strict=True):
+        urls = pictures([self.root / self.columns["path"][row] for row in order], made)
+        for row, picture in zip(order, urls, strict=True):
             column[row] = picture
         return {**self.columns, "picture": column}
 
@@ -67,8 +67,8 @@ def evaluation_content(
 ) -> dict[str, Any]:
     """Everything that the page shows, as plain JSON values.
 
-    `run` is what is known of the run if this is a run's own page, `data` the summary of a look at all of its images
-    (see `data.check`), `overlays` pictures of where the evidence is, by position in the evaluation.
+    `run`: the record of the run if this is the page of a run. `data`: the summary of `data.check` for all images of the
+    run. `overlays`: saliency overlays by position in the evaluation.
     """
     records, classes = evaluation.records, evaluation.classes
     counts = evaluation.confusion
@@ -116,7 +116,7 @@ def _worst_first(evaluation: Evaluation) -> np.ndarray:
 
 
 def _by_need(records: Records, listed: np.ndarray) -> list[int]:
-    """Positions in the order in which they should have a picture: first a few of every cell, then all, worst first."""
+    """Positions in the order in which they get a picture: a few per cell of the confusion matrix, then the others."""
     seen: Counter[tuple[int, int]] = Counter()
     first: list[int] = []
     later: list[int] = []
@@ -138,7 +138,7 @@ def _evaluated_row(images: Images, evaluation: Evaluation, position: int) -> int
 
 
 def _matrix_classes(counts: np.ndarray) -> list[int]:
-    """The classes of the matrix in their order: all, or those that take part in most mistakes."""
+    """The classes of the matrix in class order: all, or those with the most mistakes."""
     mistakes = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
     return sorted(np.argsort(-mistakes, kind="stable")[:MATRIX].tolist())
 
@@ -148,19 +148,19 @@ def _class_rows(evaluation: Evaluation, training: Mapping[str, int]) -> list[lis
     np.fill_diagonal(others, 0)
     rows = []
     for number, row in enumerate(evaluation.per_class):
-        taken_for = int(others[number].argmax())
-        confused = f"{classes[taken_for]} ({others[number, taken_for]})" if others[number, taken_for] else None
+        other = int(others[number].argmax())
+        confused = f"{classes[other]} ({others[number, other]})" if others[number, other] else None
         scores = [None if row[name] is None else _rounded(row[name]) for name in ("precision", "recall", "f1")]
         rows.append([row["class"], row["images"], *scores, confused, *([training[row["class"]]] if training else [])])
     return rows
 
 
 def _map(evaluation: Evaluation, place: Mapping[int, int]) -> list[list[float]] | None:
-    """[row, x, y] of listed images: the two principal components of their features, if these were kept."""
+    """[row, x, y] of listed images: the two principal components of their features; None without features."""
     features = evaluation.records.features
     if features is None or len(features) < 3:
         return None
-    from sklearn.decomposition import PCA  # seconds to import, and few maps are drawn
+    from sklearn.decomposition import PCA  # it takes seconds to import
 
     points = PCA(2, svd_solver="randomized", random_state=0).fit_transform(features)
     return [[place[at], _rounded(points[at, 0]), _rounded(points[at, 1])] for at in list(place)[:MOST_DOTS]]
@@ -173,29 +173,29 @@ def _evaluated_errors(evaluation: Evaluation, place: Mapping[int, int]) -> dict[
     title = f"Evaluated images ({evaluation.split})"
     if evaluation.split == "train":
         return {"title": title, "note": "The network learned these labels, so it cannot judge them.", "rows": []}
-    found = confident_learning.find_in_records(evaluation.records, len(evaluation.classes))
-    told = found.order.tolist() if found.judge.can_tell else []
+    errors = confident_learning.find_in_records(evaluation.records, len(evaluation.classes))
+    ranked = errors.order.tolist() if errors.judge.can_tell else []
     rows = [
         [
             place[position],
-            int(found.likely[position]),
-            _rounded(found.quality[position]),
-            bool(found.suspected[position]),
+            int(errors.likely[position]),
+            _rounded(errors.quality[position]),
+            bool(errors.suspected[position]),
         ]
-        for position in told
+        for position in ranked
         if position in place
     ]
-    note = found.judge.sentence(int(found.suspected.sum()), "the network")
-    if found.judge.can_tell:
-        note += " The quality of a label is low where another class is much more probable."
+    note = errors.judge.sentence(int(errors.suspected.sum()), "the network")
+    if errors.judge.can_tell:
+        note += " The quality of a label is low if another class is much more probable."
     return {"title": title, "note": note, "rows": rows[:MOST_JUDGED]}
 
 
 def _training_errors(run: RunRecord, images: Images, classes: Sequence[str]) -> dict[str, Any]:
     if run.label_errors is None:
-        note = f"Not looked for yet: `resnet-dist label-errors {run.path}` judges them, out of fold."
+        note = f"Not checked yet. `resnet-dist label-errors {run.path}` checks them by cross-validation."
         return {"title": "Training images", "note": note, "rows": []}
-    number, found = {name: index for index, name in enumerate(classes)}, run.label_errors
+    number, labels = {name: index for index, name in enumerate(classes)}, run.label_errors
     with understood(run.path / "label_errors.csv"):
         rows = [
             [
@@ -204,23 +204,25 @@ def _training_errors(run: RunRecord, images: Images, classes: Sequence[str]) -> 
                 _rounded(float(row["quality"])),
                 row["suspected"] == "1",
             ]
-            for row in found[:MOST_JUDGED]
+            for row in labels[:MOST_JUDGED]
         ]
-        right = np.array([float(row["quality"]) >= 0.5 for row in found])
-        judge = confident_learning.Judge.of(right, np.array([number[row["label"]] for row in found]))
-    note = judge.sentence(sum(row["suspected"] == "1" for row in found), confident_learning.OUT_OF_FOLD)
+        right = np.array([float(row["quality"]) >= 0.5 for row in labels])
+        judge = confident_learning.Judge.of(right, np.array([number[row["label"]] for row in labels]))
+    note = judge.sentence(sum(row["suspected"] == "1" for row in labels), confident_learning.OUT_OF_FOLD)
     return {"title": "Training images", "note": note, "rows": rows if judge.can_tell else []}
 
 
 def _near_duplicates(
     data: Mapping[str, Any] | None, images: Images, classes: Sequence[str]
 ) -> tuple[list[list[int]], str]:
-    """Pairs of rows that look alike, at least one of a pair a training image, and a sentence about them."""
+    """Pairs of rows that look alike, at least one of them a training image, and a sentence about them."""
     if data is None:
-        return [], "Not looked for, as there are many images: `resnet-dist report RUN` looks at all of them."
+        return [], "Not checked, because there are many images. `resnet-dist report RUN` checks all of them."
     pairs = [[group[0], other] for group in data["duplicates"] for other in group[1:]] + data["near_duplicates"]
     pairs = [pair for pair in pairs if "train" in (pair[0]["split"], pair[1]["split"])]
-    across = [pair for pair in pairs if pair[0]["split"] != pair[1]["split"]]  # first: those flatter the score
+    across = [
+        pair for pair in pairs if pair[0]["split"] != pair[1]["split"]
+    ]  # these come first: they make the score too good
     within = [pair for pair in pairs if pair[0]["split"] == pair[1]["split"]]
     number = {name: index for index, name in enumerate(classes)}
     rows = [
@@ -232,7 +234,7 @@ def _near_duplicates(
 
 
 def _data_rows(data: Mapping[str, Any]) -> list[list[str]]:
-    """(what, how much) of the images, from what a look at all of them found."""
+    """(name, text) rows about the images, from the summary of `data.check`."""
     counts = {split: labels.values() for split, labels in data["per_class"].items()}
     rows = [
         [f"images in {split}", f"{sum(n)} of {len(n)} classes, {min(n)} to {max(n)} each"]
@@ -242,10 +244,10 @@ def _data_rows(data: Mapping[str, Any]) -> list[list[str]]:
     if side:
         rows.append(["short side", f"{side['min']} to {side['max']} pixels, median {side['median']}"])
         rows.append(["aspect ratio", f"median {ratio['median']:.2f}, at most {ratio['max']:.2f}"])
-        rows.append(["cut off by evaluation's crop", f"{100 * crop['mean_share_cut']:.0f} % of the area on average"])
+        rows.append(["cut off by the evaluation crop", f"{100 * crop['mean_share_cut']:.0f} % of the area on average"])
     for name in ("formats", "modes"):
         rows.append([name, ", ".join(f"{key} {count}" for key, count in sorted(data[name].items()))])
-    rows.append(["turned by Exif", str(data["rotated"])])
+    rows.append(["rotated by Exif", str(data["rotated"])])
     for name in ("errors", "wrong_extension", "tiny"):
         rows.append([name.replace("_", " "), str(len(data[name]))])
     return [*rows, ["identical files under several labels", str(data["contradictions"])]]
@@ -276,7 +278,7 @@ def _of_epochs(epochs: Sequence[Mapping[str, float]]) -> Iterator[dict[str, Any]
             yield {"title": title, "x": "epoch", "log": False, "phases": phases, "series": series}
 
 
-# Words
+# Sentences
 
 
 def _about(evaluation: Evaluation, run: RunRecord | None) -> list[str]:
@@ -291,12 +293,16 @@ def _about(evaluation: Evaluation, run: RunRecord | None) -> list[str]:
 
 
 def _images_note(total: int, listed: int) -> str:
-    more = "" if listed == total else f" These are the {listed} worst of {total}; predictions.csv has all."
-    return f"Mark images to leave out, and export their list as CSV.{more}"
+    more = (
+        ""
+        if listed == total
+        else f" The {listed} of {total} images with the highest losses are listed; predictions.csv has all."
+    )
+    return f"Mark the images to exclude, and export the list as CSV.{more}"
 
 
 def _overlays_note(there: bool) -> str:
-    return "Beside each image, Grad-CAM shows where the evidence for the prediction lies." if there else ""
+    return "Next to each image, Grad-CAM shows which regions led to the prediction." if there else ""
 
 
 def _headline(evaluation: Evaluation) -> list[list[Any]]:
@@ -323,5 +329,5 @@ def _or_gap(value: float) -> float | None:
 
 
 def _rounded(value: float) -> float:
-    """Four significant digits, which is what a page shows and more; a value that is not finite becomes a huge one."""
+    """The value with four significant digits; 1e9 if it is not finite."""
     return float(f"{value:.4g}") if math.isfinite(value) else 1e9

@@ -1,4 +1,4 @@
-"""Small pictures as `data:` addresses, as many as a page has room for."""
+"""Small pictures for a page as `data:` URLs, up to a total size."""
 
 import base64
 import io
@@ -13,20 +13,19 @@ from export.predict import ImageError, decode
 from resnet_dist.data.pictures import thumbnail
 from resnet_dist.runtime import environment as launcher
 
-ROOM = 9_000_000  # characters of all pictures of a page together
+ROOM = 9_000_000  # characters for all pictures of a page
 BATCH = 64
 
 
 def data_address(image: Image.Image, quality: int = 72) -> str:
-    """The image as a JPEG in a `data:` address."""
+    """The image as a JPEG in a `data:` URL."""
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def picture(file: Path, made: Mapping[Path, Image.Image]) -> str:
-    """An upright copy of at most 128 pixels a side, of those that are made already or from the file; "" if the file is
-    gone or cannot be read any more."""
+    """The thumbnail of a file as a `data:` URL: from `made`, or decoded. Returns "" if the file cannot be read."""
     if file in made:
         return data_address(made[file])
     try:
@@ -36,17 +35,16 @@ def picture(file: Path, made: Mapping[Path, Image.Image]) -> str:
 
 
 def pictures(files: Sequence[Path], made: Mapping[Path, Image.Image], room: int = ROOM) -> list[str]:
-    """One address per file, in order, until `room` characters are used up; "" for the files after that.
+    """One URL per file, in order, until `room` characters are used; "" for the remaining files.
 
-    `made`: thumbnails by file, so that their images are not decoded again. A pool of threads decodes the others:
-    Pillow works without the interpreter's lock.
+    `made`: existing thumbnails by file. Threads decode the other files, because Pillow releases the interpreter's lock.
     """
-    found: list[str] = []
+    urls: list[str] = []
     with ThreadPoolExecutor(launcher.cores()) as pool:
         for start in range(0, len(files), BATCH):
-            found += pool.map(lambda file: picture(file, made), files[start : start + BATCH])
-            if sum(map(len, found)) > room:
+            urls += pool.map(lambda file: picture(file, made), files[start : start + BATCH])
+            if sum(map(len, urls)) > room:
                 break
-    ends = np.cumsum([len(address) for address in found])
-    kept = [address if end <= room else "" for address, end in zip(found, ends.tolist(), strict=True)]
-    return kept + [""] * (len(files) - len(kept))
+    ends = np.cumsum([len(url) for url in urls])
+    embedded = [url if end <= room else "" for url, end in zip(urls, ends.tolist(), strict=True)]
+    return embedded + [""] * (len(files) - len(embedded))

@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG. Every function draws plain data that it is given."""
+"""Plots as PNG files. Every function draws plain data."""
 
 import io
 import math
@@ -29,9 +29,9 @@ def _figure(
 
 
 def _save(figure: Figure, file: Path, dpi: int) -> None:
-    """Write a PNG, whole or not at all. Raises MachineError.
+    """Write a PNG atomically. Raises MachineError.
 
-    The constrained layout has made room for everything: no `bbox_inches="tight"`, which draws twice.
+    `bbox_inches="tight"`, which draws twice, is not needed: the constrained layout leaves room for everything.
     """
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=dpi, pil_kwargs={"compress_level": 3})
@@ -39,7 +39,7 @@ def _save(figure: Figure, file: Path, dpi: int) -> None:
 
 
 def curves(file: Path, epochs: Sequence[Mapping[str, float]]) -> None:
-    """Loss and accuracy of every epoch, training and validation; a dashed line where a phase begins."""
+    """Loss and accuracy per epoch in training and validation; a dashed line marks the start of a phase."""
     figure, (left, right) = _figure(1, 2, 10, 4)
     x = [row["epoch"] for row in epochs]
     for axes, metric in ((left, "loss"), (right, "top1")):
@@ -57,7 +57,7 @@ def curves(file: Path, epochs: Sequence[Mapping[str, float]]) -> None:
 
 
 def learning_rates(file: Path, steps: Sequence[Mapping[str, Any]]) -> None:
-    """The learning rate of every parameter group over the optimizer steps, on a logarithmic axis."""
+    """The learning rate of every parameter group per optimizer step, on a logarithmic axis."""
     figure, (axes,) = _figure(1, 1, 8, 4)
     names = list(dict.fromkeys(name for row in steps for name in row["lr"]))
     for name in names:
@@ -79,7 +79,7 @@ def lr_range(
     smoothed: Sequence[float],
     suggested: Mapping[str, float],
 ) -> None:
-    """Loss over the learning rate, raw and smoothed, with a mark at each suggested rate."""
+    """Raw and smoothed loss over the learning rate, with a mark at each suggested rate."""
     figure, (axes,) = _figure(1, 1, 8, 4)
     axes.plot(rates, losses, color="grey", alpha=0.4, linewidth=1, label="loss")
     axes.plot(rates, smoothed, label="smoothed")
@@ -93,9 +93,9 @@ def lr_range(
 
 
 def compared_curves(file: Path, techniques: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> None:
-    """Validation loss and accuracy of every technique over its epochs: a thin line per seed, a thick one for the mean.
+    """Validation loss and accuracy of techniques per epoch: a thin line per seed and a thick line for the mean.
 
-    `techniques` holds, by name, the epochs of each of its runs; the mean ends where the shortest run does.
+    `techniques`: for each name, the epochs of each of its runs. The mean ends with the shortest run.
     """
     figure, (left, right) = _figure(1, 2, 12, 4.5)
     for axes, metric in ((left, "val_loss"), (right, "val_top1")):
@@ -119,11 +119,11 @@ def compared_curves(file: Path, techniques: Mapping[str, Sequence[Sequence[Mappi
 
 
 def confusion_matrix(file: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
-    """Rows are true classes, columns predictions, colour the share of the row; numbers are images."""
+    """Rows are true classes, columns are predictions. Colours show the share of the row, numbers count images."""
     n = len(classes)
     side = min(4 + 0.35 * n, 24)
     figure, (axes,) = _figure(1, 1, side + 1, side)
-    figure.set_layout_engine("compressed")  # "constrained" cuts a label off where the aspect of the axes is fixed
+    figure.set_layout_engine("compressed")  # "constrained" cuts off a label if the aspect of the axes is fixed
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if n <= 60:
@@ -142,10 +142,10 @@ def confusion_matrix(file: Path, counts: np.ndarray, classes: Sequence[str]) -> 
 def image_grid(
     file: Path, images: Sequence[np.ndarray], titles: Sequence[str], right: Sequence[bool] | None = None
 ) -> None:
-    """Images, uint8 (H, W, 3), four in a row, each under its title; green where `right`, red where not."""
+    """Images, uint8 (H, W, 3), four in a row, with titles: green if `right`, red if not, black without `right`."""
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
-    # One plain axes for all of them: laying out sixteen takes a second.
+    # A single axes for all images, because the layout of sixteen takes a second.
     figure = Figure(figsize=(2.6 * columns, 3.1 * rows))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 2.6 * columns), ylim=(3.1 * rows, 0), aspect="equal")
     axes.set_axis_off()
@@ -160,16 +160,16 @@ def image_grid(
     _save(figure, file, 100)
 
 
-def reliability_diagram(file: Path, found: Reliability) -> None:
+def reliability_diagram(file: Path, measured: Reliability) -> None:
     """Accuracy over confidence in 15 bins, with the gap to the diagonal, above the number of images of each bin."""
     figure, (above, below) = _figure(2, 1, 5.5, 6.5, heights=(3, 1))
     edges = np.arange(BINS + 1) / BINS
     middle, width = (edges[1:] + edges[:-1]) / 2, 1 / BINS
-    there = found.images > 0
-    accuracy, confidence = found.accuracy[there], found.confidence[there]
-    above.bar(middle[there], accuracy, 0.94 * width, color="#5b8fd9", label="accuracy")
+    used = measured.images > 0
+    accuracy, confidence = measured.accuracy[used], measured.confidence[used]
+    above.bar(middle[used], accuracy, 0.94 * width, color="#5b8fd9", label="accuracy")
     above.bar(
-        middle[there],
+        middle[used],
         confidence - accuracy,
         0.94 * width,
         bottom=accuracy,
@@ -179,15 +179,15 @@ def reliability_diagram(file: Path, found: Reliability) -> None:
         label="gap to the confidence",
     )
     above.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
-    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"expected calibration error {found.error:.4f}")
+    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"expected calibration error {measured.error:.4f}")
     above.legend(loc="upper left")
-    below.bar(middle, found.images, 0.94 * width, color="grey")
+    below.bar(middle, measured.images, 0.94 * width, color="grey")
     below.set(xlim=(0, 1), xlabel="confidence of the best class", ylabel="images")
     _save(figure, file, 100)
 
 
 def embedding_map(file: Path, features: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> None:
-    """Features, float32 (n, F), on their two principal axes, coloured by class (targets, int64 (n,))."""
+    """Features, float32 (n, F), projected to their two principal axes and coloured by class (targets, int64 (n,))."""
     places, shares = principal_axes(features)
     figure, (axes,) = _figure(1, 1, 8, 6.5)
     present = np.unique(targets)
@@ -195,7 +195,7 @@ def embedding_map(file: Path, features: np.ndarray, targets: np.ndarray, classes
     colours = colormaps[few] if len(present) <= 20 else colormaps["turbo"].resampled(len(present))
     for number, target in enumerate(present):
         rows = targets == target
-        name = " " + shortened(classes[target], 24)  # a label that begins with "_" would be left out
+        name = " " + shortened(classes[target], 24)  # matplotlib leaves out labels that begin with "_"
         axes.scatter(places[rows, 0], places[rows, 1], s=14, color=colours(number), label=name, alpha=0.8, linewidths=0)
     x, y = (f"principal axis {n}: {100 * share:.0f} % of the variance" for n, share in enumerate(shares, 1))
     axes.set(xlabel=x, ylabel=y)
@@ -207,13 +207,14 @@ def embedding_map(file: Path, features: np.ndarray, targets: np.ndarray, classes
 
 
 def principal_axes(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features, float (n, F), on their two principal axes, float32 (n, 2), and these axes' shares of the variance (2,).
+    """Project features, float (n, F), to their two principal axes.
 
-    The signs are scikit-learn's, so equal features give equal places. With one image, everything is 0.
+    Returns coordinates, float32 (n, 2), and the share of the variance of each axis, (2,). The signs are those of
+    scikit-learn, so equal features give equal coordinates. With a single image, everything is 0.
     """
     if len(features) < 2:
         return np.zeros((len(features), 2), np.float32), np.zeros(2)
-    from sklearn.decomposition import PCA  # seconds to import, and few maps are drawn
+    from sklearn.decomposition import PCA  # it takes seconds to import
 
     model = PCA(2, svd_solver="full" if min(features.shape) < 500 else "randomized", random_state=0)
     places = model.fit_transform(features.astype(np.float64))

@@ -1,4 +1,4 @@
-"""Report on a run whose training has ended: draw its plots and write its report.html from what it left on disk."""
+"""Draw the plots of a finished run and write its report.html from the files in the run folder."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Draw the plots of a run and write its report.html again, with what was found since: label errors of training
-    images, near duplicates."""
+    """Draw the plots of a finished run and write its report.html again. The page then includes near duplicates and the
+    label errors that `label-errors` found."""
 
     run: str | None = option(None, positional=True)
-    """A run folder whose training has ended."""
+    """The folder of a finished run."""
     near_duplicates: bool = True
-    """Look for near duplicates among all images; the findings are cached, as by `check`."""
+    """Look for near duplicates among all images. The cache of `check` is used."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the settings, one line each."""
@@ -31,7 +31,10 @@ class ReportConfig:
 
 
 def run_report(cfg: ReportConfig) -> Path:
-    """Write the plots and the page; returns the page. Raises UsageError, DataError, ArtifactError, MachineError."""
+    """Write the plots and the page. Returns the path of the page.
+
+    Raises UsageError, DataError, ArtifactError, MachineError.
+    """
     from resnet_dist.evaluation.evidence import evidence_of
     from resnet_dist.files.run import is_run, read_facts
     from resnet_dist.model.checkpoint import load_checkpoint
@@ -39,17 +42,17 @@ def run_report(cfg: ReportConfig) -> Path:
     from resnet_dist.report.training import write_run_report
 
     run = Path(cfg.run or "")
-    if read_facts(run) and not is_run(run):  # a report.html in it may be somebody else's
-        raise UsageError(f"{run}: its run.json is not that of a run")
+    if read_facts(run) and not is_run(run):  # its report.html may belong to another program
+        raise UsageError(f"{run}: its run.json does not belong to a training run")
     model, description = load_checkpoint(run / "checkpoints" / "best.safetensors")
     evaluation = read_run_evaluation(run, description.classes, description.preprocessing)
-    findings = look_at(index_of(run, evaluation)) if cfg.near_duplicates else None
-    has_images = evaluation.root.is_dir()  # otherwise the page says that they are gone
+    findings = look_at(index_of(run, evaluation), evaluation) if cfg.near_duplicates else None
+    has_images = evaluation.root.is_dir()  # otherwise the page says that the images are missing
     return write_run_report(read_run_record(run), evaluation, evidence_of(model, evaluation), findings, has_images)
 
 
 def index_of(run: Path, evaluation: "Evaluation") -> "ImageIndex":
-    """All images of a run. Raises DataError if they are no longer there."""
+    """The index of all images of a run. Raises DataError if they no longer exist."""
     import numpy as np
 
     from resnet_dist.data.index import ImageIndex, ImageTable, PathTable, read_run_part
@@ -62,12 +65,18 @@ def index_of(run: Path, evaluation: "Evaluation") -> "ImageIndex":
     return ImageIndex(evaluation.root, classes, train, val, test)
 
 
-def look_at(index: "ImageIndex") -> "list[Finding]":
-    """What a look at every image finds, from the cache of `check` where it has been looked at before."""
+def look_at(index: "ImageIndex", evaluation: "Evaluation") -> "list[Finding]":
+    """Check every image, or read the finding from the cache of `check`.
+
+    The pictures of a small data set are kept for the report, so that no image is decoded twice.
+    """
     from resnet_dist.data.check import Cache, look_at_all
     from resnet_dist.data.check_report import cache_file
+    from resnet_dist.data.pictures import MOST_KEPT
 
     cache = Cache(cache_file(index.root))
-    findings = look_at_all(index, full=True, cache=cache)
+    images = len(index.train) + len(index.val) + len(index.test)
+    seen = evaluation.pictures.keep if images <= MOST_KEPT else None
+    findings = look_at_all(index, full=True, cache=cache, seen=seen)
     cache.save()
     return findings

@@ -1,4 +1,4 @@
-"""The plots and the page of a run whose training has ended."""
+"""Write the plots and the page of a finished run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +23,10 @@ def write_run_report(
     findings: Sequence[Finding] | None,
     with_images: bool = True,
 ) -> Path:
-    """Draw the plots of a run and write its report.html; returns the page.
+    """Draw the plots of a run and write its report.html. Returns the path of the page.
 
-    `evidence`: what Grad-CAM shows, by position; `findings`: what a look at all images found; `with_images`: whether
-    the plots of the evaluation, which show some images, are drawn. Raises ArtifactError, DataError, MachineError.
+    `evidence`: Grad-CAM maps by position. `findings`: the results of `check` for all images. `with_images`: whether to
+    draw the plots of the evaluation, some of which show images. Raises ArtifactError, DataError, MachineError.
     """
     folder = inside(run.path, "plots")
     plots.curves(folder / "curves.png", run.epochs)

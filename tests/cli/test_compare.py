@@ -141,7 +141,7 @@ def test_runs_that_cannot_be_compared(compared: Path, tmp_path: Path, refused: R
     running = copied(run, tmp_path / "running")
     facts = json.loads((running / "run.json").read_text())
     (running / "run.json").write_text(json.dumps({**facts, "status": "running"}))
-    assert "this run is not done" in refused(2, "compare", "--runs", running, *out)
+    assert "this run is not finished" in refused(2, "compare", "--runs", running, *out)
     damaged = copied(run, tmp_path / "damaged")
     (damaged / "eval/val/predictions.csv").write_text("path,prediction\nx,y\n")
     assert "missing or damaged" in refused(6, "compare", "--runs", damaged, *out)
@@ -149,7 +149,7 @@ def test_runs_that_cannot_be_compared(compared: Path, tmp_path: Path, refused: R
     table = other / "eval/val/predictions.csv"
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-3]))
     said = refused(2, "compare", "--runs", f"{run},{other}", *out)
-    assert "have not the same validation images (3 differ, such as" in said
+    assert "have different validation images (3 differ, such as" in said
 
 
 def test_what_compare_does_not_take(folder: Path, refused: Refused) -> None:

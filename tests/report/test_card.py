@@ -158,7 +158,7 @@ def test_card_says_if_timm_cannot_load_the_network(tmp_path: Path, capsys: pytes
     assert "timm cannot load it (head mlp and small stem)" in capsys.readouterr().out
     assert sorted(file.name for file in (run / "hub").iterdir()) == ["README.md", "model.safetensors"]
     card = (run / "hub/README.md").read_text()
-    assert "timm and torchvision have no such network" in card and "timm.create_model" not in card
+    assert "timm and torchvision cannot build this network" in card and "timm.create_model" not in card
     model, _ = load_checkpoint(run / "hub/model.safetensors")
     assert not model.training
 
@@ -241,7 +241,7 @@ def test_failed_upload_gives_one_line(run: Path, server: Hub, tmp_path: Path, re
 
 
 def test_hub_refuses_wrong_input(run: Path, tmp_path: Path, refused: Refused) -> None:
-    assert "not the name of a repository" in refused(2, "hub", run, "--push-to-hub", "a/b/c d")
+    assert "must be the name of a repository" in refused(2, "hub", run, "--push-to-hub", "a/b/c d")
     assert "--private needs --push-to-hub" in refused(2, "hub", run, "--private")
     assert "RUN is missing" in refused(2, "hub")
     assert "not a run folder" in refused(2, "hub", tmp_path)

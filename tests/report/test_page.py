@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
@@ -18,8 +19,11 @@ import pytest
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from export import predict
 from export.predict import Preprocessing
 from resnet_dist.cli.main import main
+from resnet_dist.data import check
+from resnet_dist.data import pictures as data_pictures
 from resnet_dist.data.check import look, report_on, summary
 from resnet_dist.errors import ArtifactError
 from resnet_dist.report import page_content
@@ -200,7 +204,7 @@ def test_more_images_than_can_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
     content = evaluation_content(evaluation, None, None, {})
     assert content["listed"] == len(content["images"]["path"]) == 30
     assert sum(count for *_, count in content["confusion"]) == 60
-    assert "30 worst of 60" in content["images_note"]
+    assert "30 of 60 images with the highest losses" in content["images_note"]
     wrong = int((evaluation.records.prediction != evaluation.records.target).sum())
     listed_wrong = sum(
         t != p for t, p in zip(content["images"]["target"], content["images"]["prediction"], strict=True)
@@ -222,7 +226,7 @@ def test_missing_or_foreign_evaluation_is_refused(tmp_path: Path, refused: Calla
     assert "not a run folder" in refused(2, "report", tmp_path)
     evaluation = made_evaluation(tmp_path / "a", CLASSES, 6)
     with pytest.raises(
-        ArtifactError, match=r"predictions\.csv: damaged, or of another run \('cat' is missing or unknown\)"
+        ArtifactError, match=r"predictions\.csv: damaged, or from another run \('cat' is missing or unknown\)"
     ):
         read_evaluation(tmp_path / "a" / "eval", evaluation.root, "val", ("x", "y", "z"), evaluation.spec)
     with pytest.raises(ArtifactError, match="cannot be read"):
@@ -234,7 +238,7 @@ def test_missing_or_foreign_evaluation_is_refused(tmp_path: Path, refused: Calla
     [
         ("metrics.json", "{", "metrics.json: damaged, not JSON"),
         ("metrics.json", "[1]", "metrics.json: damaged, not a JSON object"),
-        ("metrics.json", "{}", "metrics.json: damaged, or of another run ('intervals' is missing"),
+        ("metrics.json", "{}", "metrics.json: damaged, or from another run ('intervals' is missing"),
         ("embeddings.npy", "no array", "embeddings.npy: damaged"),
     ],
 )
@@ -259,14 +263,15 @@ def test_labels_of_training_images_are_not_judged(tmp_path: Path) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run on images of which one is in train and in val, with its data beside it.
 
-    Its pictures come from the look for near duplicates: no image is decoded again for them.
+    The check for near duplicates decodes every image; the report must not decode one again.
     """
     place = tmp_path_factory.mktemp("report")
     data = make_folder(place / "data")
     shutil.copy(data / "train" / "cat" / "train000.png", data / "val" / "cat" / "copy.png")
     options = [*WITH_REPORT, "-b", "8", "--epochs", "2", "--recipe", "discriminative"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_pictures, "decode", lambda file: pytest.fail(f"{file} is decoded again"))
+        for module, name in ((report_pictures, "decode"), (data_pictures, "decoded")):
+            patch.setattr(module, name, lambda file: pytest.fail(f"{file} is decoded again"))
         assert main(["train", str(data), "-o", str(place / "run"), *options]) == 0
     return place / "run"
 
@@ -287,6 +292,26 @@ def test_a_run_ends_with_its_page(run: Path) -> None:
     (pair,) = content["near_duplicates"]
     assert {content["images"]["path"][row] for row in pair} == {"train/cat/train000.png", "val/cat/copy.png"}
     assert "1 of them across splits" in content["duplicates_note"]
+
+
+def test_report_decodes_every_image_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once if the cache of findings is empty, and at most once if it is full."""
+    counts: Counter[str] = Counter()
+
+    def counted(source: Any) -> AbstractContextManager[predict.OpenFile]:
+        counts[str(source)] += isinstance(source, Path)  # a file that is open already is not opened again
+        return original(source)
+
+    original = predict.file_of
+    for module in (predict, check):
+        monkeypatch.setattr(module, "file_of", counted)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["report", str(run)]) == 0
+    decoded = [count for count in counts.values() if count]
+    assert decoded == [1] * (24 + 16)
+    counts.clear()
+    assert main(["report", str(run)]) == 0
+    assert max(counts.values()) == 1
 
 
 def test_page_written_again_is_the_same(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +363,7 @@ def test_damaged_run_gives_one_line(run: Path, tmp_path: Path, refused: Callable
     assert "metrics.jsonl: damaged" in refused(6, "report", copy, "--no-near-duplicates")
     shutil.copy(run / "metrics.jsonl", copy)
     (copy / "label_errors.csv").write_text("path,label,likely,quality,suspected\na.png,cat,cow,0.5,1\n")
-    assert "label_errors.csv: damaged, or of another run ('cow'" in refused(6, "report", copy, "--no-near-duplicates")
+    assert "label_errors.csv: damaged, or from another run ('cow'" in refused(6, "report", copy, "--no-near-duplicates")
 
 
 def test_missing_images_are_listed_without_pictures(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -346,7 +371,7 @@ def test_missing_images_are_listed_without_pictures(run: Path, tmp_path: Path, r
     shutil.copytree(run, copy)
     facts = json.loads((run / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps(facts | {"data_root": str(tmp_path / "gone")}))
-    assert "gone: the images of this run are no longer there" in refused(3, "report", copy)
+    assert "gone: the images of this run no longer exist" in refused(3, "report", copy)
     assert main(["report", str(copy), "--no-near-duplicates"]) == 0
     content = content_of(copy / "report.html")
     assert content["images"]["picture"] == [""] * 16 and content["overlays"] == {}

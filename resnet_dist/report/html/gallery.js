@@ -1,4 +1,4 @@
-// Images as cards, a page at a time; marks, and their CSV.
+// Images as cards on pages, marks, and the CSV of the marked images.
 
 const PAGE = 24;
 const marked = new Set();
@@ -19,7 +19,7 @@ function card(row, extra = {}) {
     el("b", {}, prediction), ` ${shown(images.confidence[row])}, loss ${shown(images.loss[row])}`));
   return el("li", { class: marked.has(row) ? "card chosen" : "card", "data-card": row },
     el("div", { class: "pictures" }, picture(row, images.picture[row], alt),
-      extra.overlay ? picture(row, extra.overlay, `Grad-CAM of ${path}: where the evidence for ${prediction} lies`) : null),
+      extra.overlay ? picture(row, extra.overlay, `Grad-CAM of ${path}: regions that led to ${prediction}`) : null),
     ...lines, ...(extra.lines || []).map((text) => el("p", {}, text)),
     el("p", { class: "path" }, path), el("label", {}, box, " mark"));
 }
@@ -42,7 +42,7 @@ function showMarked() {
 
 const csvCell = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
 
-// UTF-8, but a byte of a file name that is no UTF-8 (it came as a lone surrogate, U+DC80 to U+DCFF) is that byte again.
+// Encodes text as UTF-8. A lone surrogate U+DC80 to U+DCFF stands for an undecodable byte of a file name and is written as that byte.
 function bytesOf(text) {
   const parts = text.split(/([\udc80-\udcff])/u);
   return parts.map((part, place) => (place % 2 ? new Uint8Array([part.charCodeAt(0) - 0xdc00]) : part));
@@ -57,7 +57,7 @@ function exportMarked() {
   setTimeout(() => URL.revokeObjectURL(address), 1000);
 }
 
-// Items a page at a time. Returns [element, show], where show(items) begins with other items.
+// A list with pages of 24 items. Returns [element, show]; show(items) replaces the items.
 function paged(label, draw, wide = false) {
   const list = el("ul", { class: wide ? "cards wide" : "cards", "aria-label": label });
   const where = el("span", { role: "status" });
@@ -66,7 +66,7 @@ function paged(label, draw, wide = false) {
     page = to;
     const pages = Math.max(1, Math.ceil(items.length / PAGE));
     list.replaceChildren(...items.slice(page * PAGE, (page + 1) * PAGE).map(draw));
-    where.textContent = `${items.length} in all, page ${page + 1} of ${pages}`;
+    where.textContent = `${items.length} in total, page ${page + 1} of ${pages}`;
     back.disabled = page === 0; next.disabled = page + 1 >= pages;
   };
   const back = el("button", { type: "button", onclick: () => go(page - 1) }, "Back");
@@ -82,8 +82,8 @@ const SORTS = {
   "by path": (a, b) => (images.path[a] < images.path[b] ? -1 : 1),
 };
 
-// All evaluated images with filters. Returns [element, open], where open(label, prediction, words) shows those that fit,
-// null standing for any.
+// All evaluated images with filters. Returns [element, open]; open(label, prediction, words) sets the filters, null means
+// any.
 function gallery() {
   const options = content.classes.map((name, number) => el("option", { value: number }, name));
   const choice = (id) => el("select", { id, onchange: () => apply() }, el("option", { value: "" }, "any"), ...options.map((option) => option.cloneNode(true)));

@@ -1,4 +1,4 @@
-// The page, section by section, each where there is something to show.
+// The sections of the page. A section without content is left out.
 
 function summary() {
   const box = (name, value, note) => el("div", {}, el("dt", {}, name), el("dd", {}, shown(value, 4), note ? el("small", {}, note) : null));
@@ -10,11 +10,11 @@ function confusion(open) {
   const pairs = content.confusion.filter(([label, prediction]) => label !== prediction).sort((a, b) => b[2] - a[2]).slice(0, 20);
   const list = pairs.map(([label, prediction, count]) => el("li", {}, el("button", { type: "button", class: "plain", onclick: () => open(label, prediction) },
     `${nameOf(label)}, predicted ${nameOf(prediction)}: ${count}`)));
-  const part = content.matrix.length < content.classes.length ? `The ${content.matrix.length} classes with most mistakes, of ${content.classes.length}. ` : "";
+  const part = content.matrix.length < content.classes.length ? `The ${content.matrix.length} of ${content.classes.length} classes with the most mistakes. ` : "";
   section("confusion", "Confusion matrix",
-    el("p", { class: "dim" }, `${part}Rows are labels, columns predictions. A click on a cell, or Enter, shows its images; arrow keys go from cell to cell.`),
+    el("p", { class: "dim" }, `${part}Rows are labels, columns predictions. Click a cell, or press Enter, to see its images; the arrow keys move between cells.`),
     ...confusionMatrix(open),
-    el("h3", {}, "Most confused"), list.length ? el("ol", {}, ...list) : el("p", {}, "No image was mistaken."));
+    el("h3", {}, "Most confused"), list.length ? el("ol", {}, ...list) : el("p", {}, "All images were predicted correctly."));
 }
 
 function classes(open) {
@@ -47,7 +47,7 @@ function nearDuplicates() {
 }
 
 function provenance() {
-  section("provenance", "Where this comes from", facts("Facts", content.facts),
+  section("provenance", "Provenance", facts("Facts", content.facts),
     ...content.texts.map(([name, text]) => el("details", {}, el("summary", {}, name), el("pre", { tabindex: "0" }, text))));
 }
 
