@@ -1,4 +1,4 @@
-"""Calibration: the temperature that corrects a model's probabilities, and when to abstain."""
+"""Calibration: a temperature that corrects the probabilities, and confidence thresholds for abstaining."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,27 +27,27 @@ FILE_NAME, FORMAT_VERSION, MAX_BYTES = "calibration.json", 1, 1 << 26
 
 
 def fit_temperature(logits: np.ndarray | None, target: np.ndarray) -> float | None:
-    """The temperature that makes softmax(logits / T) most likely (Guo et al. 2017), in 0.05..20.
+    """The temperature T in 0.05..20 that minimises the loss of softmax(logits / T) (Guo et al. 2017).
 
-    logits: float (n, classes); target: int64 (n,). The mean loss is convex in 1 / T, so its slope is brought to zero by
-    bisection, in float64. None if every image is classified correctly: the best T would then be 0, absolute certainty.
+    logits: float (n, classes); target: int64 (n,). The mean loss is convex in 1 / T, so bisection in float64 finds
+    the zero of its slope. Returns None if every image is classified correctly, because the best T would then be 0.
     """
     assert logits is not None
     if (logits.argmax(axis=1) == target).all():
         return None
     values = torch.from_numpy(logits).double()
-    own = values[torch.arange(len(target)), torch.from_numpy(target)]
+    of_target = values[torch.arange(len(target)), torch.from_numpy(target)]
     low, high = (float(np.log(t)) for t in TEMPERATURES)
     for _ in range(40):
         middle = (low + high) / 2
         expected = ((values / np.exp(middle)).softmax(1) * values).sum(1)
-        too_sharp = bool((expected - own).mean() > 0)  # the slope of the loss in 1 / T
+        too_sharp = bool((expected - of_target).mean() > 0)  # the slope of the loss in 1 / T
         low, high = (middle, high) if too_sharp else (low, middle)
     return float(np.exp((low + high) / 2))
 
 
 def tempered(records: Records, temperature: float) -> Records:
-    """The records of logits divided by `temperature`: other losses and probabilities, the same classes."""
+    """The records with losses and probabilities of the logits divided by `temperature`; the classes are the same."""
     assert records.logits is not None
     logs = (torch.from_numpy(records.logits) / temperature).log_softmax(1).numpy()
     loss = -logs[np.arange(len(records)), records.target]
@@ -59,11 +59,11 @@ def tempered(records: Records, temperature: float) -> Records:
 
 
 def cross_fitted(records: Records, num_classes: int, precision: float | None = None) -> tuple[Records, np.ndarray]:
-    """The effect of calibrating on images that it was not fitted on, estimated by cross-fitting.
+    """Estimate the effect of calibration on new images by cross-fitting. `records` must hold logits.
 
-    Each image of `records`, which must hold logits, is judged by a temperature, and with a `precision` by thresholds,
-    that were fitted on the other folds. Returns the tempered records and bool (n,): which predictions are kept.
-    The folds are the same in every call.
+    Each image gets the temperature (and with `precision` the thresholds) that were fitted on the other folds. Returns
+    the records with these temperatures, and bool (n,): which predictions reach their threshold. The folds are the same
+    in every call.
     """
     assert records.logits is not None
     fold = np.random.default_rng(0).permutation(len(records)) % FOLDS
@@ -71,9 +71,9 @@ def cross_fitted(records: Records, num_classes: int, precision: float | None = N
     kept = np.ones(len(records), bool)
     for number in range(min(FOLDS, len(records))):
         judged = fold == number
-        others = taken(records, ~judged)
+        others = select(records, ~judged)
         temperature = fit_temperature(others.logits, others.target) or 1.0
-        part = tempered(taken(records, judged), temperature)
+        part = tempered(select(records, judged), temperature)
         loss[judged], probabilities[judged] = part.loss, part.probabilities
         if precision is not None:
             limits = thresholds(tempered(others, temperature), num_classes, precision)
@@ -81,8 +81,8 @@ def cross_fitted(records: Records, num_classes: int, precision: float | None = N
     return replace(records, loss=loss, probabilities=probabilities), kept
 
 
-def taken(records: Records, rows: np.ndarray) -> Records:
-    """Some of the records, by a mask or by positions."""
+def select(records: Records, rows: np.ndarray) -> Records:
+    """The records of some rows, given by a mask or by positions."""
     extras = (None if values is None else values[rows] for values in (records.logits, records.features))
     return Records(
         records.target[rows], records.loss[rows], records.classes[rows], records.probabilities[rows], *extras
@@ -94,14 +94,14 @@ def taken(records: Records, rows: np.ndarray) -> Records:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Temperature and thresholds that were fitted on validation images for a checkpoint, which does not change.
+    """Temperature and thresholds for a checkpoint, fitted on validation images. The checkpoint is not changed.
 
     Attributes:
-        checkpoint_sha256: of the file that this belongs to.
-        temperature: the logits are divided by it.
-        thresholds: the confidence threshold of every class, None if predict must always abstain from it; empty if
-            there are none.
-        measured: what it was fitted on and what it changes, for people to read.
+        checkpoint_sha256: the hash of the checkpoint.
+        temperature: the divisor of the logits.
+        thresholds: the confidence threshold of every class, or None if predict never predicts the class; empty without
+            thresholds.
+        measured: information for readers: the images it was fitted on, and its effect.
     """
 
     checkpoint_sha256: str
@@ -115,8 +115,8 @@ class Calibrated:
     """The result of calibrating.
 
     Attributes:
-        records: those of the evaluation, with the fitted temperature applied.
-        judged: the same with probabilities and losses that are cross-fitted, from which metrics are to be computed.
+        records: the records of the evaluation with the fitted temperature.
+        judged: the same with cross-fitted probabilities and losses. Metrics must be computed from these.
     """
 
     calibration: Calibration
@@ -125,11 +125,11 @@ class Calibrated:
 
 
 def calibrate(records: Records, classes: Sequence[str], precision: float | None, checkpoint_sha256: str) -> Calibrated:
-    """Fit a temperature, and thresholds if a precision is given, on evaluated images. The records must hold logits.
+    """Fit a temperature, and thresholds if `precision` is given, on evaluated images. The records must hold logits.
 
     `precision`, above 0 and below 1: the precision that each class's threshold must reach; None for no thresholds.
-    Every number in `measured` about the calibrated model is cross-fitted; those of a class's threshold come with the
-    lower bound by which it was chosen. Raises DataError if no class has enough images to show the precision.
+    In `measured`, all numbers about the calibrated model are cross-fitted, except the precision of each threshold,
+    which has its lower bound. Raises DataError if no class has enough images to prove the precision.
     """
     assert records.logits is not None
     fitted = fit_temperature(records.logits, records.target)
@@ -137,7 +137,7 @@ def calibrate(records: Records, classes: Sequence[str], precision: float | None,
     judged, kept = cross_fitted(records, len(classes), precision)
     measured: dict[str, Any] = {"images": len(records), "folds": min(FOLDS, len(records))}
     if fitted is None:
-        measured["note"] = "every image is classified correctly, so no temperature fits best: 1 is kept"
+        measured["note"] = "every image is classified correctly, so there is no best temperature; it stays 1"
     measured["loss"] = [float(part.loss.mean(dtype=np.float64)) for part in (plain, judged)]
     measured["ece"] = [reliability(part).error for part in (plain, judged)]
     limits: list[Threshold] = []
@@ -160,13 +160,13 @@ def _check_enough(limits: Sequence[Threshold], precision: float) -> None:
     most, needed = max(limit.images for limit in limits), fewest(precision)
     if most < needed:
         raise DataError(
-            f"--precision {precision:g}: at least {needed} images must be predicted as a class to show it with "
-            f"{100 * CONFIDENCE:g} % confidence, and the most are {most}; give more images as DATA, or lower it"
+            f"--precision {precision:g}: a class needs at least {needed} predicted images to prove this precision with "
+            f"{100 * CONFIDENCE:g} % confidence, but the most are {most}; give more images as DATA, or lower it"
         )
 
 
 def _kept(records: Records, kept: np.ndarray) -> dict[str, Any]:
-    """How many predictions are kept, how many of those are right, and their precision with its 95 % interval."""
+    """The number of kept predictions, how many of them are right, and their precision with its 95 % interval."""
     n, right = int(kept.sum()), int((records.prediction == records.target)[kept].sum())
     interval = list(wilson(right, n)) if n else None
     return {"kept": n, "right": right, "precision": right / n if n else None, "precision_interval": interval}
@@ -176,32 +176,31 @@ is_calibration = json_with("format_version", "checkpoint_sha256", "temperature")
 
 
 def write_calibration(checkpoint: Path, calibration: Calibration) -> Path:
-    """Write calibration.json beside the checkpoint. Raises MachineError."""
+    """Write calibration.json next to the checkpoint. Raises MachineError."""
     file = checkpoint.with_name(FILE_NAME)
     write_atomically(file, to_json({"format_version": FORMAT_VERSION, **asdict(calibration)}))
     return file
 
 
 def read_calibration(checkpoint: Path, num_classes: int) -> Calibration | None:
-    """The calibration of a checkpoint, or None where it has none.
+    """Read the calibration of a checkpoint; None if it has none.
 
-    Raises ArtifactError if calibration.json is damaged, or was made for another checkpoint.
+    Raises ArtifactError if calibration.json is damaged or belongs to another checkpoint.
     """
     file = checkpoint.with_name(FILE_NAME)
     if not file.exists():
         return None
     try:
-        found = _parsed(parse_json(read_bounded(file, MAX_BYTES)), num_classes)
+        calibration = _parsed(parse_json(read_bounded(file, MAX_BYTES)), num_classes)
     except OSError as error:
         raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{file}: damaged ({error}); make it again with eval --calibrate, or remove it") from None
-    if found.checkpoint_sha256 != sha256_of(checkpoint):
+        raise ArtifactError(f"{file}: damaged ({error}); create it again with eval --calibrate, or remove it") from None
+    if calibration.checkpoint_sha256 != sha256_of(checkpoint):
         raise ArtifactError(
-            f"{file}: made for another checkpoint than {checkpoint.name}; make it again with eval --calibrate, "
-            "or remove it"
+            f"{file}: it does not belong to {checkpoint.name}; create it again with eval --calibrate, or remove it"
         )
-    return found
+    return calibration
 
 
 def _parsed(values: Any, num_classes: int) -> Calibration:
@@ -212,5 +211,5 @@ def _parsed(values: Any, num_classes: int) -> Calibration:
         raise ValueError(f"temperature {made.temperature!r}")
     fits = all(limit is None or (isinstance(limit, float) and 0 <= limit <= 1) for limit in made.thresholds)
     if not fits or len(made.thresholds) not in (0, num_classes):
-        raise ValueError("its thresholds do not fit the classes")
+        raise ValueError("thresholds must be one number in 0..1 or null per class")
     return made

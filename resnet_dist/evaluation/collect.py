@@ -1,4 +1,4 @@
-"""Exact evaluation: the records of every sample, gathered once, each sample counted once."""
+"""Exact evaluation: gather the records of all samples, each sample exactly once."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,15 +25,16 @@ def collect_records(
     temperature: float = 1.0,
     keep: Keep = KEEP_NOTHING,
 ) -> Records:
-    """The records of every sample of the loader's table; every process must call this, and each gets all records.
+    """Compute the records of all samples of the loader's table. Every process must call this and gets all records.
 
-    `model` is the unwrapped module: a DDP wrapper would wait in its forward for processes that have no batch left.
-    With `full_precision`, float32 without TF32; else under the run's mixed precision. `check` is called before each
-    batch, equally often on every process, and may raise. Losses and probabilities are those of the logits divided by
-    `temperature`; the order of the classes is that of the logits. Raises RuntimeError if a sample is missing or double.
+    `model` must be unwrapped, because the forward of a DDP wrapper waits for processes that have no batch left.
+    `full_precision` selects float32 without TF32, otherwise the mixed precision of the run is used. `check` is called
+    before each batch, equally often on every process, and may raise. Losses and probabilities are computed from the
+    logits divided by `temperature`; classes are sorted by logits. Raises RuntimeError if a sample is missing or
+    duplicated.
     """
     k = min(TOP_K, num_classes)
-    # A process without a batch gathers too, so there is an empty row of the right width to begin with.
+    # A process without a batch gathers too, so each list starts with an empty tensor of the right width.
     widths = {"whole": 2 + k, "real": 1 + k}
     widths |= {"logits": num_classes} if keep.logits else {}
     widths |= {"features": head_width(model)} if keep.features else {}
@@ -49,7 +50,7 @@ def collect_records(
         for _ in range(loader.rounds):
             check()
             batch = next(batches, None)
-            if batch is None:  # this process has less than another
+            if batch is None:  # this process has fewer batches than another
                 continue
             batch = batch.to(accelerator.device)
             logits = model(to_input(batch)).float()
@@ -72,7 +73,7 @@ def head_width(model: nn.Module) -> int:
 
 @contextmanager
 def _features_of(model: nn.Module, rows: list[torch.Tensor] | None) -> Iterator[None]:
-    """Within it, the input of the head in every forward pass is added to `rows`, unless that is None."""
+    """Inside this context, append the input of the head to `rows` in every forward pass, unless `rows` is None."""
     if rows is None:
         yield
         return
@@ -85,7 +86,7 @@ def _features_of(model: nn.Module, rows: list[torch.Tensor] | None) -> Iterator[
 
 @contextmanager
 def _float32() -> Iterator[None]:
-    """Matrix products and convolutions in float32 proper, not TF32."""
+    """Inside this context, matrix products and convolutions use float32 without TF32."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
@@ -95,7 +96,7 @@ def _float32() -> Iterator[None]:
 
 
 def _gather(accelerator: Accelerator, rows: torch.Tensor, per_process: int) -> np.ndarray:
-    """The rows of all processes, each padded to the same number with rows of -1."""
+    """Gather the rows of all processes, padded to `per_process` rows each with rows of -1."""
     padded = F.pad(rows, (0, 0, 0, per_process - len(rows)), value=-1)
     gathered = accelerator.gather(padded) if accelerator.num_processes > 1 else padded
     return np.asarray(gathered.cpu())
@@ -108,11 +109,11 @@ def _in_order(
     logits: np.ndarray | None = None,
     features: np.ndarray | None = None,
 ) -> Records:
-    """Records from gathered rows: padding dropped, in the order of the table, checked complete."""
-    there = np.flatnonzero(whole[:, 0] >= 0)
-    there = there[np.argsort(whole[there, 0], kind="stable")]
-    whole, real = whole[there], real[there]
+    """Records from gathered rows: drop the padding, sort by sample, check that every sample is there once."""
+    order = np.flatnonzero(whole[:, 0] >= 0)
+    order = order[np.argsort(whole[order, 0], kind="stable")]
+    whole, real = whole[order], real[order]
     if not np.array_equal(whole[:, 0], np.arange(samples)):
-        raise RuntimeError(f"evaluation saw {len(whole)} records of {samples} samples: some are missing or double")
-    kept = [None if rows is None else rows[there] for rows in (logits, features)]
-    return Records(whole[:, 1], real[:, 0], whole[:, 2:], real[:, 1:], *kept)
+        raise RuntimeError(f"evaluation saw {len(whole)} records of {samples} samples: some are missing or duplicated")
+    extras = [None if rows is None else rows[order] for rows in (logits, features)]
+    return Records(whole[:, 1], real[:, 0], whole[:, 2:], real[:, 1:], *extras)

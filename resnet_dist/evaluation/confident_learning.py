@@ -1,7 +1,7 @@
-"""Which labels are probably wrong, from probabilities that an image's own label had no part in.
+"""Find labels that are probably wrong, from probabilities of models that were not trained on those labels.
 
 Confident learning (Northcutt, Jiang and Chuang, "Confident Learning: Estimating Uncertainty in Dataset Labels", JAIR
-2021). For validation images the trained model's probabilities will do; for training images they come out of fold.
+2021). Validation images are judged by the trained model, training images by cross-validation (out of fold).
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from sklearn.preprocessing import StandardScaler
 from resnet_dist.evaluation.intervals import lower_bound
 from resnet_dist.evaluation.records import Records
 
-# Strong, because a wrong label must not be learned: there are few images and 512 or 2,048 features.
+# Strong regularisation, so that wrong labels are not learned: there are few images and 512 or 2,048 features.
 REGULARISATION = 0.01
-# How far a judge must be on the way from always naming the largest class (0) to always being right (1). Simulated with
-# 2 and 10 classes, 300 and 500 images: with 5 % wrong labels, 13 of 100 suspects of a judge at 0.45 are wrong labels,
-# and 60 of 100 at 0.7 to 0.75. With no wrong label, a judge at 0.5 suspects a fifth of the images, at 0.8 one in 70.
+# The skill that a judge needs, from 0 (it always predicts the largest class) to 1 (it is always right). Simulated with
+# 2 and 10 classes and 300 and 500 images: with 5 % wrong labels, 13 of 100 suspects are wrong labels at skill 0.45, and
+# 60 of 100 at 0.7 to 0.75. Without wrong labels, a fifth of the images is suspected at 0.5, and one in 70 at 0.8.
 LEAST_SKILL = 0.6
 CONFIDENCE = 0.95
 OUT_OF_FOLD = "classifiers that were fitted without the image"
@@ -27,11 +27,11 @@ OUT_OF_FOLD = "classifiers that were fitted without the image"
 
 @dataclass(frozen=True)
 class Judge:
-    """How well the labels can be predicted, and whether that is enough to judge them.
+    """How well a model predicts the labels, and whether that is good enough to judge them.
 
     Attributes:
-        right: how many of the `images` labels it predicts.
-        chance: the share of the largest class, 0..1, which is what always naming that class would predict.
+        right: the number of labels, out of `images`, that are predicted correctly.
+        chance: the share of the largest class, 0..1: the accuracy of always predicting that class.
     """
 
     right: int
@@ -40,22 +40,22 @@ class Judge:
 
     @classmethod
     def of(cls, right: np.ndarray, target: np.ndarray) -> "Judge":
-        """From bool (n,), which labels are predicted, and int64 (n,), the labels."""
+        """`right`: bool (n,), which labels are predicted correctly. `target`: int64 (n,), the labels."""
         return cls(int(right.sum()), len(target), float(np.bincount(target).max()) / len(target))
 
     @property
     def low(self) -> float:
-        """The lower bound of the share that it predicts."""
+        """The lower confidence bound of the accuracy."""
         return lower_bound(self.right, self.images, CONFIDENCE)
 
     @property
     def needed(self) -> float:
-        """What the lower bound must reach."""
+        """The value that the lower bound must reach."""
         return self.chance + LEAST_SKILL * (1 - self.chance)
 
     @property
     def can_tell(self) -> bool:
-        """Whether its suspicions are to be believed more often than not."""
+        """Whether the accuracy is high enough to suspect labels."""
         return self.low >= self.needed
 
     def sentence(self, suspected: int, name: str) -> str:
@@ -64,22 +64,22 @@ class Judge:
         if self.can_tell:
             return f"{suspected:,} labels are suspected. {predicted} are predicted correctly by {name}."
         return (
-            f"It cannot be told which labels are wrong: only {predicted} are predicted correctly by {name}. With "
-            f"{100 * CONFIDENCE:g} % confidence that is at least {self.low:.2f}, but {self.needed:.2f} is needed "
-            f"(always naming the largest class gives {self.chance:.2f}). More images or better weights may help."
+            f"Wrong labels cannot be identified: only {predicted} are predicted correctly by {name}. With "
+            f"{100 * CONFIDENCE:g} % confidence this share is at least {self.low:.2f}, but {self.needed:.2f} is needed "
+            f"(always predicting the largest class gives {self.chance:.2f}). More images or better weights may help."
         )
 
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """The evidence against each label, in the order of the images.
+    """The assessment of each label, in the order of the images.
 
     Attributes:
-        likely: int64 (n,), the class that is most probable instead of the label.
+        likely: int64 (n,), the most probable other class.
         quality: float64 (n,), the normalised margin in 0..1: (p of the label - p of the best other class + 1) / 2.
-        suspected: bool (n,), whether the label is probably wrong; none if the judge cannot tell.
-        order: int64 (n,), positions from the most to the least likely error: the suspected ones first, each by quality.
-        judge: whether the suspicions can be believed.
+        suspected: bool (n,), whether the label is probably wrong; all False if the judge is not good enough.
+        order: int64 (n,), positions sorted by suspicion: suspected labels first, then by rising quality.
+        judge: how well the labels are predicted.
     """
 
     likely: np.ndarray
@@ -90,17 +90,17 @@ class LabelErrors:
 
 
 def find(target: np.ndarray, probabilities: np.ndarray) -> LabelErrors:
-    """Judge labels, int64 (n,), by probabilities, float (n, classes) in 0..1, which did not learn from them.
+    """Judge labels, int64 (n,), by probabilities, float (n, classes) in 0..1, of models not trained on these labels.
 
-    Suspected are the images that the confident joint counts under another class, if that label is not predicted
-    either, and of them no more than the joint estimates that there are.
+    An image is suspected if the confident joint counts it under another class and its label is not predicted. At most
+    as many images are suspected as the joint estimates to be wrong.
     """
     rows = np.arange(len(target))
-    own = probabilities[rows, target]
+    of_label = probabilities[rows, target]
     others = probabilities.astype(np.float64)
     others[rows, target] = -np.inf
     best_other = others.argmax(axis=1)
-    quality = (own - others[rows, best_other] + 1) / 2
+    quality = (of_label - others[rows, best_other] + 1) / 2
     counted, estimated = confident_joint(target, probabilities)
     judge = Judge.of(quality >= 0.5, target)
     candidates = (counted != target) & (quality < 0.5)
@@ -118,11 +118,11 @@ def find(target: np.ndarray, probabilities: np.ndarray) -> LabelErrors:
 
 
 def confident_joint(target: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, float]:
-    """int64 (n,), the class under which the confident joint counts each image, and how many labels it takes for wrong.
+    """The class under which the confident joint counts each image, int64 (n,), and the number of wrong labels.
 
-    An image counts as the most probable of those classes whose probability reaches that class's threshold, the mean
-    probability of the class over the images labelled as it; without such a class, as its label. The estimate scales
-    the counts of each label to the number of images labelled as it.
+    The threshold of a class is its mean probability over the images with that label. An image counts as its most
+    probable class among those that reach their threshold; if there is none, it counts as its label. The number is an
+    estimate: it scales the counts of each label to the number of images with that label.
     """
     rows, classes = np.arange(len(target)), probabilities.shape[1]
     images = np.bincount(target, minlength=classes)
@@ -140,7 +140,7 @@ def confident_joint(target: np.ndarray, probabilities: np.ndarray) -> tuple[np.n
 def find_in_records(records: Records, num_classes: int) -> LabelErrors:
     """Judge the labels of evaluated images, on which the model was not trained.
 
-    Records hold the five best classes, and the label's own probability through its loss; the others count as 0.
+    Records hold the probabilities of the five best classes, and the loss gives that of the label. Others count as 0.
     """
     probabilities = np.zeros((len(records), num_classes), np.float32)
     np.put_along_axis(probabilities, records.classes, records.probabilities, axis=1)
@@ -149,7 +149,7 @@ def find_in_records(records: Records, num_classes: int) -> LabelErrors:
 
 
 def out_of_fold(features: np.ndarray, target: np.ndarray, folds: int) -> np.ndarray:
-    """Probabilities, float64 (n, classes), of logistic regressions that were fitted without the image's own fold.
+    """Probabilities, float64 (n, classes), from logistic regressions that were fitted without the fold of the image.
 
     `features` is float32 (n, F), `target` int64 (n,) with at least `folds` images of every class 0..max. The folds
     are stratified, and the same in every call.

@@ -1,4 +1,4 @@
-"""Where the evidence for a prediction is in the images with the highest losses."""
+"""Saliency maps for the images with the highest losses."""
 
 from dataclasses import dataclass
 
@@ -14,16 +14,16 @@ from resnet_dist.evaluation.saliency import grad_cam
 
 @dataclass(frozen=True)
 class Evidence:
-    """An image, uint8 (S, S, 3), and its map of evidence, float32 (S, S) in 0..1."""
+    """An image, uint8 (S, S, 3), and its saliency map, float32 (S, S) in 0..1."""
 
     image: np.ndarray
     heat: np.ndarray
 
 
 def evidence_of(model: nn.Module, evaluation: Evaluation) -> dict[int, Evidence]:
-    """Grad-CAM of the predicted class for the top losses of an evaluation, by position.
+    """Grad-CAM of the predicted class for the images with the highest losses, by position.
 
-    Images that are gone or cannot be read any more are left out.
+    Images that no longer exist or cannot be read are left out.
     """
     images: dict[int, np.ndarray] = {}
     for position in evaluation.top_losses:

@@ -1,4 +1,4 @@
-"""Explain predictions: where in an image the evidence for a class is, for files or for a run's worst mistakes."""
+"""Explain predictions with saliency maps, for image files or for the worst mistakes of a run."""
 
 import csv
 import math
@@ -24,7 +24,7 @@ BATCH = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainConfig:
-    """Show where in images the network finds the evidence for a class: a saliency map for each image, and a sheet."""
+    """Write saliency maps, which show the regions of an image that led to a class, and a sheet of the first maps."""
 
     run: str | None = option(None, positional=True)
     """A run folder, or a checkpoint (.safetensors) that resnet-dist wrote."""
@@ -33,11 +33,11 @@ class ExplainConfig:
     method: Literal["gradcam", "occlusion", "integrated-gradients", "gradientshap"] = "gradcam"
     """The saliency method; all but gradcam need captum (pip install 'resnet-dist[explain]')."""
     target: str | None = option(None, "--class")
-    """The class whose evidence is shown (default: the predicted one)."""
+    """The class to explain (default: the predicted class)."""
     worst: int = 16
-    """The number of mistakes to explain, those with the largest loss, if no images are named."""
+    """Number of mistakes to explain, highest loss first, if no images are given."""
     split: Literal["train", "val", "test"] = "val"
-    """The evaluation whose mistakes are explained."""
+    """The split whose mistakes are explained."""
     threads: int | None = None
     """CPU threads (default: all cores)."""
     output_dir: str | None = option(None, "-o", "--output")
@@ -49,9 +49,9 @@ class ExplainConfig:
         if self.run is None:
             yield "RUN is missing: a run folder or a checkpoint"
         if is_file and not self.images:
-            yield "IMAGES are missing: a checkpoint alone knows no mistakes"
+            yield "IMAGES are missing: they are needed if RUN is a checkpoint"
         if is_file and self.output_dir is None:
-            yield "--output-dir is missing: a checkpoint alone has no run folder to write to"
+            yield "--output-dir is missing: it is needed if RUN is a checkpoint"
         yield from out_of_range(self, 1, math.inf, "worst", "threads")
 
 
@@ -65,19 +65,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Explained:
-    """Where the explanations of how many images were written."""
+    """The folder with the explanations, and the number of images."""
 
     folder: Path
     images: int
 
     @property
     def sheet(self) -> Path:
-        """The picture that shows the first of them."""
+        """The picture of the first explanations."""
         return self.folder / "sheet.png"
 
 
 def run_explain(cfg: ExplainConfig, verbose: bool = True) -> Explained:
-    """Explain and write, on the main process; every process must call this. With `verbose`, print what is left out.
+    """Explain and write on the main process; every process must call this. With `verbose`, print the ignored files.
 
     Raises UsageError, DataError, ArtifactError, MachineError.
     """
@@ -91,7 +91,7 @@ def run_explain(cfg: ExplainConfig, verbose: bool = True) -> Explained:
 
 
 def explain_all(cfg: ExplainConfig, device: "torch.device", say: Callable[[str], None]) -> Explained:
-    """Explain and write, on this process. Raises ResnetDistError."""
+    """Explain and write on this process. Raises ResnetDistError."""
     from resnet_dist.files.outputs import check_folder, inside
     from resnet_dist.model.checkpoint import load_checkpoint
     from resnet_dist.report.explanations import EXPLANATIONS, write_explanations
@@ -118,7 +118,7 @@ def explain_all(cfg: ExplainConfig, device: "torch.device", say: Callable[[str],
 def explain_batch(
     cfg: ExplainConfig, items: list[Item], model: "nn.Module", description: "Description", device: "torch.device"
 ) -> "Iterator[Explanation]":
-    """The explanations of a few images. Raises DataError for an image that cannot be used."""
+    """Yield the explanations of a batch of images. Raises DataError if an image cannot be used."""
     import numpy as np
     import torch
 
@@ -147,7 +147,7 @@ def explain_batch(
 
 
 def named_images(cfg: ExplainConfig, say: Callable[[str], None]) -> list[Item]:
-    """The images that were named. Raises UsageError."""
+    """The images given on the command line. Raises UsageError."""
     from export import predict
 
     try:
@@ -157,9 +157,9 @@ def named_images(cfg: ExplainConfig, say: Callable[[str], None]) -> list[Item]:
 
 
 def worst_mistakes(cfg: ExplainConfig, run: Path) -> list[Item]:
-    """The images with the largest loss among those that the last evaluation got wrong.
+    """The images with the highest loss among the wrong predictions of the last evaluation.
 
-    Raises UsageError if there was none or it has no mistake, ArtifactError if its file is damaged.
+    Raises UsageError if there is no evaluation or no mistake, ArtifactError if its file is damaged.
     """
     from resnet_dist.files.run import read_facts
 
@@ -170,11 +170,11 @@ def worst_mistakes(cfg: ExplainConfig, run: Path) -> list[Item]:
             rows.sort(key=lambda row: -float(row["loss"]))
             items = [Item(str(root / row["path"]), row["target"]) for row in rows[: cfg.worst]]
     except FileNotFoundError:
-        raise UsageError(f"{file}: not there; run `resnet-dist eval {run} --split {cfg.split}` first") from None
+        raise UsageError(f"{file}: does not exist; run `resnet-dist eval {run} --split {cfg.split}` first") from None
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ArtifactError(f"{file}: damaged ({error}); run `resnet-dist eval` again") from None
     if not items:
-        raise UsageError(f"{file}: no mistakes in it; name the images to explain")
+        raise UsageError(f"{file}: it contains no mistakes; give the images to explain")
     return items

@@ -1,4 +1,4 @@
-"""An exported .onnx file used like a network, so that it is evaluated in the same way."""
+"""Evaluate an exported .onnx file like a network."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from resnet_dist.errors import ArtifactError
 
 
 class Exported(nn.Module):
-    """The logits that onnxruntime computes, through the same predictor that is deployed."""
+    """A module that computes logits in onnxruntime with the deployed predictor."""
 
     def __init__(self, file: str, threads: int) -> None:
         """Load the file. Raises ArtifactError."""
@@ -26,5 +26,5 @@ class Exported(nn.Module):
 
 
 def as_pixels(batch: Batch) -> torch.Tensor:
-    """The images of a batch as `Exported` takes them: uint8 (B, 3, S, S)."""
+    """The images of a batch as the input of `Exported`: uint8 (B, 3, S, S)."""
     return batch.images.permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""How far a number may be from the truth: 95 % intervals of shares, of differences, and of any statistic."""
+"""95 % intervals of shares, of differences of accuracy, and of other statistics."""
 
 import math
 from collections.abc import Callable
@@ -21,15 +21,18 @@ def wilson(successes: int, n: int, z: float = Z95) -> Interval:
 def lower_bound(successes: int, n: int, confidence: float) -> float:
     """The one-sided lower bound of a share of `n` > 0 independent cases, in 0..1 (Clopper and Pearson 1934).
 
-    The true share is below it in at most 1 - `confidence` of the samples, whatever the share and `n` are.
+    For every share and `n`, the true share is below the bound in at most 1 - `confidence` of the samples.
     """
-    from scipy.special import betaincinv  # half a second to import, for thresholds only
+    from scipy.special import betaincinv  # it takes half a second to import
 
     return float(betaincinv(successes, n - successes + 1, 1 - confidence)) if successes else 0.0
 
 
 def paired_drop(lost: int, won: int, n: int, z: float = Z95) -> Interval:
-    """Interval of the drop in accuracy, from the images that only one of two got right (Newcombe 1998, method 1)."""
+    """Interval of the drop in accuracy between two models (Newcombe 1998, method 1).
+
+    `lost` and `won` count the images that only the first or only the second predicts correctly.
+    """
     drop = (lost - won) / n
     half = z * math.sqrt(max(0.0, lost + won - (lost - won) ** 2 / n)) / n
     return drop - half, drop + half
@@ -40,8 +43,8 @@ def bootstrap(
 ) -> np.ndarray:
     """The 2.5 % and 97.5 % points of statistics over resamples of `n` images (Efron 1979), float64 (2, statistics).
 
-    `statistic` takes how often each image is counted, int64 (n,), and gives float64 (statistics,). Seeded: the same
-    images always give the same interval.
+    `statistic` gets the number of times that each image is drawn, int64 (n,), and returns float64 (statistics,). The
+    resamples are seeded, so the same images always give the same interval.
     """
     random = np.random.default_rng(seed)
     drawn = [statistic(np.bincount(random.integers(0, n, n), minlength=n)) for _ in range(resamples)]

@@ -1,4 +1,4 @@
-"""Rank the labels of a run's training images by how probably they are wrong."""
+"""Rank the labels of training images by how likely they are to be wrong."""
 
 import math
 from collections.abc import Iterator
@@ -26,19 +26,19 @@ COLUMNS = ("path", "label", "likely", "quality", "suspected")
 
 @dataclass(frozen=True, kw_only=True)
 class LabelErrorsConfig:
-    """Rank the labels of a run's training images, the most doubtful first, and write label_errors.csv into the run.
+    """Find training images whose label is probably wrong, and write label_errors.csv into the run folder.
 
-    Each label is judged by a logistic regression that was fitted on the other folds, on features of the weights that
-    the run began with, so nothing that judges a label has learned it. If the regressions predict the labels too badly,
-    no label is suspected. `report RUN` then shows the images.
+    Logistic regressions predict each label by cross-validation from features of the initial weights, so a label is
+    never judged by a model that was trained on it. If the regressions are not accurate enough, no label is suspected.
+    `report RUN` then shows the images.
     """
 
     run: str | None = option(None, positional=True)
     """A run folder."""
     folds: int = 5
-    """Number of folds for cross-validation; each is judged by a regression that was fitted on the others."""
+    """Number of folds for cross-validation."""
     weights: str | None = None
-    """Pretrained weights to compute the features with, as for train (default: those that the run began with)."""
+    """Pretrained weights for the features, as for train (default: the initial weights of the run)."""
     batch_size: int = option(32, "-b")
     """Images in a batch, per process."""
     workers: int | None = option(None, "-j", "--num-workers")
@@ -51,7 +51,7 @@ class LabelErrorsConfig:
         if self.run is None:
             yield "RUN is missing: a run folder"
         if self.weights == "none":
-            yield "--weights none: features of random weights cannot judge labels; give pretrained ones"
+            yield "--weights none: random weights give no useful features; give pretrained weights"
         yield from out_of_range(self, 2, 100, "folds")
         yield from out_of_range(self, 1, math.inf, "batch_size", "threads")
         yield from out_of_range(self, 0, 1024, "workers")
@@ -59,12 +59,12 @@ class LabelErrorsConfig:
 
 @dataclass(frozen=True)
 class LabelRanking:
-    """What was found out about the labels.
+    """The result of `label-errors`.
 
     Attributes:
-        file: label_errors.csv, which has all images, the most doubtful first.
-        sentence: how many labels are suspected, and how well the labels could be predicted.
-        suspects: (path, label, likely class) of every suspected label, the most doubtful first.
+        file: label_errors.csv with all images, the most suspicious first.
+        sentence: the number of suspected labels, and how well the labels are predicted.
+        suspects: (path, label, likely class) of every suspected label, the most suspicious first.
     """
 
     file: Path
@@ -128,19 +128,19 @@ def features_of(
 
 
 def check_folds(folds: int, table: "ImageTable", classes: tuple[str, ...]) -> None:
-    """Raises UsageError if a class has fewer images than there are folds."""
+    """Raise UsageError if a class has fewer images than there are folds."""
     import numpy as np
 
     counts = np.bincount(table.targets, minlength=len(classes))
     if counts.min() < folds:
         rarest = int(counts.argmin())
         raise UsageError(
-            f"--folds {folds}: class '{classes[rarest]}' has {counts[rarest]} training images, and needs one per fold"
+            f"--folds {folds}: class '{classes[rarest]}' has {counts[rarest]} training images and needs one per fold"
         )
 
 
 def pretrained(cfg: LabelErrorsConfig, run: Path, description: "Description") -> tuple["nn.Module", "Architecture"]:
-    """A network with the weights that the run began with, and its architecture.
+    """A network with the initial weights of the run (or those of --weights), and its architecture.
 
     Raises UsageError, ArtifactError, MachineError.
     """
@@ -149,22 +149,22 @@ def pretrained(cfg: LabelErrorsConfig, run: Path, description: "Description") ->
     from resnet_dist.model.resnet import Architecture, build
     from resnet_dist.model.start import StartingPoint
 
-    known = description.architecture
+    trained = description.architecture
     stored = read_toml(run / "config.toml")
-    begun = StartingPoint.of(stored.get("model", {}).get("weights", "none"), stored.get("run", {}).get("init_from"))
-    if cfg.weights is None and not begun.pretrained:
+    start = StartingPoint.of(stored.get("model", {}).get("weights", "none"), stored.get("run", {}).get("init_from"))
+    if cfg.weights is None and not start.pretrained:
         raise UsageError(
-            f"--weights is missing: {run} began from random weights, and features that learned the labels cannot judge "
-            "them; give pretrained weights"
+            f"--weights is missing: {run} started from random weights, so it has no features that were learned without "
+            "these labels; give pretrained weights"
         )
-    if cfg.weights is None and begun.kind == "run":
+    if cfg.weights is None and start.kind == "run":
         raise UsageError(
-            f"--weights is missing: {run} began from {begun}, and if that has learned these labels, it cannot judge "
-            f"them; give pretrained weights, or {begun.file} if it was trained on other images"
+            f"--weights is missing: {run} started from {start}, which may have been trained on these labels; give "
+            f"pretrained weights, or {start.file} if it was trained on other images"
         )
-    settings: dict[str, Any] = {"model": known.name, "weights": cfg.weights or begun.source, "stem": known.stem}
+    settings: dict[str, Any] = {"model": trained.name, "weights": cfg.weights or start.source, "stem": trained.stem}
     model_cfg = ModelConfig(**settings)
-    architecture = Architecture.of(model_cfg, known.num_classes)
+    architecture = Architecture.of(model_cfg, trained.num_classes)
     model = build(architecture)
     named = weights.named_weights(model_cfg)
     file = weights.download(named.url) if named is not None else Path(model_cfg.weights)
@@ -177,17 +177,17 @@ def judge(folds: int, run: Path, table: "ImageTable", features: "np.ndarray", cl
     from resnet_dist.evaluation.confident_learning import OUT_OF_FOLD, find, out_of_fold
     from resnet_dist.files.run import to_csv, write_atomically
 
-    found = find(table.targets, out_of_fold(features, table.targets, folds))
-    rows = [label_row(table, found, classes, int(position)) for position in found.order]
+    errors = find(table.targets, out_of_fold(features, table.targets, folds))
+    rows = [label_row(table, errors, classes, int(position)) for position in errors.order]
     write_atomically(run / FILE, to_csv(COLUMNS, rows))
-    suspected = int(found.suspected.sum())
+    suspected = int(errors.suspected.sum())
     suspects = [(path, label, likely) for path, label, likely, *_ in rows[:suspected]]
-    return LabelRanking(run / FILE, found.judge.sentence(suspected, OUT_OF_FOLD), suspects)
+    return LabelRanking(run / FILE, errors.judge.sentence(suspected, OUT_OF_FOLD), suspects)
 
 
 def label_row(
-    table: "ImageTable", found: "LabelErrors", classes: tuple[str, ...], position: int
+    table: "ImageTable", errors: "LabelErrors", classes: tuple[str, ...], position: int
 ) -> tuple[str, str, str, str, int]:
-    """path, label, likely, quality, suspected (1 or 0) of one image."""
-    label, likely = classes[table.targets[position]], classes[found.likely[position]]
-    return table.paths[position], label, likely, f"{found.quality[position]:.6f}", int(found.suspected[position])
+    """The row of one image: path, label, likely, quality, suspected (1 or 0)."""
+    label, likely = classes[table.targets[position]], classes[errors.likely[position]]
+    return table.paths[position], label, likely, f"{errors.quality[position]:.6f}", int(errors.suspected[position])

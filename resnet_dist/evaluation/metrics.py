@@ -1,4 +1,4 @@
-"""Metrics from records, with numpy alone: scikit-learn, which the tests compare with, takes seconds to import."""
+"""Metrics from records in numpy. The tests compare them with scikit-learn, which takes seconds to import."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class Measured:
 def headline(records: Records) -> dict[str, float]:
     """loss (mean cross-entropy, nats), top1, top5 and macro_f1, the last three in 0..1.
 
-    top5 counts the target among the min(5, classes) best. macro_f1 is the mean over the classes that have images:
-    a class without any has no recall.
+    top5 counts an image if its target is among the min(5, classes) best. macro_f1 is the mean over the classes that
+    have images, because a class without images has no recall.
     """
     present = np.unique(records.target)
     right, taken, true = _class_counts(records, int(max(present[-1], records.prediction.max())) + 1)
@@ -41,7 +41,7 @@ def headline(records: Records) -> dict[str, float]:
 
 
 def _class_counts(records: Records, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every class, int64 (classes,): right predictions, all predictions of it, and images of it."""
+    """For every class, int64 (classes,): correct predictions, all predictions of the class, and its images."""
     right = records.target[records.prediction == records.target]
     right, taken, true = (np.bincount(c, minlength=classes) for c in (right, records.prediction, records.target))
     return right, taken, true
@@ -50,11 +50,11 @@ def _class_counts(records: Records, classes: int) -> tuple[np.ndarray, np.ndarra
 def measured(records: Records) -> dict[str, Measured]:
     """The headline and the expected calibration error `ece` (0..1), each with its 95 % interval.
 
-    Accuracies have Wilson's, loss and macro_f1 the bootstrap's over images. The ece of few images is too large, and
-    that of resamples larger still: a bootstrap's percentiles never hold the truth of a perfectly calibrated model. So
-    its upper distance is taken to both sides, and what such a model would show by chance is taken off below. Nor does
-    a bootstrap know of mistakes that a small set has not shown: macro_f1 and ece are at least as uncertain to the bad
-    side as top1 is.
+    Accuracies have Wilson's interval, loss and macro_f1 the bootstrap's over images. The ece of few images is biased
+    upwards, and that of resamples even more, so bootstrap percentiles never cover a perfectly calibrated model.
+    Therefore the upper distance is used on both sides, and the lower end is reduced by the ece that such a model shows
+    by chance. A bootstrap also ignores mistakes that a small set does not contain. Therefore the intervals of macro_f1
+    and ece extend to the bad side at least as far as that of top1.
     """
     values = {**headline(records), "ece": reliability(records).error}
     n = len(records)
@@ -73,8 +73,10 @@ def measured(records: Records) -> dict[str, Measured]:
 
 
 def chance_error(records: Records) -> float:
-    """The calibration error that a perfectly calibrated model of these confidences stays below in 97.5 % of such sets
-    (consistency resampling, Broecker and Smith 2007), in 0..1."""
+    """The 97.5 % point of the calibration error of a perfectly calibrated model with these confidences, in 0..1.
+
+    It is found by consistency resampling (Broecker and Smith 2007).
+    """
     confidence, random = records.probabilities[:, 0].astype(np.float64), np.random.default_rng(0)
     bins, n = bins_of(confidence), len(records)
     gaps = ((random.random(n) < confidence) - confidence for _ in range(RESAMPLES))
@@ -82,7 +84,7 @@ def chance_error(records: Records) -> float:
 
 
 def _resampled(records: Records) -> Callable[[np.ndarray], np.ndarray]:
-    """loss, macro_f1 and ece as functions of how often each image is counted."""
+    """A function from the number of times that each image is drawn to loss, macro_f1 and ece."""
     loss = records.loss.astype(np.float64)
     confidence = records.probabilities[:, 0].astype(np.float64)
     bins, gap = bins_of(confidence), (records.prediction == records.target) - confidence
@@ -102,7 +104,7 @@ def _resampled(records: Records) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def per_class(records: Records, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """For every class: name, images, precision, recall and f1 in 0..1; None where there are no images of it."""
+    """For every class: name, images, precision, recall and f1 in 0..1, or None if the class has no images."""
     right, taken, images = _class_counts(records, len(classes))
     precision, recall = right / np.maximum(taken, 1), right / np.maximum(images, 1)
     f1 = 2 * right / np.maximum(taken + images, 1)
@@ -125,8 +127,10 @@ def confusion(records: Records, classes: Sequence[str]) -> np.ndarray:
 
 
 def confused_pairs(counts: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Every pair of classes that was confused, the most frequent first: target, prediction, images, and their share of
-    the target's images (0..1). `counts` is the confusion matrix."""
+    """Every confused pair of classes, the most frequent first. `counts` is the confusion matrix.
+
+    Each row has target, prediction, the number of images, and their share of the target's images (0..1).
+    """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     pairs = [(int(t), int(p)) for t, p in np.argwhere(counts > 0) if t != p]
     pairs.sort(key=lambda pair: (-counts[pair], pair))

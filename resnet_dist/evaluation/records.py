@@ -1,4 +1,4 @@
-"""The predictions for images: one fixed-width record per sample, from which every metric is computed."""
+"""Predictions: one record of fixed width per sample. Every metric is computed from the records."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ TOP_K = 5
 
 @dataclass(frozen=True)
 class Keep:
-    """What an evaluation keeps of every sample besides its record: all logits, the features (the input of the head)."""
+    """What an evaluation keeps in addition to the record of a sample: logits, features (the input of the head)."""
 
     logits: bool = False
     features: bool = False
@@ -20,15 +20,15 @@ KEEP_NOTHING = Keep()
 
 @dataclass(frozen=True)
 class Records:
-    """What the model predicts for every sample, in the order of the table.
+    """The predictions for all samples, in the order of the table.
 
     Attributes:
         target: int64 (n,), class indices.
         loss: float32 (n,), cross-entropy in nats, without label smoothing or class weights.
-        classes: int64 (n, k), the k = min(5, classes) best, best first.
-        probabilities: float32 (n, k), theirs.
-        logits: float32 (n, classes), before any temperature, if they were kept.
-        features: float32 (n, F), the input of the head, if they were kept.
+        classes: int64 (n, k), the k = min(5, classes) most probable classes, best first.
+        probabilities: float32 (n, k), their probabilities.
+        logits: float32 (n, classes), not divided by a temperature; None if they were not kept.
+        features: float32 (n, F), the input of the head; None if they were not kept.
     """
 
     target: np.ndarray

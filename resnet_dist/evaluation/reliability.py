@@ -1,4 +1,4 @@
-"""How far a model's confidence is from its accuracy."""
+"""Reliability: the confidence of a model compared with its accuracy."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ BINS = 15
 
 
 def bins_of(confidence: np.ndarray) -> np.ndarray:
-    """int64 (n,): which of the 15 equal bins (low, high] of 0..1 each confidence falls into."""
+    """int64 (n,): the number of the bin of each confidence, out of 15 equal bins (low, high] of 0..1."""
     return np.digitize(confidence.astype(np.float64), np.linspace(0, 1, BINS + 1)[1:-1], right=True)
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Images, mean confidence and accuracy of each of the 15 bins of confidence, (15,); NaN where a bin is empty."""
+    """Number of images, mean confidence and accuracy of each of 15 bins of confidence, (15,). NaN for an empty bin."""
 
     images: np.ndarray
     confidence: np.ndarray
@@ -30,7 +30,7 @@ class Reliability:
 
 
 def reliability(records: Records) -> Reliability:
-    """What the confidence of the best class is worth, bin by bin."""
+    """Compare the confidence of the best class with the accuracy, bin by bin."""
     confidence = records.probabilities[:, 0].astype(np.float64)
     bins = bins_of(confidence)
     images = np.bincount(bins, minlength=BINS)

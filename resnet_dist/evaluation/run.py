@@ -1,4 +1,4 @@
-"""Evaluate a run, a checkpoint or an exported model: exact metrics, and a record of every image."""
+"""Evaluate a run, a checkpoint or an exported model: exact metrics and a record of every image."""
 
 import dataclasses
 import hashlib
@@ -33,13 +33,13 @@ MAX_LOGITS = 1 << 28  # 1 GiB of float32
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluate a run, a checkpoint or an exported model in float32: loss, accuracy, macro-F1 and calibration error with
-    95 % intervals, every class, every confusion, every image."""
+    """Evaluate a run, a checkpoint or an exported model in float32. Report loss, accuracy, macro-F1 and calibration
+    error with 95 % intervals, the metrics of every class, the confusion matrix and the prediction for every image."""
 
     run: str | None = option(None, positional=True)
     """A run folder, a checkpoint (.safetensors) that resnet-dist wrote, or a model (.onnx) that it exported."""
     data: str | None = option(None, positional=True)
-    """A folder or a CSV manifest of images (default: the run's own data, with the split that it used)."""
+    """A folder or a CSV manifest of images (default: the data of the run, with its split)."""
     split: Literal["train", "val", "test"] = "val"
     """The part of the data to evaluate."""
     batch_size: int = option(32, "-b")
@@ -51,14 +51,14 @@ class EvalConfig:
     output_dir: str | None = option(None, "-o", "--output")
     """The folder to write (default: eval/<split>, or eval/<data>-<split> for other data, in the run folder)."""
     save: bool = True
-    """Write tables, plots and report.html; with --no-save the metrics are only shown (--calibrate still writes)."""
+    """Write tables, plots and report.html. --no-save only prints the metrics (--calibrate still writes)."""
 
     calibrate: bool = False
     """Fit a temperature on the validation images and write it to calibration.json next to the checkpoint. Later
     evaluations, export and predict use it; the order of the classes never changes."""
     precision: float | None = None
     """With --calibrate: also choose a confidence threshold per class that reaches this precision, between 0 and 1, with
-    95 % confidence. Predict abstains below it, and always from a class with too few images to show it."""
+    95 % confidence. predict abstains below it; it never predicts a class that has too few images to prove it."""
     tta: Literal["none", "flip", "crops"] = "none"
     """Test-time augmentation: average the probabilities over an image and its mirror image, or over five crops and
     their mirror images."""
@@ -72,7 +72,7 @@ class EvalConfig:
 
     @property
     def is_file(self) -> bool:
-        """Whether RUN is a single file, which knows no images and has no folder to write to."""
+        """Whether RUN is a file, so that DATA and an output folder must be given."""
         return self.path.suffix in FILES
 
     @property
@@ -85,19 +85,19 @@ class EvalConfig:
         if self.run is None:
             yield "RUN is missing: a run folder, a checkpoint or an exported model"
         if self.is_file and self.data is None:
-            yield "DATA is missing: a checkpoint or an exported model alone does not know where images are"
+            yield "DATA is missing: it is needed if RUN is a checkpoint or an exported model"
         if self.is_file and self.output_dir is None and self.save:
-            yield "--output-dir is missing: a checkpoint or an exported model alone has no run folder to write to"
+            yield "--output-dir is missing: it is needed if RUN is a checkpoint or an exported model"
         if self.is_exported and (self.calibrate or self.embeddings):
-            yield "--calibrate and --embeddings need the run or its checkpoint, not the exported model"
+            yield "--calibrate and --embeddings need a run or a checkpoint, not an exported model"
         if self.tta != "none" and (self.calibrate or self.embeddings):
-            yield "--tta does not go with --calibrate or --embeddings: predict makes one view of an image"
+            yield "--tta cannot be combined with --calibrate or --embeddings, because predict uses one view per image"
         if self.calibrate and self.split != "val":
-            yield f"--calibrate belongs to --split val, not {self.split}"
+            yield f"--calibrate needs --split val, not {self.split}"
         if self.precision is not None and not self.calibrate:
-            yield "--precision belongs to --calibrate"
+            yield "--precision needs --calibrate"
         if self.precision is not None and not 0 < self.precision < 1:
-            yield f"--precision {self.precision:g}: must be between 0 and 1 (no images show that all are right)"
+            yield f"--precision {self.precision:g}: must be above 0 and below 1"
         yield from out_of_range(self, 1, math.inf, "batch_size", "threads")
         yield from out_of_range(self, 0, 1024, "workers")
 
@@ -108,23 +108,23 @@ def evaluate(
     """Evaluate a run, a checkpoint or an exported model in float32.
 
     `run` is a Run, a run folder, a checkpoint (.safetensors) or an exported model (.onnx); `data` a folder or CSV
-    manifest of images, by default the run's own. The other keywords are the options of `resnet-dist eval`. The
-    evaluation of a run is written into the run folder, that of a file only if `output_dir` is given, and none with
-    `save=False`. In a launch of several processes every process must call this, and each gets the evaluation.
+    manifest of images (default: the data of the run). The other keywords are the options of `resnet-dist eval`. The
+    evaluation of a run is written into the run folder, that of a file only if `output_dir` is given, and nothing is
+    written with `save=False`. If there are several processes, all must call this, and each gets the evaluation.
     Raises UsageError, DataError, MachineError or ArtifactError.
     """
-    given = {"run": run, "data": data, **settings}
+    keywords = {"run": run, "data": data, **settings}
     if Path(run).suffix in FILES:
-        given.setdefault("save", settings.get("output_dir") is not None)
+        keywords.setdefault("save", settings.get("output_dir") is not None)
     with python_errors():
-        return run_evaluation(from_keywords(EvalConfig, given), verbose)
+        return run_evaluation(from_keywords(EvalConfig, keywords), verbose)
 
 
 evaluate.__signature__ = keyword_signature(EvalConfig, verbose=False)  # type: ignore[attr-defined]
 
 
 def run_evaluation(cfg: EvalConfig, verbose: bool = True) -> "Evaluation":
-    """Evaluate, and write the evaluation unless `cfg.save` is off. Every process must call this.
+    """Evaluate, and save the evaluation if `cfg.save` is set. Every process must call this.
 
     With `verbose`, notes about the data are printed. Raises ResnetDistError.
     """
@@ -163,11 +163,11 @@ def save(folder: Path, evaluation: "Evaluation", subject: "Subject", with_eviden
     write_evaluation_report(folder, evaluation, evidence_of(subject.model, evaluation) if with_evidence else {})
 
 
-# What is evaluated, and where it is written
+# Inputs and outputs
 
 
 def check_outputs(cfg: EvalConfig, file: Path) -> Path | None:
-    """The folder to write, or None; nothing but an earlier evaluation and calibration is replaced.
+    """The folder to write, or None. Only an earlier evaluation or calibration may be replaced.
 
     Raises UsageError, MachineError.
     """
@@ -184,7 +184,7 @@ def check_outputs(cfg: EvalConfig, file: Path) -> Path | None:
 
 
 def output_folder(cfg: EvalConfig) -> Path:
-    """Where the evaluation is written. Raises UsageError if a link leads out of the run folder."""
+    """The folder for the evaluation. Raises UsageError if a link leads out of the run folder."""
     from resnet_dist.files.outputs import inside
 
     if cfg.output_dir is not None:
@@ -203,8 +203,8 @@ def find_table(cfg: EvalConfig, classes: tuple[str, ...]) -> "ImageTable":
         table = read_part(Path(cfg.data), cfg.split, classes)
     if cfg.calibrate and len(table) * len(classes) > MAX_LOGITS:
         raise UsageError(
-            f"--calibrate keeps the logits of all images: {len(table)} x {len(classes)} are too many; give a part of "
-            "the images as DATA"
+            f"--calibrate keeps the logits of all images: {len(table)} x {len(classes)} are too many; give fewer "
+            "images as DATA"
         )
     return table
 
@@ -213,13 +213,13 @@ def find_table(cfg: EvalConfig, classes: tuple[str, ...]) -> "ImageTable":
 
 
 def records_of(accelerator: "Accelerator", cfg: EvalConfig, subject: "Subject", table: "ImageTable") -> "Records":
-    """The records of all images. Every process must call this, and each gets all records."""
+    """Compute the records of all images. Every process must call this and gets all records."""
     from resnet_dist.evaluation.collect import collect_records
     from resnet_dist.evaluation.records import Keep
     from resnet_dist.evaluation.tta import Views
 
     model, temperature = subject.model.to(accelerator.device), subject.temperature
-    if cfg.tta != "none":  # the temperature is applied to every view, so not to their mean
+    if cfg.tta != "none":  # the temperature is applied to each view, not to their mean
         model, temperature = Views(model, cfg.tta, subject.spec.img_size, temperature), 1.0
     return collect_records(
         accelerator,
@@ -236,13 +236,13 @@ def records_of(accelerator: "Accelerator", cfg: EvalConfig, subject: "Subject", 
 def make_loader(
     accelerator: "Accelerator", cfg: EvalConfig, table: "ImageTable", spec: "Preprocessing"
 ) -> "EvalLoader":
-    """The batches of this process. Raises UsageError if the preprocessing leaves nothing to take other crops from."""
+    """The batches of this process. Raises UsageError for --tta crops if the preprocessing does not crop."""
     from resnet_dist.data.loader import EvalImages, EvalLoader, default_workers
     from resnet_dist.runtime import environment as launcher
 
     if cfg.tta == "crops":
         if spec.resize == spec.img_size:
-            raise UsageError("--tta crops: the model's preprocessing crops nothing off; take --tta flip")
+            raise UsageError("--tta crops: the preprocessing of the model does not crop; use --tta flip")
         spec = dataclasses.replace(spec, img_size=spec.resize)
     workers = default_workers(accelerator.device, launcher.local_world_size()) if cfg.workers is None else cfg.workers
     return EvalLoader(
@@ -257,7 +257,7 @@ def make_loader(
 
 @dataclass(frozen=True)
 class Judged:
-    """What the main process finds out about the records; small enough to send to the other processes."""
+    """What the main process computes from the records and sends to the other processes."""
 
     metrics: "Mapping[str, Measured]"
     reliability: "Reliability"
@@ -274,7 +274,7 @@ def measure(
     records: "Records",
     folder: Path | None,
 ) -> "Evaluation":
-    """The evaluation that the records make, after calibrating if that is asked for. Every process must call this."""
+    """Calibrate if `cfg.calibrate` is set, and make the evaluation. Every process must call this."""
     from resnet_dist.evaluation.calibrate import tempered
     from resnet_dist.evaluation.result import Evaluation
     from resnet_dist.runtime.accelerate import on_main
@@ -306,7 +306,7 @@ def measure(
 
 
 def judge(cfg: EvalConfig, subject: "Subject", table: "ImageTable", records: "Records") -> Judged:
-    """Compute the metrics, and the calibration if that is asked for, which is written next to the checkpoint.
+    """Compute the metrics. If `cfg.calibrate` is set, also fit the calibration and write it next to the checkpoint.
 
     Raises DataError, MachineError.
     """
@@ -319,14 +319,15 @@ def judge(cfg: EvalConfig, subject: "Subject", table: "ImageTable", records: "Re
     if not cfg.calibrate:
         on_these = calibration is not None and calibration.measured.get("images_sha256") == digest
         return Judged(measured(records), reliability(records), calibration, fitted_on_these=on_these)
-    done = calibrate(records, subject.classes, cfg.precision, sha256_of(subject.file))
-    made = dataclasses.replace(done.calibration, measured={**done.calibration.measured, "images_sha256": digest})
-    file = write_calibration(subject.file, made)
-    return Judged(measured(done.judged), reliability(done.judged), made, file)
+    result = calibrate(records, subject.classes, cfg.precision, sha256_of(subject.file))
+    measurements = {**result.calibration.measured, "images_sha256": digest}
+    calibration = dataclasses.replace(result.calibration, measured=measurements)
+    file = write_calibration(subject.file, calibration)
+    return Judged(measured(result.judged), reliability(result.judged), calibration, file)
 
 
 def images_digest(table: "ImageTable") -> str:
-    """A hash of the identity of all files and of their classes, independent of their order and spelling."""
+    """A hash of the identity and class of all files, independent of their order and of how paths are written."""
     from resnet_dist.data.same_file import Places
 
     place = Places(table.root)

@@ -1,4 +1,4 @@
-"""Which differences are real: the same images under two networks, several seeds, several comparisons."""
+"""Significance of differences between networks on the same images, with several seeds and comparisons."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class SignTest:
-    """Two techniques on the same images: on how many the one is right more often, on how many the other, and p."""
+    """A sign test of two techniques: on how many images each is right more often, and the p-value."""
 
     first_better: int
     second_better: int
@@ -21,11 +21,11 @@ class SignTest:
 
 
 def sign_test(first: np.ndarray, second: np.ndarray) -> SignTest:
-    """The exact sign test over images of two techniques, bool (runs, images) each: was this run right on this image?
+    """The exact sign test over images. `first`, `second`: bool (runs, images), whether a run is right on an image.
 
-    An image speaks for the technique whose runs are right on it more often; if the techniques do not differ, either is
-    as likely. With one run each this is McNemar's test (1947) in its exact form. Pooling (run, image) pairs instead
-    would count an image once for every seed, and find too much.
+    An image counts for the technique whose runs are right on it more often; if the techniques do not differ, both are
+    equally likely. With one run each, this is McNemar's exact test (1947). Pooling (run, image) pairs instead would
+    count an image once per seed and give p-values that are too small.
     """
     lead = first.sum(axis=0) * len(second) - second.sum(axis=0) * len(first)
     more, less = int((lead > 0).sum()), int((lead < 0).sum())
@@ -34,7 +34,7 @@ def sign_test(first: np.ndarray, second: np.ndarray) -> SignTest:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for their number (Holm 1979): the chance of any false finding stays below the level."""
+    """p-values corrected for multiple tests (Holm 1979), which bounds the chance of any false finding."""
     n = len(p_values)
     corrected, highest = [1.0] * n, 0.0
     for rank, place in enumerate(sorted(range(n), key=p_values.__getitem__)):
@@ -44,7 +44,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """The 95 % interval of the mean of shares of at least two seeds (Student 1908), cut to 0..1."""
+    """The 95 % interval of the mean over at least two seeds (Student 1908), clipped to 0..1."""
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / len(values) ** 0.5
     half = float(stats.t.ppf(0.975, len(values) - 1)) * error
     return max(0.0, mean - half), min(1.0, mean + half)

@@ -1,4 +1,4 @@
-"""What is evaluated: the network of a checkpoint, or an exported model."""
+"""The model to evaluate: the network of a checkpoint, or an exported model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from resnet_dist.runtime.accelerate import model_from_main, on_main
 
 @dataclass(frozen=True)
 class Subject:
-    """A network or an exported model, how its input is made, and its calibration.
+    """A network or an exported model, its preprocessing and its calibration.
 
     Attributes:
         file: the checkpoint or the exported model.
-        model: from the input to logits, float32 (B, classes).
-        to_input: from a batch of images to the input.
+        model: maps the input to logits, float32 (B, classes).
+        to_input: converts a batch of images to the input.
         calibration: temperature and thresholds, or None.
     """
 
@@ -37,12 +37,12 @@ class Subject:
 
     @property
     def temperature(self) -> float:
-        """What the logits are divided by before the softmax."""
+        """The divisor of the logits before the softmax."""
         return self.calibration.temperature if self.calibration else 1.0
 
 
 def load_network(accelerator: Accelerator, checkpoint: Path, calibrated: bool = True) -> Subject:
-    """The network of a checkpoint on every process, with its calibration if `calibrated`. Raises ArtifactError."""
+    """Load the network of a checkpoint on every process, with its calibration if `calibrated`. Raises ArtifactError."""
     model, description = model_from_main(
         accelerator, lambda: load_checkpoint(checkpoint), lambda described: build(described.architecture)
     )
@@ -52,7 +52,7 @@ def load_network(accelerator: Accelerator, checkpoint: Path, calibrated: bool = 
 
 
 def load_exported(file: Path) -> Subject:
-    """An exported model with the calibration that it holds. Raises ArtifactError."""
+    """Load an exported model and the calibration in it. Raises ArtifactError."""
     model = Exported(str(file), torch.get_num_threads())
     metadata = model.predictor.metadata
     calibration = Calibration(

@@ -1,4 +1,4 @@
-"""An evaluation in a few lines, for the terminal and for a notebook."""
+"""A short summary of an evaluation for the terminal and for notebooks."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,13 @@ MOST_CONFUSED = 5
 
 
 def title_of(evaluation: Evaluation) -> str:
-    """What was evaluated, as the title of the table."""
+    """The title of the table: the model and the images."""
     images = counted(len(evaluation), f"{evaluation.split} image")
-    return f"{evaluation.model}: {images}, float32; in brackets 95 % intervals"
+    return f"{evaluation.model}: {images}, float32; 95 % intervals in brackets"
 
 
 def summary_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """(name, text) of the metrics, the most confused classes, the calibration, and the files that are written."""
+    """(name, text) of the metrics, the most confused classes, the calibration, and the written files."""
     rows = [(name, str(metric)) for name, metric in evaluation.metrics.items()]
     calibration = evaluation.calibration
     if calibration is not None and calibration.temperature != 1:
@@ -58,37 +58,37 @@ def _calibration_rows(evaluation: Evaluation, calibration: "Calibration") -> Row
 
 
 def _made(calibration: "Calibration") -> Rows:
-    """What a new calibration changes."""
+    """The effect of a new calibration."""
     measured = calibration.measured
     if "note" in measured:
         yield "note", measured["note"]
     for name in ("loss", "ece"):
         before, after = measured[name]
-        yield f"{name} by calibrating", f"{before:.4f} before, {after:.4f} after (cross-fitted, as {name} above)"
+        yield f"calibrated {name}", f"{before:.4f} before, {after:.4f} after (cross-fitted, like {name} above)"
     if calibration.thresholds:
         yield from _thresholds(calibration)
         yield "predictions kept", _kept(measured)
 
 
 def _thresholds(calibration: "Calibration") -> Rows:
-    """How many classes have a threshold, and which are always abstained from."""
+    """The number of classes with a threshold, and the classes that predict always abstains from."""
     measured, total = calibration.measured, len(calibration.thresholds)
     without = [row for row in measured["classes"] if row["threshold"] is None]
     yield (
         "thresholds",
         f"{total - len(without)} of {total} classes: precision at least {measured['precision']:g}, with "
-        f"{100 * measured['confidence']:g} % confidence in each",
+        f"{100 * measured['confidence']:g} % confidence per class",
     )
     few = [row["class"] for row in without if row["images"] < measured["fewest_images"]]
     if few:
         yield "always abstained", f"{listed(few)}: predicted for fewer than {measured['fewest_images']} images"
     weak = [row["class"] for row in without if row["class"] not in few]
     if weak:
-        yield "always abstained", f"{listed(weak)}: the precision is not shown at any threshold"
+        yield "always abstained", f"{listed(weak)}: no threshold reaches the precision"
 
 
 def _kept(measured: Mapping[str, Any]) -> str:
-    """The effect of thresholds on images that they were not chosen on."""
+    """The effect of the thresholds on images that were not used to choose them."""
     kept, n = measured["cross_fitted"], measured["images"]
     if not kept["kept"]:
         return f"0 of {n} (cross-fitted over {measured['folds']} folds)"
@@ -100,10 +100,10 @@ def _kept(measured: Mapping[str, Any]) -> str:
 
 
 def _optimistic(measured: Mapping[str, Any]) -> Rows:
-    """The warning that a model is evaluated on the images that it was calibrated on."""
+    """A warning that the model is evaluated on the images on which it was calibrated."""
     yield (
         "WARNING",
-        "the calibration was fitted on these images, so loss, ece and what is gained by abstaining look too good; "
+        "the calibration was fitted on these images, so loss, ece and the effect of abstaining look too good; "
         f"cross-fitted, loss is {measured['loss'][1]:.4f} and ece {measured['ece'][1]:.4f}",
     )
     if "cross_fitted" in measured:
@@ -111,7 +111,7 @@ def _optimistic(measured: Mapping[str, Any]) -> Rows:
 
 
 def _abstained(evaluation: Evaluation, calibration: "Calibration") -> str:
-    """How many predictions are below their threshold, and how good the others are."""
+    """The number of predictions below their threshold, and the accuracy of the others."""
     records = evaluation.records
     kept = ~abstained(records, calibration.thresholds)
     n, right = int(kept.sum()), int((records.prediction == records.target)[kept].sum())

@@ -19,7 +19,7 @@ from resnet_dist.evaluation.calibrate import (
     cross_fitted,
     fit_temperature,
     read_calibration,
-    taken,
+    select,
     tempered,
     write_calibration,
 )
@@ -115,7 +115,7 @@ def test_cross_fitting_judges_by_the_other_folds() -> None:
     assert kept.all() and np.array_equal(judged.classes, records.classes) and records.logits is not None
     fold = np.random.default_rng(0).permutation(60) % FOLDS
     for number in range(FOLDS):
-        others = taken(records, fold != number)
+        others = select(records, fold != number)
 
         def loss(temperature: float, others: Records = others) -> float:
             assert others.logits is not None
@@ -174,7 +174,7 @@ def test_thresholds_reach_the_precision(precision: float) -> None:
             assert test.pvalue <= 0.05 and precision <= found.lower <= found.right / found.kept
     if precision == 0.5:
         assert all(found.threshold is not None for found in limits)
-    few = taken(rounded, np.arange(4 * fewest(precision) // 2))
+    few = select(rounded, np.arange(4 * fewest(precision) // 2))
     small = [found for found in thresholds(few, 4, precision) if found.images < fewest(precision)]
     assert small and all((found.threshold, found.kept) == (None, 0) for found in small)
 
@@ -241,7 +241,7 @@ def test_class_that_cannot_reach_the_precision_always_abstains() -> None:
 
 def test_too_few_images_to_show_a_precision_are_refused() -> None:
     with pytest.raises(
-        DataError, match=r"at least 59 images must be predicted as a class to show it with 95 % confidence, and"
+        DataError, match=r"a class needs at least 59 predicted images to prove this precision with 95 % confidence, but"
     ):
         calibrate(world(100, 1.0), CLASSES, 0.95, "0" * 64)
 
@@ -271,7 +271,7 @@ def test_calibration_of_another_checkpoint_is_refused(checkpoint: Path) -> None:
     made = calibrate(world(100, 2.0), CLASSES, None, sha256_of(checkpoint)).calibration
     write_calibration(checkpoint, made)
     checkpoint.write_bytes(b"other weights")
-    with pytest.raises(ArtifactError, match="made for another checkpoint"):
+    with pytest.raises(ArtifactError, match="it does not belong to"):
         read_calibration(checkpoint, 4)
 
 

@@ -212,7 +212,7 @@ def test_explains_given_images_and_a_given_class(run: Path, tmp_path: Path) -> N
         (2, ["--worst", "0"], "--worst"),
         (3, ["{bad}"], "bad.jpg: not an image"),
         (3, ["{none}"], "cannot be opened"),
-        (2, ["https://example.org/cat.jpg"], "nothing is read from the network"),
+        (2, ["https://example.org/cat.jpg"], "URLs are not supported"),
         (2, ["{empty}"], "no images found"),
     ],
 )

@@ -116,10 +116,7 @@ def test_weak_model_says_that_it_cannot_tell() -> None:
     errors, _ = judged(apart=1.0, seed=0, wrong=0)
     assert errors.judge.right / 400 < 0.6 and not errors.suspected.any() and not errors.judge.can_tell
     said = errors.judge.sentence(0, "the network")
-    assert (
-        said.startswith("It cannot be told which labels are wrong: only ")
-        and "predicted correctly by the network" in said
-    )
+    assert said.startswith("Wrong labels cannot be identified: only ") and "predicted correctly by the network" in said
 
 
 @pytest.mark.parametrize(
@@ -230,7 +227,7 @@ def test_weak_model_suspects_no_label(run: Path, weights: Path, capsys: pytest.C
     table = read_run_part(run, "train", ("cat", "dog"))
     noise = np.random.default_rng(0).normal(size=(60, 16)).astype(np.float32)
     ranking = judge(5, run, table, noise, ("cat", "dog"))
-    assert ranking.sentence.startswith("It cannot be told which labels are wrong") and ranking.suspects == []
+    assert ranking.sentence.startswith("Wrong labels cannot be identified") and ranking.suspects == []
     with (run / "label_errors.csv").open(newline="") as stream:
         assert {row["suspected"] for row in csv.DictReader(stream)} == {"0"}
     assert main(["report", str(run), "--no-near-duplicates"]) == 0
@@ -244,7 +241,7 @@ def test_runs_that_cannot_judge_labels_are_refused(run: Path, weights: Path, ref
     config.write_text(begun.replace("[run]\n", '[run]\ninit_from = "older"\n'))
     said = refused(2, "label-errors", run)
     config.write_text(begun)
-    assert "began from the run older" in said and "random" not in said
+    assert "started from the run older" in said and "random" not in said
     said = refused(2, "label-errors", run, "--weights", weights, "--folds", "28", "--workers", "0")
     assert "--folds 28: class 'cat' has 27 training images" in said
     assert "--folds 1: must be at least 2" in refused(2, "label-errors", run, "--folds", "1")

@@ -74,5 +74,5 @@ def test_rows_come_in_the_order_of_the_table(order: list[int]) -> None:
 @pytest.mark.parametrize("indices", [[0, 1], [0, 1, 1], [0, 1, 3], [0, 1, 2, 2]])
 def test_missing_and_duplicate_samples_are_an_error(indices: list[int]) -> None:
     whole = np.array([[i, 0, 0] for i in indices])
-    with pytest.raises(RuntimeError, match="missing or double"):
+    with pytest.raises(RuntimeError, match="missing or duplicated"):
         _in_order(whole, np.zeros((len(indices), 2), np.float32), 3)

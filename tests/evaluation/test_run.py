@@ -85,7 +85,7 @@ def test_errors_name_keywords(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as raised:
         evaluate(run, calibrate=True, split="test", batch_size=0, precison=0.5)
     assert "there is no keyword 'precison'; did you mean 'precision'?" in raised.value.problems
-    assert any("calibrate belongs to split='val'" in problem for problem in raised.value.problems)
+    assert any("calibrate needs split='val'" in problem for problem in raised.value.problems)
     assert any(problem.startswith("batch_size=0: must be at least 1") for problem in raised.value.problems)
     assert "--" not in str(raised.value)
     with pytest.raises(ArtifactError, match="there is no such checkpoint"):
