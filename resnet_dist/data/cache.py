@@ -42,7 +42,7 @@ class ImageCache:
 
     `file`, in memory or on a disk, belongs to this table and geometry. Any number of processes may have it open. It
     grows to at most `room` bytes of pixels; an image that does not fit is decoded every time. Raises MachineError if
-    the file cannot be made or mapped.
+    the file cannot be created or mapped.
     """
 
     def __init__(self, reader: Reader, file: Path, room: int) -> None:
@@ -58,7 +58,7 @@ class ImageCache:
             raise MachineError(f"{file}: cannot hold images ({error.strerror}); use --cache none") from None
         self._records = self._bytes[START : self._first].view(RECORD)
         ends = self._records["offset"] + self._records["height"] * self._records["width"].astype(np.int64) * 3
-        self._free = max(self._first, int(ends.max(initial=0)))  # at least, whatever the first bytes say
+        self._free = max(self._first, int(ends.max(initial=0)))  # a lower limit, in case the first bytes are damaged
         self._verified = np.zeros(samples, np.int64)  # checksums that this process has verified
 
     def __reduce__(self) -> tuple[type["ImageCache"], tuple[Reader, Path, int]]:
@@ -102,7 +102,7 @@ class ImageCache:
         record = np.zeros((), RECORD)
         times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         pixels = np.ascontiguousarray(pixels)
-        try:  # written, not stored through the map, where a full disk would kill the process
+        try:  # write(), because a full disk would kill the process if it stored through the map
             offset = self._reserve(pixels.nbytes)
             if offset is None:
                 return
@@ -148,7 +148,7 @@ def _write(fd: int, values: np.ndarray, offset: int) -> None:
 
 
 def disk_file(folder: Path, reader: Reader) -> Path:
-    """The cache file of a reader. Its name is a hash of everything that the pixels depend on but the image files."""
+    """The cache file of a reader. Its name is a hash of all that determines the pixels, except the image files."""
     table, spec = reader.table, reader.spec
     facts = {
         "root": str(table.root.absolute()),
@@ -161,7 +161,7 @@ def disk_file(folder: Path, reader: Reader) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MachineError(f"{folder}: cannot be made ({error.strerror}); give another --cache-dir") from None
+        raise MachineError(f"{folder}: cannot be created ({error.strerror}); give another --cache-dir") from None
     return folder / f"{name[:32]}.images"
 
 
@@ -200,28 +200,28 @@ class Tier:
     why: str
 
 
-def choose_tier(asked: str, readers: Sequence[Reader], epochs: int, folder: Path) -> Tier:
+def choose_tier(setting: str, readers: Sequence[Reader], epochs: int, folder: Path) -> Tier:
     """Where to cache, from --cache and what is free. Raises MachineError if the images do not fit where asked."""
-    if asked == "none":
+    if setting == "none":
         return Tier("none", 0, "--cache none")
-    if asked == "auto" and (epochs == 1 or not hasattr(os, "memfd_create")):
+    if setting == "auto" and (epochs == 1 or not hasattr(os, "memfd_create")):
         return Tier("none", 0, "one epoch reads each image once" if epochs == 1 else "needs Linux")
-    if asked in ("ram", "device") and not hasattr(os, "memfd_create"):
-        raise MachineError(f"--cache {asked}: needs Linux; use --cache disk")
-    if asked == "disk" and not hasattr(os, "lockf"):
+    if setting in ("ram", "device") and not hasattr(os, "memfd_create"):
+        raise MachineError(f"--cache {setting}: needs Linux; use --cache disk")
+    if setting == "disk" and not hasattr(os, "lockf"):
         raise MachineError("--cache disk: needs Linux or macOS; use --cache none")
     needed = sum(map(bytes_needed, readers))
-    free = _free_disk(folder, readers) if asked == "disk" else launcher.available_memory()
-    name = "disk" if asked == "disk" else "ram"
-    room = int(SHARE[asked] * free)
+    free = _free_disk(folder, readers) if setting == "disk" else launcher.available_memory()
+    name = "disk" if setting == "disk" else "ram"
+    room = int(SHARE[setting] * free)
     where = f"free in {folder}" if name == "disk" else "of free memory"
     size = f"about {readable(needed)}"
     if needed <= room:
         return Tier(name, room, f"{size}, {readable(free)} {where}")
-    if asked == "auto":
+    if setting == "auto":
         return Tier("none", 0, f"{size} is more than half of the {readable(free)} {where}; --cache disk may help")
     other = "a --cache-dir with more space" if name == "disk" else "--cache disk"
-    raise MachineError(f"--cache {asked}: {size}, but there is {readable(free)} {where}; use {other} or --cache none")
+    raise MachineError(f"--cache {setting}: {size}, but there is {readable(free)} {where}; use {other} or --cache none")
 
 
 def shares(readers: Sequence[Reader], room: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Check every image of a data set: unusable, odd, duplicate, in two splits, under two labels."""
+"""Check every image of a data set: unusable, unusual, duplicate, in two splits, or with two labels."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ Seen = Callable[[Path, Image.Image], None]
 AT_ONCE = 4096  # files in the queue of the threads
 TINY = 32  # pixels; an image with a shorter side is called tiny
 NEAR = 3  # near duplicates differ in at most this many bits of their 64-bit hashes
-NEAR_COLOUR = 6  # and their 4x4 thumbnails by at most this on average, of 256 levels
+NEAR_COLOUR = 6  # and their 4x4 thumbnails differ by at most this on average, of 256 levels
 EXTENSION_OF = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "TIFF": (".tif", ".tiff")}
 NOT_CACHED = ("path", "label", "split", "identity")
 EXTENSION_OF["PPM"] = (".ppm", ".pgm", ".pbm", ".pnm")
@@ -35,7 +35,7 @@ EXTENSION_OF["PPM"] = (".ppm", ".pgm", ".pbm", ".pnm")
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found out about one file. `error`: why it cannot be used. The hashes are empty unless it was decoded."""
+    """The result for one file. `error`: why it cannot be used, or "". The hashes are empty if it was not decoded."""
 
     path: str
     label: str
@@ -55,9 +55,9 @@ class Finding:
 
 
 def look(root: Path, path: str, label: str, split: str, full: bool, seen: Seen | None = None) -> Finding:
-    """Examine one file: its header and, with `full`, every pixel (which shows a truncated file) and its hashes.
+    """Check one file: its header and, with `full`, its pixels (to detect truncated files) and its hashes.
 
-    `seen` is given the file and the decoded image, which it may change.
+    `seen` is called with the path and the decoded image, which it may modify.
     """
     file = root / path
     facts: dict[str, Any] = {}
@@ -83,9 +83,9 @@ def look(root: Path, path: str, label: str, split: str, full: bool, seen: Seen |
 
 
 def _pixel_facts(image: Image.Image, seen: Callable[[Image.Image], None]) -> dict[str, Any]:
-    """What only the pixels of an opened image show. They are decoded once, within the memory budget."""
+    """Facts that need the pixels of an opened image. They are decoded once, within the memory budget."""
     with ROOM.take(memory_of(image)):  # before getexif, which decodes a PNG to find its Exif
-        rotated = image.getexif().get(ORIENTATION, 1) != 1  # a TIFF loses it when it is decoded
+        rotated = image.getexif().get(ORIENTATION, 1) != 1  # read it first: decoding a TIFF removes it
         rgb = loaded(image)
         thumbnail = rgb.resize((4, 4), Image.Resampling.BOX).tobytes().hex()
         facts = {"rotated": rotated, "dhash": difference_hash(rgb), "thumbnail": thumbnail}
@@ -94,7 +94,7 @@ def _pixel_facts(image: Image.Image, seen: Callable[[Image.Image], None]) -> dic
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64 bits: where a 9x8 grey copy gets darker from left to right (dHash, Krawetz 2013)."""
+    """dHash (Krawetz 2013): 64 bits, set where a 9x8 grey copy gets darker from left to right."""
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR))
     return int.from_bytes(np.packbits(small[:, 1:] < small[:, :-1]).tobytes(), "big")
 
@@ -152,10 +152,10 @@ class Cache:
             loaded = json.loads(file.read_text())
             self.entries = loaded if isinstance(loaded, dict) else {}
         except (OSError, ValueError, RecursionError):
-            pass  # none yet, or damaged: every file is examined again
+            pass  # there is no cache yet, or it is damaged: every file is checked again
 
     def get(self, root: Path, job: tuple[str, str, str]) -> Finding | None:
-        """The finding of a file, or None if the file has changed since."""
+        """The cached finding of a file, or None if there is none or the file has changed."""
         entry = self.entries.get(str((root / job[0]).absolute()))
         try:
             if entry is None or entry[0] != self._stamp(root / job[0]):
@@ -199,7 +199,7 @@ def without(index: ImageIndex, bad: Sequence[Finding]) -> ImageIndex:
 
 @dataclass
 class Report:
-    """All findings. Those in `errors` make images unusable; a person has to judge the others."""
+    """All findings. Files in `errors` cannot be used; a person must judge the other findings."""
 
     findings: list[Finding]
     errors: list[Finding] = field(default_factory=list)
@@ -252,7 +252,7 @@ def near_pairs(hashes: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Pairs of positions whose 64-bit hashes differ in at most 3 bits, each once, in order.
 
     Two such hashes are equal in at least one of their four 16-bit parts, so only hashes that share a part are
-    compared. A hash of only zeros or only ones (a plain surface) says nothing and is left out.
+    compared. A hash of only zeros or only ones (a plain surface) carries no information and is skipped.
     """
     pairs = set()
     for part in range(4):
@@ -329,23 +329,23 @@ def usable(index: ImageIndex, cfg: DataConfig) -> tuple[ImageIndex, list[Finding
     if bad and (cfg.bad_images == "error" or len(bad) > cfg.max_bad_share * total):
         first = "; ".join(f"{index.root / finding.path}: {finding.error}" for finding in bad[:3])
         more = f"; and {len(bad) - 3} more (`resnet-dist check` lists them)" if len(bad) > 3 else ""
-        way_out = "remove or replace them, or --bad-images skip"
+        way_out = "remove or replace them, or use --bad-images skip"
         if cfg.bad_images == "skip":
             way_out = f"that is more than --max-bad-share {cfg.max_bad_share:g} of {total}"
         raise DataError(f"{counted(len(bad), 'image')} cannot be used: {first}{more}; {way_out}")
-    kept = without(index, bad) if bad else index
-    empty = [name for number, name in enumerate(index.classes) if number not in kept.train.targets]
+    remaining = without(index, bad) if bad else index
+    empty = [name for number, name in enumerate(index.classes) if number not in remaining.train.targets]
     if empty:
         raise DataError(f"class {listed(empty)} has no usable training image; replace the images or remove the class")
-    return replace(kept, notes=(*kept.notes, *notes)), bad
+    return replace(remaining, notes=(*remaining.notes, *notes)), bad
 
 
 def refuse_one_file_twice(index: ImageIndex, identities: np.ndarray, may_repeat: bool) -> list[str]:
     """Raise DataError if two images of an index are links to one file. `identities`: devices and inodes, (n, 2).
 
     With `may_repeat`, two cases are allowed. Several links in one split and class give the file more weight. Links in
-    the same class of val and test give the one warning that is returned: the test score is then no test score.
-    Comparing each image with the first of its file is enough.
+    the same class of val and test give the single warning that is returned, because the test score is then biased.
+    It is enough to compare each image with the first image of the same file.
     """
     parts = {split: index.part(split) for split in ("train", "val", "test")}
     splits = np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()])

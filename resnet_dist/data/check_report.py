@@ -1,4 +1,4 @@
-"""Check a data set: look at every image before an hour of training finds out, and say what is wrong or odd."""
+"""Check a data set before training: read every image and report errors, duplicates and leaks."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +23,9 @@ SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Check a data set: files that cannot be used, odd ones, duplicates, leaks between train and val.
+    """Check a data set: unusable and unusual files, duplicates, leaks between splits.
 
-    Exit code 3 if a file cannot be used.
+    The exit code is 3 if a file cannot be used.
     """
 
     data: str | None = option(None, "--train-dir", positional=True)
@@ -34,12 +34,12 @@ class CheckConfig:
     """A separate folder of class folders for validation."""
     preprocess: PreprocessConfig = PreprocessConfig()
     report: str | None = option(None, "--json")
-    """Write everything that was found to this JSON file; an earlier one is replaced."""
+    """Write the results to this JSON file. An earlier report is replaced."""
     cache: bool = True
-    """Remember findings by path, size and time of change, so that a second check is quick."""
+    """Cache the results by path, size and modification time, so that a second check is fast."""
 
     def problems(self) -> Iterator[str]:
-        """What is wrong here, one line each."""
+        """What is wrong with the settings, one line each."""
         yield from DataConfig(data=self.data, val_dir=self.val_dir).problems()
         yield from self.preprocess.problems()
         yield from json_problems("--report", self.report, "images", "per_class", "duplicates")
@@ -47,13 +47,13 @@ class CheckConfig:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        root: the folder where the paths start.
-        facts: everything that was found, as plain JSON values: what `report=` writes.
-        notes: what was noticed while the files were listed.
-        found: the findings themselves, a `Finding` for every file.
+        root: the folder to which the paths are relative.
+        facts: the results as plain JSON values, which `report=` writes.
+        notes: notes and warnings about the files.
+        found: a `Report` with one `Finding` per file.
     """
 
     root: Path
@@ -87,7 +87,7 @@ class CheckReport:
         return self.found.contradictions
 
     def lines(self) -> list[str]:
-        """The report in words."""
+        """The report as lines of text."""
         return [*self.notes, *lines(self.found, self.facts)]
 
     def _repr_html_(self) -> str:
@@ -99,11 +99,11 @@ class CheckReport:
 
 
 def check(data: str | os.PathLike[str], *, verbose: bool = False, **settings: Any) -> CheckReport:
-    """Look at every image of a data set: unusable, odd and duplicate files, leaks between splits.
+    """Check every image of a data set: unusable, unusual and duplicate files, leaks between splits.
 
     `data` is a folder or a CSV manifest; the keywords are the options of `resnet-dist check`. With `verbose`, progress
-    and findings are printed. Raises UsageError, DataError if the files cannot be listed, MachineError; an image that
-    cannot be used is no error but stands in the report.
+    and findings are printed. Raises UsageError, DataError if the files cannot be listed, MachineError. An image that
+    cannot be used raises nothing; the report lists it.
     """
     with python_errors():
         report = run_check(from_keywords(CheckConfig, {"data": data, **settings}), verbose)
@@ -116,7 +116,7 @@ check.__signature__ = keyword_signature(CheckConfig, verbose=False)  # type: ign
 
 
 def run_check(cfg: CheckConfig, progress: bool = True) -> CheckReport:
-    """Look at every image and write the JSON file that `cfg` names; `progress` shows a bar. Raises ResnetDistError."""
+    """Check every image and write `cfg.report`. `progress` shows a progress bar. Raises ResnetDistError."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -129,7 +129,7 @@ def run_check(cfg: CheckConfig, progress: bool = True) -> CheckReport:
     total = len(index.train) + len(index.val) + len(index.test)
     cache = Cache(cache_file(index.root)) if cfg.cache else None
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
-        task = bar.add_task("looking at images", total=total)
+        task = bar.add_task("checking images", total=total)
         findings = look_at_all(index, full=True, cache=cache, advance=lambda: bar.advance(task))
     if cache:
         cache.save()
@@ -141,13 +141,13 @@ def run_check(cfg: CheckConfig, progress: bool = True) -> CheckReport:
 
 
 def cache_file(root: Path) -> Path:
-    """Where the findings of a data set are remembered."""
+    """The cache file for the findings of a data set."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "resnet-dist" / f"check-{sha256(os.fsencode(root.absolute())).hexdigest()[:16]}.json"
 
 
 def lines(report: "Report", facts: Mapping[str, Any]) -> Iterator[str]:
-    """The report in words."""
+    """The report as lines of text."""
     yield f"{counted(facts['images'], 'image')}, {len(report.errors)} that cannot be used"
     yield from _some([f"  {finding.path}: {finding.error}" for finding in report.errors], 20)
     for split, counts in facts["per_class"].items():
@@ -159,8 +159,8 @@ def lines(report: "Report", facts: Mapping[str, Any]) -> Iterator[str]:
         pixels = f"short side {side['min']} to {side['max']} pixels, median {side['median']}"
         yield f"{pixels}; aspect ratio to {ratio['max']:.2f}"
         cut, half = 100 * facts["crop"]["mean_share_cut"], facts["crop"]["images_cut_by_half"]
-        yield f"evaluation's crop cuts {cut:.0f} % of the area on average, over half of {counted(half, 'image')}"
-    yield f"formats {_counted(facts['formats'])}; modes {_counted(facts['modes'])}; {facts['rotated']} turned by Exif"
+        yield f"the evaluation crop cuts off {cut:.0f} % of the area on average, over half of {counted(half, 'image')}"
+    yield f"formats {_counted(facts['formats'])}; modes {_counted(facts['modes'])}; {facts['rotated']} rotated by Exif"
     yield from _listing("with an extension of another format", facts["wrong_extension"])
     yield from _listing("under 32 pixels", facts["tiny"])
     alike = {finding.path for pair in report.near_duplicates for finding in pair}

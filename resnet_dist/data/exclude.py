@@ -16,27 +16,27 @@ MAX_LIST_BYTES = 1 << 28
 
 
 def leave_out(rows: Sequence[Row], file: Path, root: Path) -> list[Row]:
-    """The rows without those whose files are in the list, in any spelling. Paths are relative to `root`.
+    """Remove the rows whose files are in the list, however their paths are written. Paths are relative to `root`.
 
     Raises DataError if the list cannot be read, names a path that is not among the rows, or leaves a class empty.
     """
     place = Places(root)
     excluded = {place(path): path for path in read_paths(file)}
-    kept = [row for row in rows if place(row[0]) not in excluded]
+    remaining = [row for row in rows if place(row[0]) not in excluded]
     unknown = sorted(excluded[key] for key in excluded.keys() - {place(path) for path, _, _ in rows})
     if unknown:
         raise DataError(
             f"{file}: {listed(unknown)} {'is' if len(unknown) == 1 else 'are'} not among the images; paths are "
             "relative to the root of the data, as in predictions.csv"
         )
-    empty = sorted({label for _, label, _ in rows} - Counter(label for _, label, _ in kept).keys())
+    empty = sorted({label for _, label, _ in rows} - Counter(label for _, label, _ in remaining).keys())
     if empty:
-        raise DataError(f"{file}: leaves no image of class {listed(empty)}")
-    return kept
+        raise DataError(f"{file}: no image of class {listed(empty)} would be left")
+    return remaining
 
 
 def read_paths(file: Path) -> list[str]:
-    """The paths of a CSV with a column `path`, or of a text file with one per line. Raises DataError."""
+    """Read paths from a CSV with a column `path`, or from a text file with one path per line. Raises DataError."""
     try:
         text = read_bounded(file, MAX_LIST_BYTES).decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
@@ -44,7 +44,9 @@ def read_paths(file: Path) -> list[str]:
     except ValueError as error:
         raise DataError(f"{file}: not a list of paths ({error}) (--exclude-list)") from None
     if "\0" in text:
-        raise DataError(f"{file}: it holds NUL characters, so it is not UTF-8 text: save it as UTF-8 (--exclude-list)")
+        raise DataError(
+            f"{file}: it contains NUL characters, so it is not UTF-8 text: save it as UTF-8 (--exclude-list)"
+        )
     lines = io.StringIO(text, newline="")
     if not _is_table(lines.readline()):
         lines.seek(0)

@@ -53,7 +53,7 @@ class PathTable:
 class ImageTable:
     """The images of one split: paths relative to `root`, and targets int64 (n,), each an index into the classes.
 
-    `notes` are lines for the user about how they were read.
+    `notes` are notes and warnings for the user.
     """
 
     root: Path
@@ -65,23 +65,23 @@ class ImageTable:
         return len(self.targets)
 
     def path(self, row: int) -> Path:
-        """Where the image of a row is."""
+        """The path of the image in a row."""
         return self.root / self.paths[row]
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "ImageTable":
-        """The table of these rows, in this order."""
+        """A table of some rows, in the given order."""
         chosen = [int(row) for row in rows]
         return ImageTable(self.root, PathTable([self.paths[row] for row in chosen]), self.targets[chosen])
 
     def spread(self, count: int) -> list[int]:
-        """At most `count` rows, spread evenly over the table from the first to the last."""
+        """At most `count` row numbers, evenly spread from the first row to the last."""
         rows = np.linspace(0, len(self) - 1, min(count, len(self))).round()
         return sorted({int(row) for row in rows})
 
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """All images of a data set. `classes`: those of the training split, sorted by name; the position is the index."""
+    """All images of a data set. `classes`: the sorted class names of the training split; the position is the index."""
 
     root: Path
     classes: tuple[str, ...]
@@ -91,7 +91,7 @@ class ImageIndex:
     notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> dict[str, Any]:
-        """To compare data sets: classes, number of images, and a hash of every path, class and split."""
+        """Values that identify a data set: classes, number of images, and a hash of all paths, classes and splits."""
         digest = hashlib.sha256()
         for split in ("train", "val", "test"):
             part = self.part(split)
@@ -151,8 +151,8 @@ def _index(root: Path, listing: _Listing, cfg: DataConfig) -> ImageIndex:
         )
         rows = [(path, label, "val" if split == "test" else split) for path, label, split in rows]
     elif "val" not in splits:
-        rows, said = _split_here(rows, cfg)
-        notes += said
+        rows, split_notes = _split_here(rows, cfg)
+        notes += split_notes
     classes = tuple(sorted({label for _, label, split in rows if split == "train"}))
     _check_classes(rows, classes)
     notes += _confusable(classes)
@@ -180,7 +180,7 @@ def _split_here(rows: list[Row], cfg: DataConfig) -> tuple[list[Row], list[str]]
 def _check_classes(rows: list[Row], classes: tuple[str, ...]) -> None:
     if len(classes) < 2:
         names = f"only one, '{classes[0]}'" if classes else "none"
-        raise DataError(f"at least two classes with training images are needed, there is {names}")
+        raise DataError(f"at least two classes with training images are needed, but there is {names}")
     for split in ("val", "test"):
         unknown = {label for _, label, part in rows if part == split} - set(classes)
         if unknown:
@@ -234,7 +234,7 @@ def _read_folder(root: Path) -> _Listing:
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """Sub-folders that have the name of a split and hold folders; a class may be called "train" too."""
+    """Sub-folders named like a split that contain folders. A class may also be called "train"."""
     folders: dict[str, Path] = {}
     for entry in _entries(root):
         split = next((split for split, names in SPLIT_NAMES.items() if entry.name.lower() in names), None)
@@ -309,8 +309,8 @@ def write_manifest(file: Path, index: ImageIndex) -> None:
 def read_part(data: Path, split: str, classes: Sequence[str], root: Path | None = None) -> ImageTable:
     """One split of a folder or manifest, with the class indices of a trained model.
 
-    Without splits, the folder or manifest is read whole. The paths of a manifest are relative to `root` (default: its
-    own folder). Raises DataError for a class that the model does not have.
+    If the data has no splits, all images are read. The paths of a manifest are relative to `root` (default: the folder
+    of the manifest). Raises DataError for a class that the model does not have.
     """
     if not data.exists():
         raise DataError(f"{data}: there is no such folder or manifest")
@@ -322,7 +322,7 @@ def read_part(data: Path, split: str, classes: Sequence[str], root: Path | None 
     unknown = {label for _, label, _ in rows} - set(classes)
     if unknown:
         raise DataError(
-            f"{data}: class {listed(sorted(unknown))}, which the model does not have; it has {listed(list(classes))}"
+            f"{data}: the model does not have class {listed(sorted(unknown))}; it has {listed(list(classes))}"
         )
     marked: list[Row] = [(path, label, split) for path, label, _ in rows]
     table = replace(_table(start, marked, tuple(classes), split), notes=tuple(listing.notes))
@@ -337,7 +337,7 @@ def read_run_part(run: Path, split: str, classes: Sequence[str]) -> ImageTable:
     if not isinstance(root, str):
         raise UsageError(f"{run / 'run.json'}: damaged, no data_root")
     if not Path(root).is_dir():
-        raise DataError(f"{root}: the images of this run are no longer there")
+        raise DataError(f"{root}: the images of this run no longer exist")
     return read_part(run / "data" / "manifest.csv", split, classes, root=Path(root))
 
 
@@ -375,7 +375,7 @@ def flat_rows(folder: Path, pattern: str) -> list[tuple[str, str]]:
         if not label:
             raise DataError(f"{path}: --label-by '{pattern}' finds no label in this name")
         if label.startswith("."):
-            raise DataError(f"{path}: its label would be '{label}', which is no name for a class folder")
+            raise DataError(f"{path}: its label would be '{label}', which cannot be the name of a class folder")
         rows.append((os.path.relpath(path, folder), label))
     if not rows:
         raise DataError(f"{folder}: no images found{ignored_text(listing.ignored)}")

@@ -73,7 +73,7 @@ def _row(file: Path, line: int, cells: tuple[str, ...], labels: "Labels") -> Row
     if not name or not path or path.isspace():
         raise DataError(f"{file}, line {line}: path and label must not be empty")
     if "\0" in path:
-        raise DataError(f"{file}, line {line}: the path holds a NUL character: save the file as CSV in UTF-8")
+        raise DataError(f"{file}, line {line}: the path contains a NUL character: save the file as CSV in UTF-8")
     part = SPLIT_OF.get(split) or SPLIT_OF.get(split.strip().lower())
     if part is None and split.strip():
         raise DataError(f"{file}, line {line}: split '{split.strip()}' is not one of {', '.join(SPLIT_NAMES)}")
@@ -91,10 +91,7 @@ def _repeated_text(file: Path, first: tuple[int, str], again: tuple[int, str]) -
 
 
 class Labels:
-    """Labels as a user wrote them and as they are read: without spaces and invisible characters around them.
-
-    Each spelling is stored once, not once per image.
-    """
+    """Labels from a file, without the spaces and invisible characters around them. Each spelling is stored once."""
 
     def __init__(self, exact: bool = False) -> None:
         self._exact = exact

@@ -1,4 +1,4 @@
-"""The preprocessing of a run: that of its weights, with the changes of the config."""
+"""The preprocessing of a run: the preprocessing of its weights with the changes of the config."""
 
 from export.predict import Preprocessing
 from resnet_dist.config.schema import PreprocessConfig

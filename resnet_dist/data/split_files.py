@@ -22,32 +22,32 @@ Row = tuple[str, str, str]  # path relative to the source, label, part
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Split a folder of images into train, val and test: stratified and seeded; nothing is moved or deleted."""
+    """Split a folder of images into train, val and test, stratified and seeded. No image is moved or deleted."""
 
     source: str | None = option(None, positional=True)
     """A folder of class folders (or a flat folder, with --label-by)."""
     out: str | None = option(None, positional=True)
-    """The manifest to write (.csv), or the folder to make for --how link and copy."""
+    """The manifest to write (.csv), or the folder to create with --how link or copy."""
     val: float = 0.2
     """Share of every class for validation."""
     test: float = 0.0
-    """Share of every class for the test."""
+    """Share of every class for test."""
     seed: int = 0
-    """Seed."""
+    """Seed of the split."""
     group_by: str | None = None
-    """Regular expression on the relative path; images whose matches are equal stay in one part."""
+    """Regular expression on the relative path. Images with equal matches stay in the same split."""
     label_by: str | None = None
-    """Regular expression on the file name, its first group being the label: "^(cat|dog)" for cat.0.jpg; blanks around
-    the label are left out."""
+    """Regular expression on the file name. Its first group is the label: "^(cat|dog)" for cat.0.jpg. Spaces around the
+    label are removed."""
     how: Literal["manifest", "link", "copy"] = "manifest"
     """manifest: a CSV of path,label,split; link: folders of symbolic links; copy: folders of copies."""
 
     def problems(self) -> Iterator[str]:
-        """What is wrong here, one line each."""
+        """What is wrong with the settings, one line each."""
         if self.source is None or self.out is None:
             yield "SOURCE and OUT are needed, such as: resnet-dist split photos photos.csv"
         elif self.how == "manifest" and not self.out.endswith(".csv"):
-            yield f"OUT {self.out}: a manifest ends in .csv (for folders add --how link or --how copy)"
+            yield f"OUT {self.out}: the name of a manifest must end in .csv (for folders, add --how link or --how copy)"
         yield from out_of_range(self, 0, 1, "val", "test")
         if not 0 < self.val + self.test < 1:
             yield f"--val {self.val:g} and --test {self.test:g}: their sum must be between 0 and 1"
@@ -58,18 +58,18 @@ class SplitConfig:
                 yield f"--{name.replace('_', '-')} '{getattr(self, name)}' is not a regular expression: {error}"
                 continue
             if name == "label_by" and groups == 0:
-                yield f"--label-by '{self.label_by}' has no group: put the label in brackets, such as ^(cat|dog)"
+                yield f"--label-by '{self.label_by}' has no group: put the label in parentheses, such as ^(cat|dog)"
 
 
 @dataclass(frozen=True)
 class Split:
-    """A split that was written.
+    """The result of `split`.
 
     Attributes:
-        path: the manifest or the folder; a Split can be given wherever a path can, such as to `train`.
-        counts: the number of images of each part that has any: train, val, test.
+        path: the manifest or the folder. A Split can be used as a path, for example in `train`.
+        counts: the number of images of each split that is not empty: train, val, test.
         classes: the number of classes.
-        notes: what was noticed about the groups.
+        notes: warnings about the groups.
     """
 
     path: Path
@@ -81,7 +81,7 @@ class Split:
         return str(self.path)
 
     def line(self) -> str:
-        """The result in words."""
+        """The result as a line of text."""
         described = ", ".join(f"{count} {part}" for part, count in self.counts.items())
         images = counted(sum(self.counts.values()), "image")
         return f"{self.path}: {images} of {counted(self.classes, 'class')}: {described}"
@@ -94,36 +94,36 @@ class Split:
 def split(
     source: str | os.PathLike[str], out: str | os.PathLike[str], *, verbose: bool = False, **settings: Any
 ) -> Split:
-    """Split a folder of images into train, val and test, stratified and seeded; nothing is moved or deleted.
+    """Split a folder of images into train, val and test, stratified and seeded. No image is moved or deleted.
 
-    `source` is a folder of class folders (or flat, with `label_by`), `out` the manifest to write (.csv), or the folder
-    to make with how="link" or how="copy". The keywords are the options of `resnet-dist split`. Raises UsageError,
-    DataError if a class is too small, MachineError.
+    `source` is a folder of class folders (or flat, with `label_by`). `out` is the manifest to write (.csv), or the
+    folder to create with how="link" or how="copy". The keywords are the options of `resnet-dist split`.
+    Raises UsageError, DataError if a class is too small, MachineError.
     """
     with python_errors():
-        done = run_split(from_keywords(SplitConfig, {"source": source, "out": out, **settings}))
-    for line in (*done.notes, done.line()) if verbose else ():
+        result = run_split(from_keywords(SplitConfig, {"source": source, "out": out, **settings}))
+    for line in (*result.notes, result.line()) if verbose else ():
         print(printable(line))
-    return done
+    return result
 
 
 split.__signature__ = keyword_signature(SplitConfig, verbose=False)  # type: ignore[attr-defined]
 
 
 def run_split(cfg: SplitConfig) -> Split:
-    """Assign every image to a part, and write the manifest, links or copies. Raises ResnetDistError."""
+    """Assign every image to a split, and write the manifest, links or copies. Raises ResnetDistError."""
     from resnet_dist.data.index import class_rows, flat_rows
     from resnet_dist.data.same_file import refuse_links
     from resnet_dist.data.split import assign, groups_note
 
     source, out = Path(cfg.source or ""), Path(cfg.out or "")
     check_places(source, out, cfg.how)
-    found = class_rows(source) if cfg.label_by is None else flat_rows(source, cfg.label_by)
-    paths = [path for path, _ in found]
+    images = class_rows(source) if cfg.label_by is None else flat_rows(source, cfg.label_by)
+    paths = [path for path, _ in images]
     refuse_links(str(source), source, paths)
     shares = {"val": cfg.val, "test": cfg.test}
-    parts = assign(paths, [label for _, label in found], shares, cfg.seed, cfg.group_by)
-    rows = [(path, label, part) for (path, label), part in zip(found, parts, strict=True)]
+    parts = assign(paths, [label for _, label in images], shares, cfg.seed, cfg.group_by)
+    rows = [(path, label, part) for (path, label), part in zip(images, parts, strict=True)]
     if cfg.how == "manifest":
         _write_manifest(source, out, rows)
     else:
@@ -131,21 +131,21 @@ def run_split(cfg: SplitConfig) -> Split:
     counts = Counter(parts)
     sizes = {part: counts[part] for part in ("train", "val", "test") if counts[part]}
     notes = list(groups_note(paths, cfg.group_by))
-    return Split(out, sizes, len({label for _, label in found}), notes)
+    return Split(out, sizes, len({label for _, label in images}), notes)
 
 
 def check_places(source: Path, out: Path, how: str) -> None:
-    """Raises UsageError where SOURCE is no folder, or OUT is there already or would become a part of SOURCE."""
+    """Raise UsageError if SOURCE is not a folder, or if OUT exists or is inside SOURCE."""
     if source.is_file():
         raise UsageError(f"{source}: SOURCE must be a folder; a manifest has its split in a column `split`")
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out}: it exists already; nothing is overwritten, choose another name")
     if how != "manifest" and out.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"{out}: it is inside {source}, where it would be one more class; choose a folder outside")
+        raise UsageError(f"{out}: it is inside {source} and would become a class there; choose a folder outside")
 
 
 def _write_manifest(source: Path, out: Path, rows: Sequence[Row]) -> None:
-    """Paths relative to the manifest where the images lie below its folder, absolute elsewhere."""
+    """Write paths relative to the manifest if the images are below its folder, otherwise absolute paths."""
     from resnet_dist.files.run import to_csv, write_atomically
 
     base, root = out.absolute().parent, source.absolute()
@@ -156,7 +156,7 @@ def _write_manifest(source: Path, out: Path, rows: Sequence[Row]) -> None:
 
 
 def _free_name(target: Path, taken: set[Path]) -> Path:
-    """The name itself, or with the first number behind its stem that makes it free."""
+    """The name, or if it is taken, the name with the first free number after its stem."""
     if target not in taken:
         return target
     numbered = (target.with_stem(f"{target.stem}-{number}") for number in itertools.count(2))
@@ -164,9 +164,9 @@ def _free_name(target: Path, taken: set[Path]) -> Path:
 
 
 def _write_folders(source: Path, out: Path, rows: Sequence[Row], how: str) -> None:
-    """OUT/<part>/<label>/<name>; two files of one name in sub-folders of a class get their folders into the name.
+    """Write OUT/<split>/<label>/<name>. If files in sub-folders of a class have the same name, their folders are added.
 
-    OUT gets its name when all is in it. Raises MachineError; nothing is then left of it.
+    OUT gets its name when it is complete. If that fails, it is removed and MachineError is raised.
     """
     made, taken = out.with_name(f"{TEMPORARY}{os.getpid()}-{out.name}"), set[Path]()
     try:

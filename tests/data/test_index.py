@@ -382,7 +382,7 @@ def test_read_part_reads_data_without_splits_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "split", "classes", "reason"),
     [
-        (".", "val", ("cat",), "class 'dog', which the model does not have; it has 'cat'"),
+        (".", "val", ("cat",), "the model does not have class 'dog'; it has 'cat'"),
         (".", "test", ("cat", "dog"), "no images in the test split"),
         ("nowhere", "val", ("cat", "dog"), "no such folder or manifest"),
     ],

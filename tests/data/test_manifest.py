@@ -246,7 +246,7 @@ def test_line_numbers_are_those_of_an_editor(tmp_path: Path, text: str, line: in
         ("path,label\na.png\n", "line 2: 1 cells"),
         ('path,label\n"a.png,x\nb.png,y\n', "line 2: not CSV"),
         ('path,label\na.png,x\n"b.png"x,y\n', "line 3: not CSV"),
-        ("path,label\na\0.png,x\n", "line 2: the path holds a NUL character"),
+        ("path,label\na\0.png,x\n", "line 2: the path contains a NUL character"),
         ("path,label,label\na.png,x,y\n", "line 1: the column 'label' is in the header more than once"),
         ("path, path,label\na.png,b.png,y\n", "line 1: the column 'path' is in the header more than once"),
         ("path;label;split\na.png;x;train\n", "line 1: the header needs the columns path,label; its columns are sep"),

@@ -270,7 +270,7 @@ def test_nothing_is_overwritten(photos: Path, refused: Callable[..., str], how: 
     ("code", "arguments", "reason"),
     [
         (2, [], "SOURCE and OUT are needed"),
-        (2, ["photos", "out"], "a manifest ends in .csv"),
+        (2, ["photos", "out"], "the name of a manifest must end in .csv"),
         (2, ["photos", "out.csv", "--val", "0.7", "--test", "0.4"], "their sum must be between 0 and 1"),
         (2, ["photos", "out.csv", "--val", "0"], "their sum must be between 0 and 1"),
         (2, ["photos", "out.csv", "--label-by", "^cat"], "has no group"),

@@ -460,7 +460,7 @@ def test_split_into_its_own_source_is_refused(tmp_path: Path, refused: Refused) 
     data = images_in(tmp_path / "flat", train=4, val=0)
     (tmp_path / "alias").symlink_to(data)
     for source, out in ((data, data / "out"), (data, data / "cat/out"), (tmp_path / "alias", data / "out")):
-        assert "where it would be one more class" in refused(2, "split", source, out, "--how", "copy")
+        assert "would become a class there" in refused(2, "split", source, out, "--how", "copy")
         assert not out.exists()
 
 
