@@ -53,48 +53,48 @@ class CheckReport:
         root: the folder to which the paths are relative.
         facts: the results as plain JSON values, which `report=` writes.
         notes: notes and warnings about the files.
-        found: a `Report` with one `Finding` per file.
+        report: a `Report` with one `Finding` per file.
     """
 
     root: Path
     facts: Mapping[str, Any]
     notes: Sequence[str]
-    found: "Report"
+    report: "Report"
 
     @property
     def ok(self) -> bool:
         """Whether every file can be used."""
-        return not self.found.errors
+        return not self.report.errors
 
     @property
     def errors(self) -> "list[Finding]":
         """The files that cannot be used: each has a path and an error."""
-        return self.found.errors
+        return self.report.errors
 
     @property
     def duplicates(self) -> "list[list[Finding]]":
         """Groups of identical files."""
-        return self.found.duplicates
+        return self.report.duplicates
 
     @property
     def leaks(self) -> "list[list[Finding]]":
         """Groups of identical files in several splits."""
-        return self.found.leaks
+        return self.report.leaks
 
     @property
     def contradictions(self) -> "list[list[Finding]]":
         """Groups of identical files under several labels."""
-        return self.found.contradictions
+        return self.report.contradictions
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
-        return [*self.notes, *lines(self.found, self.facts)]
+        return [*self.notes, *lines(self.report, self.facts)]
 
     def _repr_html_(self) -> str:
         rows = {"images": self.facts["images"], "cannot be used": len(self.errors)}
         rows |= {f"{split} images": sum(counts.values()) for split, counts in self.facts["per_class"].items()}
         rows |= {"groups of identical files": len(self.duplicates), "leaks between splits": len(self.leaks)}
-        rows |= {"contradicting labels": len(self.contradictions), "alike": len(self.found.near_duplicates)}
+        rows |= {"contradicting labels": len(self.contradictions), "alike": len(self.report.near_duplicates)}
         return html_table(f"Check of {self.root}", [(name, str(value)) for name, value in rows.items()])
 
 
@@ -133,11 +133,11 @@ def run_check(cfg: CheckConfig, progress: bool = True) -> CheckReport:
         findings = look_at_all(index, full=True, cache=cache, advance=lambda: bar.advance(task))
     if cache:
         cache.save()
-    found = report_on(findings)
-    facts = summary(found, preprocessing(cfg.preprocess))
+    report = report_on(findings)
+    facts = summary(report, preprocessing(cfg.preprocess))
     if cfg.report is not None:
         write_atomically(Path(cfg.report), to_json(facts))
-    return CheckReport(index.root, facts, index.notes, found)
+    return CheckReport(index.root, facts, index.notes, report)
 
 
 def cache_file(root: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The batches of one process: which samples, in which order, loaded by how many loader processes."""
+"""The batches of one process: their samples, their order and their loader processes."""
 
 import sys
 import warnings
@@ -33,8 +33,8 @@ from resnet_dist.runtime.faults import lost_loader
 from resnet_dist.runtime.signals import shield_loader
 
 Read = Callable[[int], np.ndarray]  # the decoded image at a position, uint8 (H, W, 3)
-_loaders: "weakref.WeakSet[DataLoader[Batch]]" = weakref.WeakSet()  # all that exist, for `close_loaders`
-Key = tuple[int, int]  # (epoch, position in the table): what the sampler sends to the loader processes
+_loaders: "weakref.WeakSet[DataLoader[Batch]]" = weakref.WeakSet()  # all loaders, for `close_loaders`
+Key = tuple[int, int]  # (epoch, position in the table), sent from the sampler to the loader processes
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class TrainImages(Dataset[Batch]):
     def __init__(
         self, table: ImageTable, spec: Preprocessing, cfg: AugmentConfig, seed: int, custom: Transform | None = None
     ) -> None:
-        """`custom` takes the place of the random geometry and colours that `cfg` describes."""
+        """`custom` replaces the random geometry and colours that `cfg` describes."""
         self.table, self.spec, self.cfg, self.seed, self.custom = table, spec, cfg, seed, custom
         self.transform = augment(cfg, spec)
         least = 2 * spec.img_size if cfg.scaled_decode else 0
@@ -123,7 +123,7 @@ class TrainImages(Dataset[Batch]):
         return self.cfg.aug == "none" and not (self.cfg.mixup or self.cfg.cutmix)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch | DataError:
-        """The batch or, instead of raising it, the error: the loader would wrap it in a traceback of its process."""
+        """The batch, or the error as a value: if it were raised, the loader would wrap it in a traceback."""
         try:
             return self._batch(keys)
         except DataError as error:
@@ -181,8 +181,8 @@ def _batch_of(table: ImageTable, images: np.ndarray, positions: Sequence[int], k
 def unpacked(keys: Sequence[Key | int], seed: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
     """The epochs, positions and sample keys of a batch, int64 (n,) each.
 
-    An evaluation's keys are only positions: its epochs and sample keys are 0. All samples are unpacked at once, since
-    this is most of the work of a batch where nothing is decoded.
+    In evaluation the keys are only positions; epochs and sample keys are then 0. All samples are unpacked at once,
+    because this is most of the work of a batch if nothing is decoded.
     """
     if isinstance(keys[0], tuple):
         epochs, positions = map(list, zip(*keys, strict=True))
@@ -253,7 +253,7 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """The evaluation batches of this process: a contiguous part of the table, maybe empty, each sample once."""
+    """The evaluation batches of this process: a contiguous part of the table (it may be empty), each sample once."""
 
     def __init__(
         self, samples: Samples, batch_size: int, workers: int, pin_memory: bool, world: int = 1, rank: int = 0
@@ -290,7 +290,7 @@ def _loader(samples: Samples, workers: int, pin_memory: bool, batch_sampler: Any
 def close_loaders() -> None:
     """End all loader processes of this process.
 
-    They ignore the signal with which Python ends such processes at exit, so that Python would wait for them for ever.
+    They ignore the signal with which Python ends such processes at exit, so Python would wait for them forever.
     """
     for loader in list(_loaders):
         batches = getattr(loader, "_iterator", None)

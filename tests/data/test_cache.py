@@ -368,7 +368,7 @@ def test_cache_dir_must_be_a_folder_and_needs_cache_disk(
 ) -> None:
     (tmp_path / "file").write_text("")
     said = refused(4, *run(few, tmp_path / "run", "--cache", "disk", "--cache-dir", str(tmp_path / "file")))
-    assert f"{tmp_path / 'file'}: cannot be made" in said
+    assert f"{tmp_path / 'file'}: cannot be created" in said
     said = refused(2, *run(few, tmp_path / "two", "--cache-dir", str(tmp_path)))
     assert "--cache-dir needs --cache disk, not auto" in said
 
