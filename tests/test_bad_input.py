@@ -123,7 +123,7 @@ def test_read_only_run_folder(refused: Refused, own: Path, tmp_path: Path) -> No
     place.chmod(0o555)
     run = (Path("/proc") if os.geteuid() == 0 else place) / "run"
     said = refused(4, "train", own, *TINY, "-o", run)
-    assert f"{run}: cannot be made into a run folder" in said and len(lines(said)) == 1
+    assert f"{run}: the run folder cannot be created" in said and len(lines(said)) == 1
 
 
 def test_no_disk_space(refused: Refused, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def tensors_of(change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torc
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t / 0, "layer1.0.conv1.weight holds values that are not finite"),
+        (lambda t: t / 0, "layer1.0.conv1.weight contains values that are not finite"),
         (lambda t: t.to(torch.int8), "layer1.0.conv1.weight holds whole numbers instead of real numbers"),
         (lambda t: t.to(torch.complex64), "another kind of tensor"),
         (lambda t: t.to_sparse(), "another kind of tensor"),

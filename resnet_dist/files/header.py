@@ -9,7 +9,7 @@ from resnet_dist.errors import ArtifactError
 from resnet_dist.files.reading import parse_json
 
 METADATA_KEY = "resnet_dist"
-MAX_HEADER = 1 << 25  # room for a hundred thousand class names; the header of a ResNet alone has 30 KB
+MAX_HEADER = 1 << 25  # enough for 100,000 class names; the header of a ResNet without them has 30 KB
 
 
 def best_of(run_or_file: str | Path) -> Path:
@@ -21,14 +21,14 @@ def best_of(run_or_file: str | Path) -> Path:
 def description_in(file: Path) -> dict[str, Any] | None:
     """The description that resnet-dist wrote into a safetensors file, as unchecked JSON values; None if there is none.
 
-    A safetensors file starts with 8 bytes that give the length of a JSON object, then that object; its `__metadata__`
-    holds free text (https://github.com/huggingface/safetensors). Raises ArtifactError.
+    A safetensors file starts with 8 bytes, the length of a JSON object, followed by that object. Its `__metadata__`
+    contains free text (https://github.com/huggingface/safetensors). Raises ArtifactError.
     """
     try:
         header = parse_json(_header_of(file))
         metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
         if not isinstance(metadata, dict):
-            raise ValueError("its header is not an object")
+            raise ValueError("its header must be a JSON object")
     except OSError as error:
         raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from None
     except ValueError as error:
@@ -39,7 +39,7 @@ def description_in(file: Path) -> dict[str, Any] | None:
     try:
         values = parse_json(text)
         if not isinstance(values, dict):
-            raise ValueError("it is not an object")
+            raise ValueError("it must be a JSON object")
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{file}: its description is damaged: {error}") from None
     return values
@@ -54,7 +54,7 @@ def _header_of(file: Path) -> bytes:
             raise ValueError("shorter than a header")
         (length,) = struct.unpack("<Q", first)
         if length > MAX_HEADER:
-            raise ValueError("its header is implausibly long")
+            raise ValueError(f"its header is longer than {MAX_HEADER >> 20} MiB")
         return stream.read(length)
 
 
@@ -65,7 +65,7 @@ def random_stream_of(run_or_file: str | Path) -> int:
     run = config.get("run") if isinstance(config, dict) else None
     stream = run.get("random_stream", 0) if isinstance(run, dict) else 0
     if type(stream) is not int or stream < 0:
-        raise ArtifactError(f"{file}: its description is damaged: random_stream is not a whole number")
+        raise ArtifactError(f"{file}: its description is damaged: random_stream must be an integer >= 0")
     return stream
 
 
@@ -74,10 +74,10 @@ def network_of(run_or_file: str | Path) -> dict[str, Any]:
     file = best_of(run_or_file)
     values = description_in(file)
     if values is None:
-        raise ArtifactError(f"{file}: not written by resnet-dist; weights from elsewhere are given as --weights FILE")
+        raise ArtifactError(f"{file}: not written by resnet-dist; give other weights with --weights FILE")
     head = values.get("head")
     if not isinstance(head, dict) or not {"name", "hidden", "dropout"} <= head.keys() or "stem" not in values:
-        raise ArtifactError(f"{file}: its description is damaged: it names no network")
+        raise ArtifactError(f"{file}: its description is damaged: the network is missing")
     network = {"model": values.get("architecture"), "stem": values["stem"], "head": head["name"]}
     hidden = {"head_hidden": head["hidden"]} if head["hidden"] else {}
     return {**network, **hidden, "dropout": head["dropout"], "weights": "none"}

@@ -34,7 +34,7 @@ class Kind:
     is_ours: Callable[[Path], bool]
 
     def is_in(self, folder: Path) -> bool:
-        """Whether the folder holds such an output."""
+        """Whether the folder contains such an output."""
         return any(not file.is_symlink() and self.is_ours(file) for file in folder.glob(self.mark))
 
 
@@ -69,20 +69,20 @@ def check_folder(folder: Path, kind: Kind, option: str = "--output-dir") -> None
     try:
         if not is_free(folder) and not (folder.is_dir() and kind.is_in(folder)):
             raise UsageError(f"{option} {folder}: it exists and is not {kind.name}; choose another folder")
-        above = existing(folder)
+        parent = existing(folder)
     except OSError as error:
-        raise MachineError(f"{folder}: cannot be made into a folder ({error.strerror})") from None
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise MachineError(f"{folder}: cannot be written ({above} is not a folder that can be written)")
+        raise MachineError(f"{folder}: cannot be created ({error.strerror})") from None
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise MachineError(f"{folder}: cannot be written ({parent} is not a writable folder)")
 
 
 def make_folder(folder: Path, kind: Kind, option: str = "--output-dir") -> None:
-    """Check and make the output folder of a verb. Raises UsageError, MachineError."""
+    """Check and create the output folder of a verb. Raises UsageError, MachineError."""
     check_folder(folder, kind, option)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MachineError(f"{folder}: cannot be made into a folder ({error.strerror})") from None
+        raise MachineError(f"{folder}: cannot be created ({error.strerror})") from None
 
 
 def check_file(file: Path, is_ours: Callable[[Path], bool], option: str) -> None:
@@ -90,11 +90,11 @@ def check_file(file: Path, is_ours: Callable[[Path], bool], option: str) -> None
     if os.path.lexists(file) and (file.is_symlink() or not is_ours(file)):
         raise UsageError(f"{option} {file}: it exists and was not written by this verb; choose another name")
     if not file.parent.is_dir():
-        raise UsageError(f"{option} {file}: there is no folder {file.parent}")
+        raise UsageError(f"{option} {file}: the folder {file.parent} does not exist")
 
 
 def json_problems(option: str, file: str | None, *keys: str) -> Iterator[str]:
-    """Problems of a JSON output file; an existing file with `keys` is an older output and may be replaced."""
+    """Problems of a JSON output file. An existing file with these keys is an earlier output and may be replaced."""
     try:
         if file is not None:
             check_file(Path(file), json_with(*keys), option)
@@ -108,7 +108,7 @@ def inside(run: Path, *names: str) -> Path:
     for name in names:
         path /= name
         if path.is_symlink():
-            raise UsageError(f"{path}: a symbolic link, which must not be in a run folder; remove it")
+            raise UsageError(f"{path}: symbolic links are not allowed in a run folder; remove it")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Reading files that others may have written: up to a size limit, and as strict JSON."""
+"""Read untrusted files: up to a size limit, and as strict JSON."""
 
 import json
 import math
@@ -28,10 +28,10 @@ def read_bounded(file: Path, most: int) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A JSON value. Raises ValueError if the text is not strict JSON.
+    """Parse JSON strictly. Raises ValueError.
 
-    Stricter than json.loads: duplicate keys, numbers that are not finite (NaN, 1e999) and nesting beyond MAX_DEPTH are
-    errors.
+    Unlike json.loads, it also refuses duplicate keys, numbers that are not finite (NaN, 1e999) and nesting deeper than
+    MAX_DEPTH.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
@@ -46,10 +46,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         raise ValueError("a key occurs twice in one object")
-    return found
+    return values
 
 
 def _no_constant(name: str) -> NoReturn:

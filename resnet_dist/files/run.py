@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MAX_FACTS = 1 << 24  # bytes of run.json
-STATE_NAME = re.compile(r"step-\d{9,}(\.replaced\d*)?")  # the folder of a checkpoint to resume from
+STATE_NAME = re.compile(r"step-\d{9,}(\.replaced\d*)?")  # name of the folder of a checkpoint to resume from
 MANIFEST = "manifest.json"  # in such a folder: written last, removed first
 UNFINISHED = re.compile(r"^\.tmp-\d+-")  # prefix of a file that is being written
 FOLDERS = ("checkpoints", "plots", "data")
@@ -100,16 +100,16 @@ def to_json(value: Any) -> str:
 def to_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """CSV text; lines end with a newline character."""
     cells = [[str(cell) if cell is not None else "" for cell in row] for row in rows]
-    # Before Python 3.13 a lone carriage return is not quoted, and splits the line when the file is read.
-    odd = any("\r" in cell for row in cells for cell in row)
+    # Before Python 3.13, csv does not quote a lone carriage return, which then ends the row for a reader.
+    quote_all = any("\r" in cell for row in cells for cell in row)
     stream = io.StringIO(newline="")
-    writer = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL)
+    writer = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL)
     writer.writerows([header, *cells])
     return stream.getvalue()
 
 
 class RunFolder:
-    """The folder of one run. It is active, and written to, on the main process only."""
+    """The folder of one run. It is active (written to) on the main process only."""
 
     def __init__(self, path: Path, active: bool = True) -> None:
         self.path = path
@@ -121,14 +121,14 @@ class RunFolder:
         self._lock: FileLock | None = None
 
     def lock(self) -> None:
-        """Lock the run for this process, until `unlock` or the end of this object or process.
+        """Lock the run for this process until `unlock`, or until this object or process ends.
 
         Forked loader processes do not hold the lock. Raises UsageError if another process writes the run, MachineError
         if the folder cannot be written.
         """
         if not self.active or self._lock is not None:
             return
-        from filelock import FileLock, Timeout  # a tenth of a second to import
+        from filelock import FileLock, Timeout  # it takes a tenth of a second to import
 
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise MachineError(f"{self.path}: the run folder cannot be written")
@@ -156,38 +156,36 @@ class RunFolder:
             self._lock = None
 
     def check(self, replace: Replace) -> None:
-        """Check, before any work, that the folder can be made. Raises as `create` does, except for disk space."""
+        """Check, before any work, that the folder can be created. Raises as `create` does, except for disk space."""
         try:
             if not is_free(self.path):
                 _check_replaceable(self.path, replace)
-            above = existing(self.path)
+            parent = existing(self.path)
         except OSError as error:
-            raise MachineError(f"{self.path}: cannot be made into a run folder ({error.strerror})") from None
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise MachineError(
-                f"{self.path}: cannot be made into a run folder ({above} is not a folder that can be written)"
-            )
+            raise MachineError(f"{self.path}: the run folder cannot be created ({error.strerror})") from None
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise MachineError(f"{self.path}: the run folder cannot be created ({parent} is not a writable folder)")
         self.check_links()
 
     def check_links(self) -> None:
-        """Raises UsageError if training would write through a symbolic link."""
+        """Raise UsageError if training would write through a symbolic link."""
         for names in LINKABLE:
             inside(self.path, *names)
 
     def create(self, replace: Replace, needed_bytes: int, facts: Mapping[str, Any]) -> None:
-        """Make and lock the folder, and write `facts` to run.json, if the disk has `needed_bytes` free.
+        """Create and lock the folder, and write `facts` to run.json, if the disk has `needed_bytes` free.
 
         If it replaces a run, only files that this program wrote are removed. Raises UsageError if the folder is in use,
-        MachineError if it cannot be made or the disk is too small; nothing is then made or removed.
+        and MachineError if it cannot be created or the disk is too small; then nothing is created or removed.
         """
         self.check(replace)
         self._check_space(needed_bytes)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
-            self.check(replace)  # again: another run may have started before we got the lock
+            self.check(replace)  # check again: another run may have started before the lock was acquired
             old = list(written_in(self.path))
-            # If this is interrupted, run.json is still true: the old run cannot be resumed, or the new one has started.
+            # Even after an interruption run.json is correct: the old run cannot be resumed, or the new run has started.
             _remove(self.path, [file for file in old if file.parent.name.startswith(("step-", TEMPORARY))])
             self.write("run.json", to_json(dict(facts)))
             self.is_open = True
@@ -216,14 +214,14 @@ class RunFolder:
     def update(self, **fields: Any) -> None:
         """Change fields of run.json."""
         if self.active:
-            known = read_facts(self.path) if (self.path / "run.json").exists() else {}
-            self.write("run.json", to_json(known | fields))
+            facts = read_facts(self.path) if (self.path / "run.json").exists() else {}
+            self.write("run.json", to_json(facts | fields))
             self.is_open = self.is_open or fields.get("status") == "running"
 
     def end(self, status: str, exit_code: int, reason: str) -> None:
-        """Record how the run ended, on any process; the first record is kept.
+        """Record how the run ended. Any process may call this; only the first call has an effect.
 
-        A run that this launch marked "done" can still fail, while the report is written.
+        A run that this launch marked "done" can still fail while the report is written.
         """
         try:
             if read_facts(self.path).get("status") in ("running", "done" if self.is_open else ""):
@@ -244,7 +242,7 @@ class RunFolder:
     def cut_back(self, steps: int, epochs: int) -> None:
         """Remove rows after this optimizer step and this epoch from the metrics files; training will repeat them.
 
-        A last line that was cut off by a full disk is removed too. Raises MachineError.
+        An incomplete last line (after a full disk) is removed too. Raises MachineError.
         """
         if not self.active:
             return
@@ -258,11 +256,11 @@ class RunFolder:
             names = header.split(",")
             cells = [row.split(",") for row in rows]
             whole = [dict(zip(names, row, strict=True)) for row in cells if len(row) == len(names)]
-            kept = [row.values() for row in whole if row.get("epoch", "").isdecimal() and int(row["epoch"]) <= epochs]
-            self.write("metrics.csv", "".join(f"{','.join(row)}\n" for row in (names, *kept)))
+            rest = [row.values() for row in whole if row.get("epoch", "").isdecimal() and int(row["epoch"]) <= epochs]
+            self.write("metrics.csv", "".join(f"{','.join(row)}\n" for row in (names, *rest)))
 
     def _append(self, name: str, text: str) -> None:
-        """Append to a log. If that fails, warn once and go on."""
+        """Append to a log. If that fails, warn once and continue."""
         if not self.active:
             return
         try:
@@ -305,7 +303,7 @@ def written_in(path: Path) -> Iterator[Path]:
 
 
 def is_written(parts: Sequence[str]) -> bool:
-    """Whether this program writes a file of this path inside a run folder, unfinished files included."""
+    """Whether this program writes a file with this path in a run folder, including unfinished files."""
     *folders, name = parts
     parts = (*folders, UNFINISHED.sub("", name))
     return any(len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern)) for pattern in _PATTERNS)
@@ -348,9 +346,9 @@ def _check_replaceable(path: Path, replace: Replace) -> None:
         raise UsageError(f"--output-dir {path}: it exists and is not a run; choose another folder")
     is_done = read_facts(path).get("status") == "done"
     if replace == "nothing" or (replace == "unfinished" and is_done):
-        held = "a finished run" if is_done else "a run"
+        content = "a finished run" if is_done else "a run"
         raise UsageError(
-            f"--output-dir {path}: it holds {held}; choose another folder, or give --overwrite to replace it"
+            f"--output-dir {path}: it contains {content}; choose another folder, or give --overwrite to replace it"
         )
 
 
@@ -363,7 +361,7 @@ def read_facts(path: Path) -> dict[str, Any]:
             raise ValueError("not a JSON object")
         for name, kind in (("status", str), ("epochs", int), ("data_root", str)):
             if not isinstance(facts.get(name, kind()), kind):
-                raise ValueError(f"its {name} is not {'text' if kind is str else 'a whole number'}")
+                raise ValueError(f"{name} must be {'text' if kind is str else 'an integer'}")
     except OSError as error:
         raise UsageError(f"{path}: not a run folder (run.json: {error.strerror})") from None
     except ValueError as error:

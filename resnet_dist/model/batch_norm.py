@@ -23,7 +23,7 @@ def backbone_batch_norms(model: nn.Module) -> Iterator[tuple[str, BatchNorm]]:
 
 
 def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
-    """Give every process the running statistics of the first, as DDP does if it wraps the whole network."""
+    """Copy the running statistics of rank 0 to every process, as DDP does if it wraps the whole network."""
     if accelerator.num_processes > 1:
         broadcast(running_statistics(model))
 
@@ -32,7 +32,7 @@ def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
 def averaged_statistics(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """Inside this context, BatchNorm's running statistics are the means over all processes.
 
-    Afterwards each process has its own again, so that evaluating or saving does not change training.
+    Afterwards each process has its own statistics again, so that evaluating or saving does not change training.
     """
     buffers = running_statistics(model)
     if accelerator.num_processes == 1 or not buffers:

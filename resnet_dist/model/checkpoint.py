@@ -18,12 +18,12 @@ from resnet_dist.files.run import FORMAT_VERSION, write_atomically
 from resnet_dist.model.resnet import Architecture, build, empty
 from resnet_dist.model.weights import load_backbone
 
-MAX_CLASSES, MAX_NAME = 100_000, 1024  # the predictor's limits too
+MAX_CLASSES, MAX_NAME = 100_000, 1024  # the predictor has the same limits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """The description in a checkpoint: everything but its tensors.
+    """The description in a checkpoint: everything except the tensors.
 
     `config`: the resolved config without the output folder. `score`: the validation metrics of this epoch.
     `weights_kind`: "raw" or "ema".
@@ -64,7 +64,7 @@ class Description:
         if not 0 < len(classes) <= MAX_CLASSES or max(map(len, classes)) > MAX_NAME:
             raise ValueError(f"`classes` must hold 1 to {MAX_CLASSES} names of at most {MAX_NAME} characters")
         if len(set(classes)) != len(classes):
-            raise ValueError("`classes` holds a name twice")
+            raise ValueError("`classes` contains a name twice")
         if not isinstance(values["config"], dict) or not _is_score(values["score"]):
             raise ValueError("`config` must be an object, and `score` an object of numbers")
         if type(values["epoch"]) is not int or values["weights_kind"] not in ("raw", "ema"):
@@ -106,7 +106,7 @@ def load_checkpoint(file: Path) -> tuple[nn.Module, Description]:
         raise ArtifactError(f"{file}: not a safetensors file ({error})") from None
     damaged = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if damaged:
-        raise ArtifactError(f"{file}: {damaged[0]} holds values that are not finite")
+        raise ArtifactError(f"{file}: {damaged[0]} contains values that are not finite")
     model = build(description.architecture)
     model.load_state_dict(tensors)
     return model.eval(), description
@@ -147,10 +147,10 @@ def _check(file: Path, opened: Any, model: nn.Module) -> None:
     wanted = model.state_dict()
     names = set(opened.keys())
     if names != set(wanted):
-        odd: Sequence[str] = sorted(names ^ set(wanted))
-        raise ArtifactError(f"{file}: its tensors are not those of the network that it describes, such as {odd[0]!r}")
+        differing: Sequence[str] = sorted(names ^ set(wanted))
+        raise ArtifactError(f"{file}: its tensors differ from those of the described network, such as {differing[0]!r}")
     dtypes = {torch.float32: "F32", torch.int64: "I64"}
     for name, tensor in wanted.items():
         stored = opened.get_slice(name)
         if tuple(stored.get_shape()) != tuple(tensor.shape) or stored.get_dtype() != dtypes[tensor.dtype]:
-            raise ArtifactError(f"{file}: {name} has another shape or type than the network that it describes")
+            raise ArtifactError(f"{file}: {name} has another shape or type than in the described network")

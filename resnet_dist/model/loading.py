@@ -1,4 +1,4 @@
-"""A trained network for Python callers: a plain torch module with the names of its classes and its preprocessing."""
+"""Load a trained network in Python: a plain torch module, its class names and its preprocessing."""
 
 import os
 from pathlib import Path
@@ -12,12 +12,12 @@ from resnet_dist.model.checkpoint import load_checkpoint as read
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
         model: the network in evaluation mode on the CPU; float32 (B, 3, img_size, img_size) to logits (B, classes).
         classes: the class names, in the order of the logits.
-        preprocessing: how an image becomes the input of the network.
+        preprocessing: how an image is converted to the input of the network.
     """
 
     model: nn.Module
@@ -26,9 +26,9 @@ class Checkpoint(NamedTuple):
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Load a checkpoint (.safetensors), or the best one of a Run or run folder.
+    """Load a checkpoint (.safetensors), or the best checkpoint of a Run or run folder.
 
-    Nothing is unpickled. Raises ArtifactError if there is no such checkpoint, or it is damaged or foreign.
+    Nothing is unpickled. Raises ArtifactError if the checkpoint is missing, damaged or not from resnet-dist.
     """
     file = Path(path)
     if file.is_dir():

@@ -1,4 +1,4 @@
-"""Cut a network in two before a stage: the frozen part, whose outputs can be cached, and the part that learns."""
+"""Split a network before a stage: the frozen part, whose outputs can be cached, and the trained part."""
 
 from collections.abc import Iterable
 
@@ -13,7 +13,7 @@ _FIRST = {"layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7, "head": 9}
 
 
 def first_changing_stage(trainable: Iterable[str], updating: Iterable[str]) -> str:
-    """The first stage with a parameter that learns, or with BatchNorm statistics that update.
+    """The first stage in which a parameter is trained or BatchNorm statistics update.
 
     The stages before it give the same output for the same input throughout a phase: only the head has dropout.
     """
@@ -24,7 +24,7 @@ def first_changing_stage(trainable: Iterable[str], updating: Iterable[str]) -> s
 def cut(model: nn.Module, stage: str) -> tuple[nn.Sequential, nn.Sequential]:
     """The network before `stage` (layer1..layer4 or head), and the rest of it. Both share the model's modules.
 
-    The first part gives (B, C, H, W) or, before the head, the pooled and flattened features (B, F).
+    The first part returns (B, C, H, W) or, before the head, the pooled and flattened features (B, F).
     """
     children = dict(model.named_children())
     modules: list[nn.Module] = [children[name] for name in _ORDER]

@@ -1,4 +1,4 @@
-"""Where the weights of a run come from: random, ImageNet, a file or another run."""
+"""The initial weights of a run: random, ImageNet, a file or another run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,6 @@ class StartingPoint:
         return Path(self.source) if self.kind == "file" else None
 
     def __str__(self) -> str:
-        """For messages."""
+        """A text for messages."""
         words = {"random": "random weights", "imagenet": f"torchvision's {self.source}", "file": self.source}
         return words.get(self.kind, f"the run {self.source}")

@@ -1,4 +1,4 @@
-"""What learns in a phase: the parameters that get gradients, and the BatchNorm statistics that update."""
+"""The parameters that are trained in a phase, and the BatchNorm statistics that update."""
 
 from collections.abc import Collection
 from fnmatch import fnmatchcase
@@ -53,8 +53,8 @@ def set_trainable(model: nn.Module, names: Collection[str]) -> None:
 def updating_batch_norms(model: nn.Module, phase: Phase) -> list[str]:
     """The BatchNorm layers of the backbone whose statistics update in the phase.
 
-    All of them, none, or (by default) those of stages with a parameter that learns: in a frozen stage, statistics that
-    update would drift away from the weights.
+    All layers, none, or by default those in stages with a trained parameter, because updating statistics in a frozen
+    stage would drift away from the weights.
     """
     layers = [name for name, _ in backbone_batch_norms(model)]
     if phase.batch_norm_stats is not None:

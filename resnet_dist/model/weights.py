@@ -1,4 +1,4 @@
-"""Pretrained weights: torchvision's, checked by hash, or the user's file, loaded without unpickling code."""
+"""Pretrained weights: from torchvision, verified by hash, or from a file, loaded without unpickling code."""
 
 import hashlib
 import http.client
@@ -35,7 +35,7 @@ DTYPES = {  # by their names in the header of a safetensors file
     **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool, "C64": torch.complex64},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
-# What torch.load raises on damaged files.
+# Exceptions that torch.load raises on damaged files.
 _DAMAGED_PICKLE = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, AssertionError, struct.error)
 DAMAGED = (*_DAMAGED_PICKLE, RuntimeError, ValueError, TypeError, OSError)
 
@@ -54,7 +54,7 @@ def named_weights(cfg: ModelConfig) -> torchvision.models.WeightsEnum | None:
 
 
 def preprocessing_of(weights: torchvision.models.WeightsEnum | None) -> Preprocessing:
-    """The preprocessing that the weights were trained for; ImageNet's usual one if that is unknown."""
+    """The preprocessing that the weights were trained with; the usual one for ImageNet if it is unknown."""
     if weights is None:
         return Preprocessing()
     transforms = weights.transforms()
@@ -147,7 +147,7 @@ def read_tensors(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     if not isinstance(loaded, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
     ):
-        raise ArtifactError(f"{file}: holds no state dict (a mapping of names to tensors)")
+        raise ArtifactError(f"{file}: contains no state dict (a mapping of names to tensors)")
     return _unwrapped(file, loaded)
 
 
@@ -169,7 +169,7 @@ def _unwrapped(file: Path, tensors: Tensors) -> dict[str, torch.Tensor]:
     for name in tensors:
         other = plain.setdefault(_plain_name(name), name)
         if other != name:
-            raise ArtifactError(f"{file}: holds {_plain_name(name)} twice, as {other} and as {name}")
+            raise ArtifactError(f"{file}: contains {_plain_name(name)} twice, as {other} and as {name}")
     return {short: tensors[name] for short, name in plain.items()}
 
 
@@ -182,7 +182,7 @@ def _plain_name(name: str) -> str:
 
 
 def _unpacked_bytes(file: Path) -> int:
-    """The bytes that reading the file takes. A .pth is a zip archive, which may be compressed."""
+    """The number of bytes after unpacking. A .pth is a zip archive, which may be compressed."""
     size = file.stat().st_size
     try:
         with zipfile.ZipFile(file) as archive:
@@ -192,16 +192,16 @@ def _unpacked_bytes(file: Path) -> int:
 
 
 def load_backbone(model: nn.Module, tensors: Tensors, architecture: Architecture, source: str) -> None:
-    """Copy everything but the head from `tensors` into the model. Raises ArtifactError with what does not fit."""
+    """Copy the backbone from `tensors` into the model. Raises ArtifactError with the tensor that does not fit."""
     given = check_backbone(tensors, architecture, source)
     damaged = [name for name, value in given.items() if not torch.isfinite(value).all()]
     if damaged:
-        raise ArtifactError(f"{source}: {damaged[0]} holds values that are not finite")
+        raise ArtifactError(f"{source}: {damaged[0]} contains values that are not finite")
     model.load_state_dict(given, strict=False)
 
 
 def check_backbone(tensors: Tensors, architecture: Architecture, source: str) -> Tensors:
-    """The tensors that do not belong to the head, on any device. Raises ArtifactError with what does not fit."""
+    """The tensors of the backbone, on any device. Raises ArtifactError with the tensor that does not fit."""
     wanted = {name: value for name, value in empty(architecture).state_dict().items() if stage_of(name) != "head"}
     given = {name: value for name, value in tensors.items() if stage_of(name) != "head"}
     problems = _misfits(wanted, given)

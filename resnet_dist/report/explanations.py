@@ -42,24 +42,24 @@ class Explanation:
     explained: str
 
 
-def write_explanations(folder: Path, found: list[Explanation]) -> None:
+def write_explanations(folder: Path, explanations: list[Explanation]) -> None:
     """Write explained.csv, one PNG per image (the image, then its overlay), and sheet.png with the first 24 images.
 
     The pictures of an earlier call are removed; other files stay. Raises UsageError, MachineError.
     """
     make_folder(folder, EXPLANATIONS)
     remove_pictures(folder)
-    names = [f"{number:03d}-{Path(one.source).stem[:80]}.png" for number, one in enumerate(found, 1)]
+    names = [f"{number:03d}-{Path(one.source).stem[:80]}.png" for number, one in enumerate(explanations, 1)]
     rows = [
         [name, one.source, one.target, one.prediction, one.probability, one.explained]
-        for name, one in zip(names, found, strict=True)
+        for name, one in zip(names, explanations, strict=True)
     ]
     write_atomically(folder / EXPLANATIONS.mark, to_csv(COLUMNS, rows))
-    for name, one in zip(names, found, strict=True):
+    for name, one in zip(names, explanations, strict=True):
         stream = io.BytesIO()
         Image.fromarray(np.concatenate([one.image, overlay(one.image, one.heat)], axis=1)).save(stream, "PNG")
         write_atomically(folder / name, stream.getvalue())
-    write_sheet(folder / "sheet.png", found[:ON_SHEET])
+    write_sheet(folder / "sheet.png", explanations[:ON_SHEET])
 
 
 def remove_pictures(folder: Path) -> None:
@@ -76,10 +76,10 @@ def remove_pictures(folder: Path) -> None:
         raise MachineError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
-def write_sheet(file: Path, found: list[Explanation]) -> None:
+def write_sheet(file: Path, explanations: list[Explanation]) -> None:
     """Draw pairs of image and overlay, two pairs per row."""
     tiles, titles, right = [], [], []
-    for one in found:
+    for one in explanations:
         tiles += [one.image, overlay(one.image, one.heat)]
         label = f"\ntrue: {shortened(one.target, 22)}" if one.target else ""
         titles += [f"{shortened(one.prediction, 22)} ({one.probability:.2f}){label}"]

@@ -1,4 +1,4 @@
-"""Starting Accelerate, and communication between processes."""
+"""Start Accelerate, and communicate between processes."""
 
 import ctypes
 import os
@@ -36,9 +36,9 @@ HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.B
 
 
 def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tuple[Accelerator, str]:
-    """The Accelerator of this run, and a line about processes, device, precision and threads, with the reasons.
+    """Start Accelerate. Returns it and a line about processes, device, precision and threads, with reasons.
 
-    Lines that begin with WARNING follow, about a slow or unusual setup. Raises UsageError for a launch or a setting
+    Lines with WARNING follow if the setup is slow or unusual. Raises UsageError for a launch or a setting
     that cannot work, such as several processes that are not connected: each would write the same files. Raises
     MachineError if launcher variables are missing, or the processes cannot connect.
     """
@@ -85,16 +85,16 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
 
 
 def check_gpus(on_cpu: bool) -> None:
-    """Raises UsageError if there are more processes on this machine than visible GPUs: each needs its own."""
+    """Raise UsageError if there are more processes on this machine than visible GPUs: each needs its own."""
     if on_cpu or not torch.cuda.is_available():
         return
-    seen, (needed, is_exact) = torch.cuda.device_count(), launcher.processes_here()
-    if needed > seen:
+    visible, (needed, is_exact) = torch.cuda.device_count(), launcher.processes_here()
+    if needed > visible:
         at_least = "" if is_exact else "at least "
         raise UsageError(
-            f"{at_least}{needed} processes on this machine, but this one sees {counted(seen, 'GPU')} "
-            f"({launcher.visible_gpus()}); start at most {seen}, and make all GPUs visible to every process: with srun "
-            "--gpus-per-node, not --gpus-per-task; a process sees only one MIG slice"
+            f"{at_least}{needed} processes on this machine, but this one sees {counted(visible, 'GPU')} "
+            f"({launcher.visible_gpus()}); start at most {visible}, and make all GPUs visible to every process: with "
+            "srun --gpus-per-node, not --gpus-per-task; a process sees only one MIG slice"
         )
 
 
@@ -102,8 +102,8 @@ def launch_warnings(asked: str, chosen: str, on_cpu: bool) -> Iterator[str]:
     """Warnings about launcher options that had no effect or make training slow."""
     if launcher.is_one_of_several():
         yield (
-            "accelerate launch was asked for several processes (it set MASTER_ADDR and MASTER_PORT), but started one; "
-            "on CPUs use --config_file launch/cpu.yaml instead of --cpu, on GPUs --multi_gpu"
+            "accelerate launch was configured for several processes (it set MASTER_ADDR and MASTER_PORT) but started "
+            "one; on CPUs use --config_file launch/cpu.yaml instead of --cpu, on GPUs --multi_gpu"
         )
     slow = asked == "auto" and chosen == "no" and not on_cpu and torch.cuda.is_available()
     if slow and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -173,20 +173,20 @@ def leave_job() -> None:
 
 
 def share_tensors(accelerator: Accelerator, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-    """The main process's tensors, by name, on every process; the others pass None."""
+    """Send named tensors from the main process to every process. The other processes pass None."""
     if accelerator.num_processes == 1:
         return tensors or {}
     shapes = on_main(accelerator, lambda: {name: (t.shape, t.dtype) for name, t in (tensors or {}).items()})
     shared = {}
     for name, (shape, dtype) in shapes.items():
-        own = tensors[name] if tensors else torch.empty(shape, dtype=dtype)
-        shared[name] = own.to(accelerator.device).contiguous()
+        tensor = tensors[name] if tensors else torch.empty(shape, dtype=dtype)
+        shared[name] = tensor.to(accelerator.device).contiguous()
     broadcast(shared)
     return {name: tensor.cpu() for name, tensor in shared.items()}
 
 
 def check_launch(processes: int) -> None:
-    """Raises UsageError if Accelerate sees another number of processes than the launcher started."""
+    """Raise UsageError if Accelerate sees a different number of processes than the launcher started."""
     if processes != launcher.world_size():
         raise UsageError(
             f"the launcher started {launcher.world_size()} processes, but this one sees {processes}; use "
@@ -217,8 +217,8 @@ def choose_precision(asked: str, on_cpu: bool) -> tuple[str, str]:
 def choose_threads(asked: int | None) -> tuple[int, str]:
     """CPU threads per process, and why.
 
-    `accelerate launch` sets OMP_NUM_THREADS=1 on machines without GPUs, which halves the speed on two cores; its 1
-    cannot be told from a user's, so it is taken as the launcher's.
+    `accelerate launch` sets OMP_NUM_THREADS=1 on machines without GPUs, which halves the speed on two cores. A 1 in a
+    launched process is therefore ignored, even if the user set it.
     """
     if asked is not None:
         return asked, "--threads"
@@ -231,11 +231,11 @@ def choose_threads(asked: int | None) -> tuple[int, str]:
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """The result of `action`, which only the main process performs; its error, if any, is raised on every process.
+    """Run `action` on the main process. Its result is returned, or its error raised, on every process.
 
-    What reads or writes shared things (folders, downloads), and what must be decided once, goes through here: no
-    process is left waiting for one that failed. Errors of ours and of the system are the same everywhere; any other is
-    a bug, which the main process raises as it is, and the others as a ResnetDistError that names it.
+    Use it to read or write shared files and for decisions that must be the same everywhere. No process waits for one
+    that failed. Our own errors and OSError are the same on every process. Any other error is a bug: the main process
+    raises it unchanged, and the others raise a ResnetDistError that names it.
     """
     failure: Exception | None = None
     outcome: list[Any] = [None, None]
@@ -258,7 +258,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
 
 
 def _for_others(error: Exception) -> Exception:
-    """The error as other processes raise it; it must survive being sent."""
+    """The error that the other processes raise. It must be picklable."""
     if isinstance(error, ResnetDistError):
         return error
     if isinstance(error, OSError) and type(error).__module__ == "builtins":
@@ -292,10 +292,10 @@ def share_weights(accelerator: Accelerator, model: nn.Module) -> None:
 def model_from_main(
     accelerator: Accelerator, load: Callable[[], tuple[nn.Module, T]], build: Callable[[T], nn.Module]
 ) -> tuple[nn.Module, T]:
-    """The network that the main process loads, on every process, on its device and in eval mode; and its origin.
+    """Load a network on the main process and send it to every process, on its device and in evaluation mode.
 
-    Other processes build an empty network from the origin (such as the description of a checkpoint) and receive the
-    weights.
+    Returns the network and its origin (such as the description of a checkpoint). The other processes build an empty
+    network from the origin and receive the weights.
     """
     loaded: list[nn.Module] = []
 

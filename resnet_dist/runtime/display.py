@@ -1,4 +1,4 @@
-"""Progress of training: a bar on a terminal, plain lines elsewhere, and the same lines in train.log."""
+"""Show the progress of training: a bar on a terminal, otherwise lines. The lines are also written to train.log."""
 
 import sys
 import time
@@ -18,9 +18,9 @@ from resnet_dist.runtime.wording import printable
 
 
 class Display:
-    """The terminal of the main process; on the others every method does nothing.
+    """Output of the main process; on other processes every method does nothing.
 
-    Without `verbose` nothing is shown, and the lines go to the log alone.
+    Without `verbose`, nothing is shown, and lines are only written to the log.
     """
 
     def __init__(self, enabled: bool, verbose: bool = True) -> None:
@@ -39,13 +39,13 @@ class Display:
         self._write("".join(self._early))
 
     def say(self, line: str) -> None:
-        """A line of text."""
+        """Print a line of text."""
         if self.enabled:
             self.console.print(Text(printable(line)))
             self._write(printable(line) + "\n")
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """A two-column table, at the end of a run."""
+        """Print a two-column table."""
         if not self.enabled:
             return
         table = Table(title=title, title_justify="left", show_header=False)
@@ -60,7 +60,7 @@ class Display:
         elif text:
             try:
                 append(self._log, text)
-            except OSError as error:  # worth a warning, not the run
+            except OSError as error:  # only a warning: the run continues
                 if not self._warned:
                     print(f"WARNING: {self._log}: cannot be written ({error.strerror})", file=sys.stderr)
                 self._warned = True

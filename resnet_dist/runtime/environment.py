@@ -35,27 +35,27 @@ def local_world_size() -> int:
 
 
 def processes_here() -> tuple[int, bool]:
-    """The known number of processes on this machine, and whether it is exact: not every launcher tells it."""
+    """The number of processes on this machine, and whether it is exact. Without LOCAL_WORLD_SIZE it is a minimum."""
     if os.environ.get("LOCAL_WORLD_SIZE"):
         return local_world_size(), True
     return _number("LOCAL_RANK", 0) + 1, False
 
 
 def check() -> None:
-    """Raises MachineError if launcher variables are missing, invalid or contradict each other."""
+    """Raise MachineError if launcher variables are missing, invalid or contradict each other."""
     given = {name: os.environ[name] for name in (*VARIABLES, "LOCAL_WORLD_SIZE") if os.environ.get(name)}
     numbers = {name: value for name, value in given.items() if name in NUMBERS}
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(given):
-        return  # some clusters always set the address, which does no harm
+        return  # some clusters always set the address, which is harmless
     shown = " ".join(f"{name}={value}" for name, value in given.items())
     remedy = "start with accelerate launch or torchrun, or unset them all to run one process"
     for name, value in numbers.items():
         if not value.isdecimal() or int(value) > 65_535:
-            raise MachineError(f"{name}={value}: not a whole number from 0 to 65535; {remedy}")
+            raise MachineError(f"{name}={value}: must be an integer in 0..65535; {remedy}")
     world, number = _number("WORLD_SIZE", 1), _number("RANK", 0)
     alone = "LOCAL_RANK" not in given and (world, number) == (1, 0)  # the same as no launcher
     if not alone and (missing := [name for name in VARIABLES if name not in given]):
-        raise MachineError(f"{shown}: set, but not all: missing {', '.join(missing)}; {remedy}")
+        raise MachineError(f"{shown} set, but {', '.join(missing)} missing; {remedy}")
     here = _number("LOCAL_WORLD_SIZE", world)
     if world <= number or here <= _number("LOCAL_RANK", 0) or world < here:
         raise MachineError(f"{shown}: these contradict each other; {remedy}")
@@ -72,9 +72,9 @@ def is_launched() -> bool:
 
 
 def has_launcher() -> bool:
-    """Whether the parent process is accelerate launch or torchrun: this process must then end with it.
+    """Whether the parent process is accelerate launch or torchrun. This process must then end with it.
 
-    Not if a shell started it, which may end before its processes do.
+    False if a shell is in between, because a shell may end before its processes.
     """
     return ("TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ) and _parent_is_python()
 
@@ -104,9 +104,9 @@ def _parent_is_python() -> bool:
 
 def is_one_of_several() -> bool:
     """Whether accelerate launch was asked for several processes but started only this one, as with `--cpu`."""
-    said = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+    has_address = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
     mpi = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
-    return said and "WORLD_SIZE" not in os.environ and not mpi
+    return has_address and "WORLD_SIZE" not in os.environ and not mpi
 
 
 def visible_gpus() -> str:
@@ -116,7 +116,7 @@ def visible_gpus() -> str:
 
 
 def cpu_is_asked_for() -> bool:
-    """Whether the CPU is to be used even if there is a GPU."""
+    """Whether the CPU must be used even if there is a GPU."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
 
 
@@ -186,13 +186,13 @@ def cpu_flags() -> frozenset[str]:
 
 
 def available_memory() -> int:
-    """Bytes of free main memory, of the machine or of the container, whichever is less."""
-    known = []
+    """Bytes of free memory of the machine or of the container, the smaller of the two."""
+    free = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        known += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
+        free += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        known += [int(limit) - int(used)] if limit.isdigit() else []
+        free += [int(limit) - int(used)] if limit.isdigit() else []
     except OSError:
         pass
-    return max(0, min(known, default=4 << 30))
+    return max(0, min(free, default=4 << 30))

@@ -1,4 +1,4 @@
-"""Failures of the machine, which torch and its libraries report in many ways, as a MachineError in one line."""
+"""Convert failures of the machine, which torch reports in many ways, to a MachineError with one line."""
 
 import errno
 from collections.abc import Iterator
@@ -73,7 +73,7 @@ def _out_of_memory(accelerator: Accelerator, batch_size: int, accumulate: int) -
 
 @contextmanager
 def memory_for(accelerator: Accelerator, what: str, remedy: str) -> Iterator[None]:
-    """In this context, a lack of memory raises MachineError that names `what` did not fit, and the remedy."""
+    """In this context, a lack of memory raises MachineError with `what` did not fit and the remedy."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -90,13 +90,13 @@ def finding_each_other() -> Iterator[None]:
     except (RuntimeError, torch.distributed.DistError) as error:
         if launcher.world_size() == 1:
             raise
-        said = str(error).lower()
+        message = str(error).lower()
         if is_out_of_memory(error):
             raise MachineError(f"out of memory when Accelerate starts: {first_line(error)}") from None
-        if any(word in said for word in OF_CUDA):
+        if any(word in message for word in OF_CUDA):
             raise MachineError(f"the GPU does not work when Accelerate starts: {first_line(error)}") from None
         is_lost = isinstance(error, torch.distributed.DistError)
-        if not is_lost and not any(word.lower() in said for word in (*LOST_PROCESS, *NOT_FOUND)):
+        if not is_lost and not any(word.lower() in message for word in (*LOST_PROCESS, *NOT_FOUND)):
             raise
         raise MachineError(
             f"the {launcher.world_size()} processes of the run could not connect ({first_line(error)}); check that "
@@ -110,7 +110,7 @@ def first_line(error: BaseException) -> str:
 
 
 def lost_loader(error: RuntimeError) -> MachineError | None:
-    """The MachineError for a loader process that ended, if that is the error. torch raises it at any line."""
+    """The MachineError for a loader process that ended, or None. torch can raise such an error at any line."""
     if "DataLoader worker" not in str(error):
         return None
     reason = str(error).partition("\n")[0]

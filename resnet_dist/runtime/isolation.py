@@ -1,6 +1,6 @@
-"""What a run changes in its process, and how that is put back.
+"""Restore the settings of the process that a run changes.
 
-Two runs in one process then behave like runs in two processes.
+Two runs in one process then behave like two runs in separate processes.
 """
 
 import os
@@ -21,9 +21,9 @@ STATES = (PartialState, AcceleratorState, GradientState)
 
 @contextmanager
 def process_settings_restored() -> Iterator[None]:
-    """After it, torch, Accelerate and the environment are set as before: threads, determinism, TF32, random state.
+    """Restore threads, determinism, TF32, random states and Accelerate's state when this context ends.
 
-    In a process that a launcher started, Accelerate's state stays: the processes of a job remain one job.
+    In a process that a launcher started, Accelerate's state is kept: the processes remain one job.
     """
     restore_torch = _torch_settings()
     cublas = os.environ.get(CUBLAS)
@@ -41,7 +41,7 @@ def process_settings_restored() -> Iterator[None]:
 
 
 def _torch_settings() -> Callable[[], None]:
-    """What puts the settings of torch, and all random states, back as they are now."""
+    """A function that restores the current settings of torch and all random states."""
     threads, random_state = torch.get_num_threads(), torch.get_rng_state()
     of_python, of_numpy = random.getstate(), np.random.get_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
@@ -65,9 +65,9 @@ def _torch_settings() -> Callable[[], None]:
 
 
 def _tf32_settings() -> Callable[[], None]:
-    """A function that sets TF32 back to what it is now, by both of torch's interfaces.
+    """A function that restores the current TF32 settings through both interfaces of torch.
 
-    `allow_tf32` cannot be read once the newer `fp32_precision` was set to something that it cannot express.
+    `allow_tf32` cannot be read if the newer `fp32_precision` has a value that it cannot express.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     parts: tuple[Any, ...] = (matmul, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 def _git(folder: Path, *arguments: str) -> str | None:
     """The output of git; None without git or a repository, or after ten seconds."""
     try:
-        # A repository can make git run a program (core.fsmonitor): switched off.
+        # core.fsmonitor lets a repository run a program, so it is switched off.
         command = ["git", "-c", "core.fsmonitor=false", "-C", os.fspath(folder), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
@@ -49,15 +49,15 @@ def versions() -> dict[str, str]:
     """Versions of the packages that affect the result, and of the CUDA and cuDNN of torch."""
     import torch
 
-    found = {}
+    by_package = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # such as torch built under another name
-            found[name] = "unknown"
+            by_package[name] = version(name)
+        except PackageNotFoundError:  # for example, torch was built under another name
+            by_package[name] = "unknown"
     if torch.version.cuda is not None:
-        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
-    return found
+        by_package |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
+    return by_package
 
 
 def hardware() -> dict[str, Any]:

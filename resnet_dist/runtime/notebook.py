@@ -7,7 +7,7 @@ from resnet_dist.runtime.wording import printable
 
 
 def html_table(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """A two-column table with a title as HTML; nothing in the texts is taken for markup."""
+    """A two-column HTML table with a title. All texts are escaped."""
     lines = [
         f"<tr><th style='text-align:left'>{_escaped(name)}</th><td style='text-align:left'>{_escaped(value)}</td></tr>"
         for name, value in rows

@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopRequested(Exception):  # noqa: N818 - not an error: what the loop catches to save and leave
-    """Every process stops here."""
+    """Raised in every process at the same point if any process got a signal to stop."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -126,12 +126,12 @@ class StopRequests:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Within it, signals to stop are requests; after it, the handlers that were there before are back.
+    """In this context, signals are handled as stop requests. When it ends, the earlier handlers are restored.
 
-    Not in a launched process, which mostly ends then: a launcher that ends the others must not cut off what it has to
-    say. Where it trains again, the watcher goes on with the new requests; a signal that came meanwhile raises Stopped.
-    Outside of the main thread nothing is installed: only that one can handle signals.
-    Raises MachineError on Windows, which has neither these signals nor process groups.
+    In a launched process the handlers stay, so that a launcher that ends the job does not cut off the last messages. If
+    such a process trains again, the same watcher serves the new requests; a signal in between raises Stopped. In other
+    threads than the main thread nothing is installed, because only the main thread can handle signals. Raises
+    MachineError on Windows, which has neither these signals nor process groups.
     """
     if not hasattr(signal, "SIGHUP"):
         raise MachineError("training does not work on Windows; use Linux, or Linux in WSL 2")
@@ -140,7 +140,7 @@ def stop_requests() -> Iterator[StopRequests]:
         yield requests
         return
     is_launched = launcher.is_distributed()
-    ours = [number for number in SIGNALS if signal.getsignal(number) is not None]  # else it could not be put back
+    ours = [number for number in SIGNALS if signal.getsignal(number) is not None]  # otherwise it could not be restored
     before = {number: signal.signal(number, requests.note) for number in ours}
     watcher = Watcher.kept if is_launched else None
     if watcher is None:
@@ -152,7 +152,7 @@ def stop_requests() -> Iterator[StopRequests]:
     try:
         yield requests
     finally:
-        requests.on_exit = None  # what it would record is over
+        requests.on_exit = None  # the run that it would record has ended
         if is_launched:
             Watcher.kept = watcher
         else:
@@ -168,7 +168,7 @@ class Watcher(threading.Thread):
     SECONDS_TO_SAVE if the launcher has ended.
     """
 
-    kept: ClassVar["Watcher | None"] = None  # the one of a launched process, from its first training on
+    kept: ClassVar["Watcher | None"] = None  # the watcher of a launched process, after its first training
 
     def __init__(self, requests: StopRequests) -> None:
         super().__init__(name="stop requests", daemon=True)
@@ -176,7 +176,7 @@ class Watcher(threading.Thread):
         self.parent = os.getppid() if launcher.has_launcher() else None
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
-        # Signals are written there at once, even while the main thread does not run Python.
+        # Signals are written to the pipe at once, even if the main thread is not running Python code.
         self._before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
 
     def run(self) -> None:
@@ -187,12 +187,15 @@ class Watcher(threading.Thread):
                 received = os.read(self._reading, 64)
                 if b"\0" in received:  # not a signal: from `stop`
                     return
-                told = [byte for byte in received if byte in SIGNALS]
-                if told and not number:
-                    number, since = told[0], time.monotonic()
+                numbers = [byte for byte in received if byte in SIGNALS]
+                if numbers and not number:
+                    number, since = numbers[0], time.monotonic()
             orphaned = self.parent is not None and os.getppid() != self.parent
-            if orphaned and not number:  # on Linux the kernel has sent it already
-                number, since = int(signal.SIGTERM), time.monotonic()  # once: another one would end it at once
+            if orphaned and not number:  # on Linux the kernel has already sent the signal
+                number, since = (
+                    int(signal.SIGTERM),
+                    time.monotonic(),
+                )  # only once: a second signal ends the process at once
                 os.kill(os.getpid(), number)
             is_ending = number and (orphaned or not self.requests.is_read)
             limit = SECONDS_TO_SAVE if self.requests.is_read else SECONDS_TO_LEAVE
@@ -222,7 +225,7 @@ class Watcher(threading.Thread):
 def end_with_launcher() -> None:
     """Let this process end when its launcher ends for any reason. Call it before slow imports.
 
-    Until `stop_requests` handles it, the signal that Linux then sends ends the process wherever it is.
+    Until `stop_requests` handles it, the signal that Linux sends then ends the process at once.
     """
     if launcher.is_orphan():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -239,14 +242,14 @@ def die_with_parent(number: int) -> None:
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-    if os.getppid() != parent:  # it ended in between
+    if os.getppid() != parent:  # the parent ended in between
         os.kill(os.getpid(), number)
 
 
 def shield_loader(_: int) -> None:
-    """Run at the start of a loader process: ignore the signals that the training process handles, but end with it.
+    """Called at the start of a loader process: ignore the signals that the training process handles, but end with it.
 
-    A launcher signals the whole process group; if the loader died, no checkpoint could be written.
+    A launcher signals the whole process group. Without loader processes no checkpoint could be saved.
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

@@ -32,7 +32,7 @@ class Output(io.TextIOWrapper):
         try:
             return call(*arguments)
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # takes the rest of the output
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # discards the rest of the output
             if self.is_required and not isinstance(error, BrokenPipeError):
                 raise MachineError(f"standard output: cannot be written ({error.strerror})") from None
             return None
@@ -41,12 +41,12 @@ class Output(io.TextIOWrapper):
 def prepare() -> None:
     """Replace the standard streams by safe ones. Call it once, before any file is opened.
 
-    A closed stream is connected to the null device, so that no file of ours takes its number. Characters that the
-    encoding lacks are written as escapes.
+    A closed stream is connected to the null device, so that no opened file gets its number. Characters that the
+    encoding does not have are written as escapes.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is that of the stream
+            opened = os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number, which is that of the stream
             setattr(sys, name, io.TextIOWrapper(os.fdopen(opened, "rb" if name == "stdin" else "wb")))
     for name in ("stdout", "stderr"):
         stream: io.TextIOWrapper = getattr(sys, name)

@@ -1,4 +1,4 @@
-"""How names and lists are put to the user."""
+"""Format names, lists and counts in messages."""
 
 import difflib
 import unicodedata
@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 
 def printable(text: str) -> str:
-    """The text on one terminal: control characters and bytes that are no text become escapes such as \\x1b."""
+    """The text for a terminal: control characters and undecodable bytes become escapes such as \\x1b."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
@@ -26,34 +26,34 @@ def shortened(name: str, most: int) -> str:
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """'a', 'b' and 3 more."""
+    """A list such as `'a', 'b' and 3 more`."""
     shown = ", ".join(f"'{name}'" for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def nearest(name: str, known: Collection[str], cutoff: float = 0.6) -> str | None:
-    """The known name that was probably meant; None if none is near.
+def nearest(name: str, names: Collection[str], cutoff: float = 0.6) -> str | None:
+    """The name in `names` that was probably meant, or None.
 
-    That is the only one that starts with `name`, or the longest one that `name` starts with, or the most similar one.
+    It is the only one that starts with `name`, or the longest one that `name` starts with, or the most similar one.
     """
-    longer = [other for other in known if len(name) > 2 and other.startswith(name)]
+    longer = [other for other in names if len(name) > 2 and other.startswith(name)]
     if len(longer) == 1:
         return longer[0]
-    shorter = [other for other in known if len(other) > 3 and name.startswith(other) and not other.startswith("--")]
+    shorter = [other for other in names if len(other) > 3 and name.startswith(other) and not other.startswith("--")]
     if shorter and not longer:
         return max(shorter, key=len)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return near[0] if near else None
 
 
-def suggestion(name: str, known: Collection[str]) -> str:
-    """`; did you mean 'x'?` if a known name is near, else nothing."""
-    near = nearest(name, known)
+def suggestion(name: str, names: Collection[str]) -> str:
+    """The text `; did you mean 'x'?` if a name is similar, otherwise an empty string."""
+    near = nearest(name, names)
     return f"; did you mean '{near}'?" if near else ""
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 epoch`, `2 epochs`, `0 classes`."""
+    """A number and a noun, such as `1 epoch`, `2 epochs`, `0 classes`."""
     return f"{number} {noun if number == 1 else _plural(noun)}"
 
 

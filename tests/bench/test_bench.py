@@ -235,7 +235,7 @@ def test_images_of_a_folder_are_measured(folder: Path, tmp_path: Path) -> None:
         (["--windows", "0"], "--windows 0: must be at least 1"),
         (["--epoch-steps", "0"], "--epoch-steps 0: must be at least 1"),
         (["--regimes", "body"], "--regimes body: must be one of full, layer4+head, head"),
-        (["--json", "nowhere/bench.json"], "--json nowhere/bench.json: there is no folder nowhere"),
+        (["--json", "nowhere/bench.json"], "--json nowhere/bench.json: the folder nowhere does not exist"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--cache", "device"], "use --aug none without --mixup and --cutmix, or --cache ram"),
         (

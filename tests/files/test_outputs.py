@@ -226,10 +226,10 @@ def test_leftovers_are_files_that_the_program_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "replace", "said"),
     [
-        ("done", "nothing", "it holds a finished run; choose another folder, or give --overwrite"),
-        ("done", "unfinished", "it holds a finished run"),
+        ("done", "nothing", "it contains a finished run; choose another folder, or give --overwrite"),
+        ("done", "unfinished", "it contains a finished run"),
         ("done", "any", None),
-        ("running", "nothing", "it holds a run"),
+        ("running", "nothing", "it contains a run"),
         ("running", "unfinished", None),
         ("failed", "unfinished", None),
         ("preempted", "any", None),
@@ -336,7 +336,7 @@ def test_a_folder_to_write_into_is_new_empty_or_ours(tmp_path: Path) -> None:
     for name in ("foreign", "other", "linked", "file", "dangling"):
         with pytest.raises(UsageError, match=f"--output-dir {tmp_path / name}: it exists and is not a thing; choose"):
             make_folder(tmp_path / name, THING)
-    with pytest.raises(MachineError, match="file is not a folder that can be written"):
+    with pytest.raises(MachineError, match="file is not a writable folder"):
         check_folder(tmp_path / "file/x", THING)
 
 
@@ -351,7 +351,7 @@ def test_a_file_to_write_is_new_or_ours(tmp_path: Path) -> None:
     for name in ("other.csv", "link.csv", "dangling.csv", "."):
         with pytest.raises(UsageError, match="it exists and was not written by this verb"):
             check_file(tmp_path / name, is_ours, "--table")
-    with pytest.raises(UsageError, match="there is no folder"):
+    with pytest.raises(UsageError, match="does not exist"):
         check_file(tmp_path / "no/x.csv", is_ours, "--table")
 
 
@@ -398,7 +398,7 @@ def test_the_demo_replaces_only_its_own(tmp_path: Path, refused: Refused, monkey
     images, run = tmp_path / "digits", tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text(json.dumps(FACTS))
-    assert "it holds a finished run" in refused(2, "demo", "-o", tmp_path)
+    assert "it contains a finished run" in refused(2, "demo", "-o", tmp_path)
     assert not demo.is_of_demo(run, images) and not images.exists()
     (run / "run.json").write_text(json.dumps({**FACTS, "data_root": str(images)}))
     assert demo.is_of_demo(run, images)

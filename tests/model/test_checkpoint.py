@@ -132,7 +132,7 @@ def test_values_that_are_not_finite_are_refused(saved: Path, tmp_path: Path) -> 
     with torch.no_grad():
         model.fc.weight[0, 0] = float("nan")  # type: ignore[index, union-attr]
     save_best(tmp_path / "x.safetensors", model, description)
-    with pytest.raises(ArtifactError, match=r"fc.weight holds values that are not finite"):
+    with pytest.raises(ArtifactError, match=r"fc.weight contains values that are not finite"):
         load_checkpoint(tmp_path / "x.safetensors")
 
 

@@ -87,7 +87,7 @@ def test_prefixes_of_names_are_removed(tmp_path: Path, format_: str) -> None:
             assert read.keys() == plain.keys() and all(torch.equal(read[name], plain[name]) for name in plain), wrapper
     twice = {"module.conv1.weight": torch.zeros(2), "conv1.weight": torch.ones(2)}
     save_file(twice, file) if format_ == "safetensors" else save(file, twice)
-    with pytest.raises(ArtifactError, match=r"holds conv1\.weight twice, as (module\.)?conv1\.weight and as"):
+    with pytest.raises(ArtifactError, match=r"contains conv1\.weight twice, as (module\.)?conv1\.weight and as"):
         read_tensors(file)
 
 
@@ -202,7 +202,7 @@ def test_file_without_weights_is_refused_in_one_line(tmp_path: Path, name: str, 
     "value", [3, "text", [torch.ones(2)], torch.ones(2), {"a": 1}, {"state_dict": {"a": [1]}}, {0: torch.ones(2)}]
 )
 def test_pth_without_a_state_dict_is_refused(tmp_path: Path, value: object) -> None:
-    with pytest.raises(ArtifactError, match="holds no state dict"):
+    with pytest.raises(ArtifactError, match="contains no state dict"):
         read_tensors(save(tmp_path / "w.pth", value))
 
 

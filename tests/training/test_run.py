@@ -197,7 +197,7 @@ def test_a_used_folder_is_refused_and_overwrite_replaces_it(
     path = tmp_path / "run"
     arguments = ["train", str(folder), *SHORT, "--epochs", "1", "-o", str(path)]
     assert main(arguments) == 0
-    assert "it holds a finished run; choose another folder, or give --overwrite" in refused(2, *arguments)
+    assert "it contains a finished run; choose another folder, or give --overwrite" in refused(2, *arguments)
     assert main([*arguments, "--overwrite"]) == 0
     assert json.loads((path / "run.json").read_text())["status"] == "done"
 
