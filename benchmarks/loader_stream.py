@@ -1,8 +1,8 @@
 """How many loader processes short epochs keep busy: `python benchmarks/loader_stream.py`. Needs no images and no GPU.
 
-Sleeping stands for decoding (2 ms an image), so that the numbers do not depend on the cores. For epochs of 2, 6, 16 and
-64 batches of 64 images and 8 loader processes: images/s of ten epochs after the twelfth, if each epoch is begun anew
-and if one stream runs over all, and the share of what 8 processes can do.
+Sleeping simulates decoding (2 ms an image), so that the numbers do not depend on the cores. For epochs of 2, 6, 16 and
+64 batches of 64 images and 8 loader processes, it prints the images/s of ten epochs after the twelfth, if loading
+restarts in each epoch and if one stream runs over all epochs, and the share of the speed of 8 processes.
 """
 
 import time
@@ -51,7 +51,7 @@ def main() -> None:
     """Print a table."""
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores: they sleep
     most = WORKERS / SECONDS
-    print("batches an epoch   each epoch anew      one stream")
+    print("batches an epoch   each epoch restarts  one stream")
     for batches in (2, 6, 16, 64):
         rates = [images_per_second(batches, stream) for stream in (False, True)]
         print(f"{batches:16}" + "".join(f"{rate:10.0f} ({100 * rate / most:3.0f} %)" for rate in rates))

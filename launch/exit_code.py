@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def recorded_code(file: Path, before: tuple[str, int]) -> int:
-    """The exit code that this attempt wrote to run.json; 0 if none (it was killed, or failed too early)."""
+    """The exit code that this attempt wrote to run.json; 0 if it wrote none (it was killed or failed too early)."""
     end = time.monotonic() + WAIT
     facts = changed(file, before)
     while facts.get("status") == "running" and time.monotonic() < end:
@@ -63,14 +63,14 @@ def recorded_code(file: Path, before: tuple[str, int]) -> int:
 
 
 def changed(file: Path, before: tuple[str, int]) -> dict[str, Any]:
-    """The content of run.json if it has changed since `before`: an old "preempted" says nothing about a new failure."""
+    """The content of run.json if it has changed since `before`, because an old status is not about this attempt."""
     now = contents(file)
     facts: dict[str, Any] = json.loads(now[0]) if now[0] and now != before else {}
     return facts
 
 
 def contents(file: Path) -> tuple[str, int]:
-    """The file's text and time of change; ("", 0) if there is none."""
+    """The text and the modification time of a file; ("", 0) if there is none."""
     try:
         return file.read_text(encoding="utf-8"), file.stat().st_mtime_ns
     except OSError:

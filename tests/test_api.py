@@ -97,7 +97,7 @@ def test_a_run_is_what_its_folder_says(run: rd.Run, folder: Path) -> None:
     assert command.startswith(f"resnet_dist.train(data='{folder}', model='resnet18'") and "seed" not in command
 
 
-def test_results_show_themselves_in_a_notebook(run: rd.Run) -> None:
+def test_results_are_displayed_in_a_notebook(run: rd.Run) -> None:
     shown = run._repr_html_()
     assert "<table>" in shown and str(run.path) in shown and str(run.metrics["top1"]) in shown
 

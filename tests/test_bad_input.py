@@ -145,7 +145,7 @@ def test_drop_last_with_less_than_a_batch(refused: Refused, own: Path, tmp_path:
     assert "9 training images do not fill one global batch of 64" in said
 
 
-def test_eval_of_things_that_are_no_run(refused: Refused, own: Path, tmp_path: Path) -> None:
+def test_eval_refuses_folders_that_are_not_runs(refused: Refused, own: Path, tmp_path: Path) -> None:
     assert "RUN is missing" in refused(2, "eval")
     assert "there is no such checkpoint" in refused(6, "eval", tmp_path)
     write_image(tmp_path / "x.png", seed=0)

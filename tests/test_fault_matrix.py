@@ -83,7 +83,7 @@ def test_a_class_whose_images_are_all_unusable_is_named(own: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["pipe", "dangling link", "link to a pipe"])
-def test_what_is_no_file_is_not_waited_for(own: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_or_dangling_link_does_not_block_check(own: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A pipe is no image; a link is one, and where it leads to nothing it is said."""
     file = own / "train/cat/x.jpg"
     if kind == "dangling link":
@@ -100,7 +100,7 @@ def test_what_is_no_file_is_not_waited_for(own: Path, kind: str, capsys: pytest.
         assert code == 3 and "train/cat/x.jpg: " in said
 
 
-def test_huge_file_is_no_image(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_huge_file_is_not_an_image(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the header of a sound one: reading the rest would fill the memory."""
     with (own / "train/cat/train000.png").open("r+b") as stream:
         stream.truncate(1 << 40)

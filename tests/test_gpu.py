@@ -377,7 +377,7 @@ def test_program_under_torchrun(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "number"), [("no", "SIGTERM"), ("fp16", "SIGTERM"), ("bf16", "SIGKILL")])
-def test_interrupted_run_goes_on_as_if_nothing_had_been(
+def test_interrupted_run_continues_as_if_uninterrupted(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, number: str
 ) -> None:
     options = [*OPTIONS, "--epochs", "3", "--save-every", "2steps", "--opt", "adam", "--lr", "1e-4", "--ema"]

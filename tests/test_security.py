@@ -95,7 +95,9 @@ def test_names_come_through_unchanged(run: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["train", "eval", "check", "predict", "export"])
-def test_terminal_is_not_commanded(run: Path, verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_cannot_control_the_terminal(
+    run: Path, verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By names of classes or files: no control character but line feeds is printed."""
     data, name = run.parents[2] / "data", tmp_path / "evil\x1b[2J.png"
     shutil.copy(data / "images/0-0.png", name)
@@ -387,7 +389,7 @@ def test_damaged_run_json_is_one_line_of_every_verb(own: Path, refused: Refused)
         assert f"{own / 'run.json'}: damaged" in said and said.count("\n") == 1
 
 
-def test_state_that_is_a_pipe_is_passed_over(own: Path) -> None:
+def test_state_that_is_a_pipe_is_skipped(own: Path) -> None:
     """Reading it would wait without end."""
     state = max((own / "checkpoints").glob("step-*"))
     (state / MANIFEST).unlink()

@@ -154,7 +154,7 @@ def test_the_program_knows_of_export_only_what_is_copied() -> None:
     assert offenders == []
 
 
-def test_export_uses_little_of_the_program() -> None:
+def test_export_imports_few_modules_of_the_package() -> None:
     offenders = []
     for module in MODULES:
         if not module.startswith("export.") or module == "export.__main__":  # which is the command line
@@ -165,7 +165,7 @@ def test_export_uses_little_of_the_program() -> None:
     assert offenders == []
 
 
-def test_the_deployed_file_stands_alone() -> None:
+def test_the_deployed_file_needs_no_other_module() -> None:
     """The standard library, numpy and Pillow; onnxruntime only where a model is run."""
     names = {name.split(".")[0] for name in imports("export.predict")}
     at_import = {name.split(".")[0] for name in imports("export.predict", module_level=True)}

@@ -196,7 +196,7 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "run", run)
 
 
-def test_tree_of_errors_is_drawn_with_its_exit_codes() -> None:
+def test_docstring_lists_every_error_with_its_exit_code() -> None:
     """In the docstring of the module, which is their documentation."""
     drawn = dict(re.findall(r"── (\w+) +(\d+) ", errors.__doc__ or ""))
     assert {error.__name__: str(error.exit_code) for error in all_errors()} == drawn
@@ -255,7 +255,7 @@ def test_name_cannot_clear_the_screen_or_forge_a_line(refused: Refused, name: st
 
 
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0), ("3", 0)])
-def test_of_many_processes_the_main_one_speaks(
+def test_only_the_main_process_prints(
     rank: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", rank)
@@ -282,7 +282,7 @@ def test_streams_may_be_full_or_closed(redirect: str, code: int, said: str) -> N
         assert "Traceback" not in done.stderr and (said in done.stderr or expected == 2)
 
 
-def test_letters_that_a_stream_has_no_signs_for_are_escaped() -> None:
+def test_characters_that_the_encoding_lacks_are_escaped() -> None:
     line = [
         sys.executable,
         "-c",

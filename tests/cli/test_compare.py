@@ -92,7 +92,7 @@ def test_what_is_written_says_the_same(compared: Path) -> None:
         assert image.size[0] > 600 and len(image.convert("RGB").getcolors(1 << 20) or []) > 50
 
 
-def test_again_trains_nothing_and_an_interrupted_one_goes_on(
+def test_finished_comparison_trains_nothing_and_interrupted_one_continues(
     compared: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One run is put back to where a signal would have left it, one is taken away, a finished one is added."""
@@ -152,7 +152,7 @@ def test_runs_that_cannot_be_compared(compared: Path, tmp_path: Path, refused: R
     assert "have different validation images (3 differ, such as" in said
 
 
-def test_what_compare_does_not_take(folder: Path, refused: Refused) -> None:
+def test_options_that_compare_refuses(folder: Path, refused: Refused) -> None:
     assert "compare takes --recipes x" in refused(2, "compare", folder, "--recipe", "x")
     assert "goes on by itself" in refused(2, "compare", folder, "--resume", "x")
     assert "replaces nothing" in refused(2, "compare", folder, "--overwrite")

@@ -93,7 +93,7 @@ def test_last_of_an_option_given_twice_counts(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     "typed", [["--frobnicate", "5"], ["--frobnicate=5"], ["--frobnicate"], ["-x", "5"], ["--foo", "a", "--epochs", "3"]]
 )
-def test_unknown_option_is_one_line_whatever_its_value(typed: list[str]) -> None:
+def test_unknown_option_with_any_value_gives_one_line(typed: list[str]) -> None:
     (line,) = problems(*typed)
     assert line.startswith("unknown option")
     with pytest.raises(UsageError) as error:  # the value of an unknown option may also be the data
@@ -178,7 +178,7 @@ def test_foreign_spellings_of_our_own_options_need_no_hint() -> None:
         assert read(TrainConfig, typed).problems == []
 
 
-def test_hints_lead_to_options_that_there_are() -> None:
+def test_hints_name_existing_options() -> None:
     """And no foreign spelling is one of ours, which would never be looked up."""
     flags = flags_of(TrainConfig)
     assert [foreign for foreign in OPTIONS if foreign in flags] == []
@@ -232,7 +232,7 @@ def test_help_shows_the_defaults_of_the_recipe(capsys: pytest.CaptureFixture[str
     assert "(default with gradual-unfreeze: head then layer4 head then" in everything
 
 
-def test_help_with_a_recipe_that_there_is_not(refused: Refused) -> None:
+def test_help_with_an_unknown_recipe(refused: Refused) -> None:
     assert "there is no recipe 'x'" in refused(2, "train", "--help", "--recipe", "x")
 
 

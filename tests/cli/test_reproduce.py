@@ -50,7 +50,7 @@ def test_run_json_says_with_what_it_was_made(run: Path, data: Path) -> None:
     assert facts["data"]["bytes"] == sum(file.stat().st_size for file in images)
 
 
-def test_run_json_tells_nothing_of_the_environment(run: Path) -> None:
+def test_run_json_contains_no_environment_variable(run: Path) -> None:
     text = (run / "run.json").read_text()
     assert os.uname().nodename not in text
     assert "PATH" not in text and os.environ["PATH"] not in text and "HOME" not in text
@@ -126,7 +126,7 @@ def test_other_data_is_refused(run: Path, data: Path, tmp_path: Path, refused: R
     assert not (tmp_path / "a").exists()
 
 
-def test_what_cannot_be_done_again(run: Path, tmp_path: Path, refused: Refused) -> None:
+def test_runs_that_cannot_be_reproduced(run: Path, tmp_path: Path, refused: Refused) -> None:
     assert "not a run folder" in refused(2, "reproduce", tmp_path / "none")
     assert "that is the run itself" in refused(2, "reproduce", run, "-o", run)
     assert "RUN is missing" in refused(2, "reproduce")

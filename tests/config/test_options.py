@@ -91,7 +91,7 @@ reproducible = settings(derandomize=True, deadline=None, database=None)
         ),
     ],
 )
-def test_recipe_yields_to_file_and_file_to_command_line(
+def test_file_overrides_recipe_and_command_line_overrides_file(
     toml: Write, place: str, recipe: str, in_file: str, typed: list[str], values: tuple[Any, ...]
 ) -> None:
     """The values without anything, with the recipe, with a file too, and with the option typed too."""
@@ -273,7 +273,7 @@ def test_every_switch_can_be_turned_off(toml: Write) -> None:
         (["--group-by", "("], "is not a regular expression"),
     ],
 )
-def test_mistake_is_said_in_words(typed: list[str], said: str) -> None:
+def test_mistake_gives_a_clear_message(typed: list[str], said: str) -> None:
     assert any(said in line for line in problems(*typed)), problems(*typed)
 
 
@@ -516,12 +516,12 @@ def test_stored_config_serves_other_verbs(toml: Write, recipe: str) -> None:
         ("[data]\nworkers = 1" + "0" * 400, "--workers"),
     ],
 )
-def test_wrong_value_in_a_file_is_said_in_words(toml: Write, content: str, said: str) -> None:
+def test_wrong_value_in_a_file_gives_a_clear_message(toml: Write, content: str, said: str) -> None:
     found = problems("-c", toml(content))
     assert any(said in line for line in found), found
 
 
-def test_section_that_is_no_table_is_refused_whatever_is_typed(toml: Write) -> None:
+def test_section_that_is_not_a_table_is_always_refused(toml: Write) -> None:
     assert any("[optim] must be a table" in line for line in problems("-c", toml("optim = 5"), "--lr", "1"))
 
 
@@ -628,7 +628,7 @@ def test_duration_is_read(text: str | float, value: float, unit: str) -> None:
     "text",
     ["", "x", "-1", "-1steps", "0.5steps", "nan", "inf", "1e999", "1e999steps", "7 days", "steps", "1 2", "1+1", "."],
 )
-def test_what_is_no_duration_is_refused(text: str) -> None:
+def test_a_text_that_is_not_a_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         Duration.parse(text)
 

@@ -111,7 +111,7 @@ def test_strong_model_is_mostly_right_about_labels(apart: float) -> None:
     assert clean.suspected.mean() < 0.02
 
 
-def test_weak_model_says_that_it_cannot_tell() -> None:
+def test_weak_model_cannot_judge_labels() -> None:
     """Where the paper's count alone would suspect a large part of the labels, all of which are right."""
     errors, _ = judged(apart=1.0, seed=0, wrong=0)
     assert errors.judge.right / 400 < 0.6 and not errors.suspected.any() and not errors.judge.can_tell

@@ -101,7 +101,7 @@ def test_calibrating_lowers_the_loss_and_moves_no_prediction(run: Path) -> None:
         assert [float(b[f"p{n}"]) for n in (1, 2, 3)] == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_later_eval_takes_the_calibration_and_says_that_it_was_fitted_on_these_images(
+def test_a_later_eval_uses_the_calibration_and_warns_about_its_images(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also where they are named as a folder of their own; the training images are measured without a warning."""
@@ -160,7 +160,7 @@ def test_predict_gives_calibrated_probabilities_and_abstains(
 
 
 @pytest.mark.parametrize(("below", "expected"), [("0", 0), ("1", 48)])
-def test_abstain_below_stands_in_for_the_thresholds(
+def test_abstain_below_replaces_the_thresholds(
     run: Path, exported: Path, capsys: pytest.CaptureFixture[str], below: str, expected: int
 ) -> None:
     arguments = [str(exported), str(run.parent / "data/val"), "--abstain-below", below]

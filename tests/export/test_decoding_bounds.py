@@ -114,7 +114,7 @@ SPEC = Preprocessing(img_size=16, resize=16)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_what_only_looks_busy_is_decoded() -> None:
+def test_files_within_the_limits_are_decoded() -> None:
     """Up to the limits, and a JPEG in whose comments and trailing bytes markers of scans stand by chance."""
     assert decode(jpeg_of_scans(100)).size == (64, 64)
     photo = Image.fromarray(NOISE[..., :3])

@@ -35,7 +35,7 @@ def rows(file: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_file_runs_on_old_runtimes_and_tells_no_tales(bundle: Path, name: str) -> None:
+def test_file_runs_on_old_runtimes_and_contains_no_paths(bundle: Path, name: str) -> None:
     """Opset 18, IR 8, one readable dynamic axis, everything inside, no path of this machine."""
     model = onnx.load(bundle / name, load_external_data=False)
     onnx.checker.check_model(model, full_check=True)

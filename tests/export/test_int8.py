@@ -59,7 +59,7 @@ def test_refused_int8_leaves_the_files_that_passed(
     assert any("points of top-1" in problem for problem in report["problems"])
 
 
-def test_refused_int8_leaves_the_export_that_is_there(
+def test_refused_int8_keeps_the_existing_export(
     bundle: Path, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     plant(monkeypatch, [1e3, 0, 0])
@@ -92,7 +92,7 @@ def test_int8_of_equal_accuracy_but_other_classes_is_refused(
     assert len(report["problems"]) == 1 and "same top-1" in report["problems"][0]
 
 
-def test_too_few_images_to_tell(small_run: Path, tmp_path: Path, refused: Refused) -> None:
+def test_too_few_images_to_decide(small_run: Path, tmp_path: Path, refused: Refused) -> None:
     """18 images, all with the same class from both files, show 82.4 % and not the 90 % asked for by default."""
     said = refused(6, "export", small_run, "-o", tmp_path / "out", "--int8", "--threads", "1")
     assert "model.int8.onnx: too few images to decide: int8 has the same top-1 as float32 on 18 of 18 images" in said
@@ -180,7 +180,7 @@ def test_weights_of_the_default_file_cannot_saturate(bundle: Path) -> None:
     assert np.array_equal(run(graph, x, {}), run(graph, x, EXACT))
 
 
-def test_full_range_is_said_to_depend_on_the_cpu(
+def test_8_bit_weights_give_a_note_about_cpus(
     small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--int8", "--min-agreement", "0", "--max-accuracy-drop", "100", "--no-reduce-range", "--threads", "1"]

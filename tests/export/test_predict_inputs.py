@@ -71,7 +71,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
         "--strict {m} --top-k 1 {p}/a -b 2 {p}/b --threads 1",
     ],
 )
-def test_options_may_stand_anywhere(model: Path, photos: Path, capsys: pytest.CaptureFixture[str], order: str) -> None:
+def test_options_may_be_anywhere_on_the_command_line(
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str], order: str
+) -> None:
     code, paths, said = run(capsys, *order.format(m=model, p=photos).split(), "--format", "csv")
     assert (code, said) == (0, "")
     assert [Path(path).name for path in paths] == ["0.png", "1.png", "2.png"]
@@ -111,7 +113,7 @@ def test_a_pattern_may_name_folders(model: Path, photos: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("others", [[], ["x.gif", "y.txt"]])
-def test_nothing_found_is_said_before_an_output_is_made(
+def test_missing_images_are_reported_before_the_output_is_created(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], others: list[str]
 ) -> None:
     (tmp_path / "none").mkdir()
@@ -171,7 +173,7 @@ def test_streams_that_are_full_or_closed(model: Path, photos: Path, redirect: st
     assert code or out.count(".png") == 3
 
 
-def test_names_that_are_no_ascii_are_written_as_escapes_or_bytes(model: Path, tmp_path: Path) -> None:
+def test_names_that_are_not_ascii_are_written_as_escapes_or_bytes(model: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     write_image(photos / "é.png", seed=1)
     (photos / "é.png").rename(os.fsdecode(bytes(photos) + b"/\xff\xc3\xa9.png"))
@@ -232,7 +234,7 @@ NO_IMAGES: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", NO_IMAGES)
-def test_what_is_no_image_is_a_type_error(model: Path, name: str) -> None:
+def test_a_value_that_is_not_an_image_is_a_type_error(model: Path, name: str) -> None:
     predictor = Predictor(model, threads=1)
     for given in (NO_IMAGES[name](), [NO_IMAGES[name]()]):
         with pytest.raises(TypeError, match="not an image; give a path"):

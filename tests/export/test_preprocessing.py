@@ -180,7 +180,7 @@ def test_orientation_of_other_modes(image: Image.Image) -> None:
     ids=["text stored as a float", "eight bytes in four", "unknown type"],
 )
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # Pillow's word on them
-def test_odd_exif_fields_do_not_spoil_a_sound_picture(odd: tuple[int, int, int, bytes]) -> None:
+def test_malformed_exif_does_not_make_an_image_unusable(odd: tuple[int, int, int, bytes]) -> None:
     data = encoded(Image.fromarray(NOISE), "PNG", exif=exif(orientation(6), odd))
     assert (np.asarray(decode(data)) == np.rot90(NOISE, -1)).all()
 
@@ -246,7 +246,7 @@ def test_damaged_files_are_an_image_error_in_one_line_without_path(data: bytes, 
         assert "damaged.jpg" not in str(caught.value)
 
 
-def test_what_cannot_be_opened_is_an_os_error(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         decode(tmp_path / "missing.jpg")
     with pytest.raises(IsADirectoryError):

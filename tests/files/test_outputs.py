@@ -90,7 +90,7 @@ def plant(run: Path) -> dict[str, bytes]:
         [FACTS],
     ],
 )
-def test_a_folder_with_another_run_json_is_no_run(tmp_path: Path, facts: object) -> None:
+def test_a_folder_with_another_run_json_is_not_a_run(tmp_path: Path, facts: object) -> None:
     (tmp_path / "run.json").write_text(json.dumps(facts))
     (tmp_path / "draft.txt").write_text("mine")
     before = contents(tmp_path)
@@ -101,14 +101,14 @@ def test_a_folder_with_another_run_json_is_no_run(tmp_path: Path, facts: object)
     assert contents(tmp_path) == before
 
 
-def test_a_link_to_the_run_json_of_a_run_is_no_run(tmp_path: Path) -> None:
+def test_a_link_to_the_run_json_of_a_run_is_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text(json.dumps(FACTS))
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").symlink_to(tmp_path / "real.json")
     assert not is_run(tmp_path / "run")
 
 
-def test_a_folder_that_is_no_run_is_refused_from_the_command_line(
+def test_a_folder_that_is_not_a_run_is_refused_on_the_command_line(
     folder: Path, tmp_path: Path, refused: Refused
 ) -> None:
     """Nothing is made in it, not even a lock."""
@@ -162,7 +162,7 @@ def test_training_writes_through_no_link(tmp_path: Path, name: str) -> None:
     (run / name).parent.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps(FACTS))
     (run / name).symlink_to(outside)
-    with pytest.raises(UsageError, match=f"{run / name}: a symbolic link"):
+    with pytest.raises(UsageError, match=f"{run / name}: symbolic links are not allowed"):
         RunFolder(run).create("any", 0, BEGUN)
     assert read_facts(run) == FACTS and not any(outside.iterdir())
 
@@ -433,7 +433,7 @@ def test_verbs_write_through_no_link_of_a_run(
     (run / link).symlink_to(tmp_path / "outside")
     before = contents(tmp_path / "outside")
     said = refused(2, arguments[0], run, *arguments[1:])
-    assert f"{run / link}: a symbolic link" in said and said.count("\n") == 1
+    assert f"{run / link}: symbolic links are not allowed" in said and said.count("\n") == 1
     assert contents(tmp_path / "outside") == before
 
 

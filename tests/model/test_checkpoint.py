@@ -107,10 +107,10 @@ def rewritten(saved: Path, to: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"architecture": "resnet34"}, "its tensors are not those"),
+        ({"architecture": "resnet34"}, "its tensors differ from those"),
         ({"architecture": "../../evil"}, "unknown architecture"),
         ({"stem": "small"}, "conv1.weight has another shape"),
-        ({"head": {"name": "mlp", "hidden": [8], "dropout": 0.0}}, "its tensors are not those"),
+        ({"head": {"name": "mlp", "hidden": [8], "dropout": 0.0}}, "its tensors differ from those"),
         ({"head": "linear"}, "unknown head"),
         ({"classes": ["a", "b"]}, "fc.weight has another shape"),
         ({"classes": ["a", "a", "b"]}, "a name twice"),
@@ -120,7 +120,7 @@ def rewritten(saved: Path, to: Path, **changes: object) -> Path:
         ({"preprocessing": None}, "damaged"),
     ],
 )
-def test_a_description_that_does_not_fit_is_refused(saved: Path, tmp_path: Path, changes: dict, said: str) -> None:  # type: ignore[type-arg]
+def test_a_wrong_description_is_refused(saved: Path, tmp_path: Path, changes: dict, said: str) -> None:  # type: ignore[type-arg]
     file = rewritten(saved, tmp_path / "x.safetensors", **changes)
     with pytest.raises(ArtifactError, match=re.escape(said)) as caught:
         load_checkpoint(file)

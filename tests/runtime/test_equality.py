@@ -103,7 +103,7 @@ def test_scores_of_the_best_are_the_same_everywhere(one: Result, many: Result) -
         assert best["epoch"] == expected["epoch"] and best["score"]["top1"] == expected["score"]["top1"]
 
 
-def test_statistics_are_own_then_means_then_own(many: Result) -> None:
+def test_statistics_are_averaged_inside_the_context_and_restored_after_it(many: Result) -> None:
     own = [result["statistics"]["own"] for result in many[1]]
     assert not torch.equal(own[0], own[1]), "each process was to see other images"
     for result in many[1]:

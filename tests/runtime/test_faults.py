@@ -61,7 +61,7 @@ def test_too_little_memory_in_all_words(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=lambda error: str(error)[:40])
-def test_what_is_no_lack_of_memory(error: Exception) -> None:
+def test_errors_that_are_not_a_lack_of_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)
     with pytest.raises(type(error)), memory_for(process(0), "x", "y"):
         raise error

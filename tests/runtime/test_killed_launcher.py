@@ -86,7 +86,7 @@ def kill_and_resume(arguments: list[str], run: Path, moments: random.Random, kil
 
 
 @pytest.mark.matrix
-def test_a_killed_launcher_leaves_nobody(
+def test_a_killed_launcher_leaves_no_process(
     folder: Path,
     tmp_path: Path,
     uninterrupted: Callable[[int], Path],  # noqa: F811

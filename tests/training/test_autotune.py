@@ -87,7 +87,7 @@ def test_a_tried_step_leaves_the_weights_alone(precision: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_typed_values_stay_and_the_random_state_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_values_and_the_random_state_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "SECONDS", 0.01)
     accelerator, plan = planned(folder, *TINY, "--autotune")
     before = torch.get_rng_state()

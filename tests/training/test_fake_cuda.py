@@ -58,7 +58,7 @@ def test_nothing_waits_for_the_device(results: dict[str, dict[str, Any]], name: 
 
 
 @pytest.mark.parametrize("name", PLANTS)
-def test_a_planted_fault_is_noticed(results: dict[str, dict[str, Any]], name: str) -> None:
+def test_an_injected_fault_is_noticed(results: dict[str, dict[str, Any]], name: str) -> None:
     assert results[name]["noted"]
 
 

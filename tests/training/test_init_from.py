@@ -95,7 +95,7 @@ def test_another_head_is_new_and_what_is_typed_holds(old: Path, folder: Path, tm
     assert (job.plan.spec.img_size, job.plan.spec.resize_mode, job.plan.spec.mean) == (24, "pad", (0.4, 0.5, 0.6))
 
 
-def test_run_from_it_is_stored_and_can_be_repeated(
+def test_run_that_starts_from_another_run_can_be_repeated(
     old: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """config.toml names the old run; the checkpoint, which travels, names no path."""
@@ -201,7 +201,7 @@ def test_what_contradicts_it_is_refused(old: Path, folder: Path, tmp_path: Path)
             parse(TrainConfig, [str(folder), "--init-from", str(old), *typed], "train")
 
 
-def test_what_is_no_checkpoint_is_refused(old: Path, folder: Path, tmp_path: Path, refused: Refused) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_refused(old: Path, folder: Path, tmp_path: Path, refused: Refused) -> None:
     """Nothing, a run without one, weights from elsewhere, a truncated one: exit code 6 and one line."""
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((old / BEST).read_bytes()[:-9])
@@ -209,7 +209,7 @@ def test_what_is_no_checkpoint_is_refused(old: Path, folder: Path, tmp_path: Pat
     for name, word in (
         ("nothing", "cannot be read"),
         ("empty", "cannot be read"),
-        ("foreign.safetensors", "given as --weights"),
+        ("foreign.safetensors", "with --weights"),
         ("cut.safetensors", "not a safetensors file"),
     ):
         said = refused(6, "train", folder, "--init-from", tmp_path / name, *MACHINE, "-o", tmp_path / "x")

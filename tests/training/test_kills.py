@@ -98,7 +98,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_state_is_passed_over(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_state_is_skipped(damage: str, tmp_path: Path) -> None:
     save(tmp_path, 0)
     save(tmp_path, 2)
     assert number_of_newest(tmp_path) == (2, [])

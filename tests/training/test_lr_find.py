@@ -169,7 +169,7 @@ def test_two_processes_see_the_same(folder: Path, tmp_path: Path) -> None:
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_what_lr_find_does_not_take(folder: Path, refused: Refused, tmp_path: Path) -> None:
+def test_options_that_lr_find_refuses(folder: Path, refused: Refused, tmp_path: Path) -> None:
     assert "must be above --lr-start" in refused(2, "lr-find", folder, "--lr-start", "1", "--lr-end", "0.5")
     assert "--phase-number 3: there are 2" in refused(
         2, "lr-find", folder, "--recipe", "discriminative", "--phase-number", "3"

@@ -103,7 +103,7 @@ def test_training_holds_the_lock(folder: Path, tmp_path: Path, monkeypatch: pyte
 # Damaged files
 
 
-def test_damaged_checkpoint_is_passed_over_and_said(
+def test_damaged_checkpoint_is_skipped_with_a_message(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The state before it, from before the validation of the first epoch, makes the same of the run.
@@ -167,7 +167,9 @@ def test_full_disk_while_training(
         assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_disk_too_small_is_said_before_training(folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_disk_that_is_too_small_is_reported_before_training(
+    folder: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     with small_disk(tmp_path / "disk", "50m") as disk:
         said = refused(4, "train", folder, *STEPWISE, "-o", disk / "run")
         assert "MiB, the disk has only 5" in said

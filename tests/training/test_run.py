@@ -177,7 +177,7 @@ def test_resume_refuses_another_run(run: Path, folder: Path, refused: Callable[.
     assert refused(2, "train", "--resume", run, "--recipe", "bn-only").count("keeps its recipe") == 1
 
 
-def test_resume_auto_begins_anew_where_there_is_no_checkpoint(folder: Path, tmp_path: Path) -> None:
+def test_resume_auto_starts_from_the_beginning_without_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     """A first attempt that died before its first checkpoint must not stand in the way of the next."""
     path = tmp_path / "run"
     (path / "checkpoints").mkdir(parents=True)
@@ -242,7 +242,7 @@ def test_best_goes_by_the_metric_and_its_direction(
     assert best[metric] == pytest.approx(choose(scores), rel=1e-4)
 
 
-def test_average_that_scores_best_is_what_is_kept(folder: Path, tmp_path: Path) -> None:
+def test_average_with_the_best_score_is_saved_as_best(folder: Path, tmp_path: Path) -> None:
     """`weights` in run.json says which, and the checkpoint scores as that one did."""
     path = tmp_path / "run"
     assert main(["train", str(folder), *SHORT, "--ema", "--best-metric", "loss", "-o", str(path)]) == 0

@@ -96,7 +96,7 @@ def test_plateau_equals_torch() -> None:
     assert schedule.factor(0) < 0.05, "the losses were to make the rate fall twice"
 
 
-def test_a_schedule_does_not_know_of_processes() -> None:
+def test_a_schedule_does_not_depend_on_processes() -> None:
     """In epochs, it is the same whatever the steps per epoch are."""
     for steps in (1, 5, 40):
         schedule = Schedule(ScheduleConfig(lr_step_size=Duration(2)), steps, 6)

@@ -300,7 +300,7 @@ def test_python_ends_after_a_run_with_loader_processes(folder: Path, tmp_path: P
     subprocess.run([sys.executable, "-c", AS_A_LIBRARY, *map(str, arguments)], check=True, timeout=120)
 
 
-def test_handlers_are_put_back(folder: Path, tmp_path: Path) -> None:
+def test_signal_handlers_are_restored(folder: Path, tmp_path: Path) -> None:
     def mine(*_: object) -> None:
         raise AssertionError
 
