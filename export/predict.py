@@ -43,7 +43,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 1 << 29  # more than twice the size of MAX_PIXELS uncompressed RGB pixels
 # Limits on the work that a small file can cause: scans (libtiff has the same limit); strips, tiles, chunks or
-# segments; pixels for codecs written in Python; comments in a plain PNM; bytes in which the header must start.
+# segments; pixels for codecs written in Python; comments in a plain PNM; bytes in which the header is expected.
 MAX_SCANS, MAX_PARTS, MAX_SLOW_PIXELS, MAX_COMMENTS, HEAD = 100, 1 << 16, 1 << 24, 1000, 1 << 14
 SLOW_CODECS = ("bmp_rle", "ppm_plain")
 MIN_ROOM, ROOM_PER_CORE = 1 << 29, 1 << 27  # bytes that all threads together may use for decoding
@@ -624,9 +624,8 @@ class Predictor:
         self, name: str, row: tuple[np.ndarray, np.ndarray, np.ndarray | None], top_k: int, abstain_below: float | None
     ) -> Prediction:
         logits, probabilities, features = row
-        best = np.argsort(-logits, kind="stable")[
-            :top_k
-        ]  # not by probability: rounding can make those of different logits equal
+        # Sorted by logits, because rounding can make probabilities equal.
+        best = np.argsort(-logits, kind="stable")[:top_k]
         values = tuple(float(probabilities[i]) for i in best)
         limit = self.thresholds[best[0]] if abstain_below is None and self.thresholds else abstain_below or 0.0
         abstained = limit is None or values[0] < limit
@@ -758,9 +757,8 @@ def _open_session(path: Path, model: str | bytes, threads: int | None, providers
         raise ModelError("onnxruntime is missing: pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry(
-        "session.intra_op.allow_spinning", "0"
-    )  # spinning takes CPU time from other processes
+    # Spinning takes CPU time from other processes.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # errors are reported below in one line
     available = onnxruntime.get_available_providers()
     wanted = ["cuda", "openvino", "cpu"] if providers == "auto" else [name.strip() for name in providers.split(",")]
