@@ -1,15 +1,14 @@
-"""How fast and how small exported models are beside torch, as ratios measured in turns on one machine.
+"""Speed and size of exported models relative to torch, measured alternately on one machine.
 
     python benchmarks/export_speed.py --data hymenoptera
 
 `--data` is a folder with train/ and val/ of photographs, at least 64 in each. The networks have random weights, which
-take the same time as others: each is trained for an epoch and exported with int8 and with normalisation in the graph.
-Every contestant lives in a process of its own that works only when it is its turn (A B C A B C ...), so that neither
-the load of the machine nor one runtime's threads that wait for work favour another; cold start and peak memory are of
-fresh processes, in turns too. A ratio is the median over the rounds of that round's ratio, with the lowest and the
-highest beside it. A markdown table with the targets goes to stdout, what was measured to the JSON file of `--out`.
-Takes about a quarter of an hour on two cores; `--networks`, `--rounds`, `--photos`, `--train-options` are for trying it
-out.
+take the same time as trained weights. Each is trained for an epoch and exported with int8 and with normalisation in the
+graph. Every contestant has its own process, and only one works at a time (A B C A B C ...), so that neither the load of
+the machine nor idle threads of one runtime favour another. Cold start and peak memory are measured in fresh processes,
+also alternately. A ratio is the median over the ratios of the rounds, with the lowest and the highest. A markdown table
+with the targets is written to stdout, and the measurements to the JSON file of `--out`. It takes about a quarter of an
+hour on two cores; `--networks`, `--rounds`, `--photos` and `--train-options` make it shorter.
 """
 
 import argparse

@@ -193,7 +193,7 @@ def bytes_needed(reader: Reader, short: float = math.inf) -> int:
 
 @dataclass(frozen=True)
 class Tier:
-    """Where decoded images are cached ("none", "ram" or "disk"), how many bytes they may take, and why."""
+    """The place of the cache of decoded images ("none", "ram" or "disk"), its room in bytes, and the reason."""
 
     name: str
     room: int
@@ -201,7 +201,10 @@ class Tier:
 
 
 def choose_tier(setting: str, readers: Sequence[Reader], epochs: int, folder: Path) -> Tier:
-    """Where to cache, from --cache and what is free. Raises MachineError if the images do not fit where asked."""
+    """Choose the place of the cache from --cache and the free memory or disk space.
+
+    Raises MachineError if the images do not fit into the place that --cache names.
+    """
     if setting == "none":
         return Tier("none", 0, "--cache none")
     if setting == "auto" and (epochs == 1 or not hasattr(os, "memfd_create")):

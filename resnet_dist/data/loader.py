@@ -239,7 +239,7 @@ class TrainLoader:
     def epoch(self, epoch: int, first_step: int = 0, until: int | None = None) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step of an epoch, starting at `first_step`. Raises DataError.
 
-        The loader processes go on with the epochs after it, to below `until` (default: they stop after this one).
+        The loader processes continue with the next epochs below `until` (default: they stop after this epoch).
         """
         if self._next != (epoch, first_step) or epoch >= self._until:
             self._until = max(epoch + 1, until or 0)

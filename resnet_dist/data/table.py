@@ -64,7 +64,7 @@ def _positions(header: str, cells: Sequence[str], columns: Sequence[str], needed
 
 
 def _instead(cells: Sequence[str], needed: Sequence[str]) -> str:
-    """What the header has instead of the needed columns, and the likely reason."""
+    """A text about the columns of the header, or the likely reason why the needed columns are missing."""
     text = ",".join(cells)
     if "\0" in text:
         return "this file is not UTF-8 text (UTF-16?): save it as CSV in UTF-8"

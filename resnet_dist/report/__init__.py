@@ -1,1 +1,1 @@
-"""What people look at: plots and tables of a run or an evaluation."""
+"""Plots, tables and pages of a run or an evaluation."""

@@ -167,7 +167,7 @@ def start_trackers(accelerator: Accelerator, folder: Path, config: Mapping[str, 
 
 
 def leave_job() -> None:
-    """Close the connections to the other processes, at the end of a program. A Python caller may go on to evaluate."""
+    """Close the connections to the other processes, at the end of a program. A Python caller may still need them."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -15,7 +15,7 @@ class Output(io.TextIOWrapper):
     """A stream that never raises OSError.
 
     If standard output cannot be written (a full disk), it raises MachineError. After a broken pipe, and always for
-    standard error, the program goes on and its output is discarded.
+    standard error, the program continues and its output is discarded.
     """
 
     is_required = False
