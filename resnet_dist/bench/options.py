@@ -125,10 +125,18 @@ class ScalingConfig(TimedInWindows):
 
     world_sizes: tuple[int, ...] = (1, 2)
     """Numbers of processes; one process without a launcher is always measured first."""
+    estimate: bool = False
+    """Also estimate, from the step of one process, the speed on 8, 64 and 512 such GPUs in nodes of 8."""
+    link_gbits: float = 100.0
+    """For --estimate: Gbit/s that each node's connection to the other nodes really moves."""
+    link_latency: float = 5.0
+    """For --estimate: microseconds that a message between two nodes takes."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
         yield from super().problems()
         yield from out_of_range(self, 1, math.inf, "world_sizes")
+        yield from out_of_range(self, 0, 1e6, "link_gbits", open_low=True)
+        yield from out_of_range(self, 0, 1e6, "link_latency")
         if not self.world_sizes:
             yield "--world-sizes is empty: name at least one number of processes, such as 2"

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 
 from resnet_dist.bench.frame import TEMPORARY, Result, publish
 from resnet_dist.bench.options import ScalingConfig
+from resnet_dist.bench.scaling_estimate import GPUS, Cluster, Estimate, Link, Step, estimate
 from resnet_dist.config.layers import options_of
 from resnet_dist.runtime.subprocesses import run_program
 from resnet_dist.runtime.wording import counted
 
 TIMEOUT = 3600  # seconds
 FULL_ONLY = ("--regimes", "full", "--no-predict")
+OWN = ("world_sizes", "json", "estimate", "link_gbits", "link_latency")  # options that `bench` does not have
 
 
 def run_scaling(cfg: ScalingConfig) -> None:
@@ -29,7 +32,8 @@ def run_scaling(cfg: ScalingConfig) -> None:
         print(f"{counted(processes or 1, 'process')}{launched} ...", flush=True)
         reports.append(report_of(cfg, processes, on_gpu))
     rows = [row(report, reports[0]) for report in reports]
-    publish(Result({"worlds": rows, "reports": reports}, list(lines(rows))), cfg.json)
+    result = Result({"worlds": rows, "reports": reports}, list(lines(rows)))
+    publish(with_estimate(result, cfg) if cfg.estimate else result, cfg.json)
 
 
 def report_of(cfg: ScalingConfig, processes: int | None, on_gpu: bool) -> dict[str, Any]:
@@ -48,7 +52,7 @@ def arguments_of(cfg: ScalingConfig) -> list[str]:
     words = []
     for option in options_of(ScalingConfig):
         value = getattr(getattr(cfg, option.section) if option.section else cfg, option.name)
-        if value == option.default or option.name in ("world_sizes", "json"):
+        if value == option.default or option.name in OWN:
             continue
         if isinstance(value, bool):
             words.append(option.flag if value else option.flag.replace("--", "--no-", 1))
@@ -104,3 +108,41 @@ def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             f"{entry['step_efficiency']:>12.0%}{entry['training_images_per_second']:>13,.1f}"
             f"{entry['training_efficiency']:>12.0%}  {sums}"
         ).rstrip()
+
+
+def with_estimate(result: Result, cfg: ScalingConfig) -> Result:
+    """The result, and the estimate for larger clusters from the report of one process without a launcher."""
+    compute = result.values["reports"][0]["regimes"]["full"]["compute"]
+    seconds, backward = (
+        compute["step"]["seconds"],
+        compute["forward_backward"]["seconds"] - compute["forward"]["seconds"],
+    )
+    step = Step(seconds, compute["gradient_bytes"], backward=min(max(backward / seconds, 0.0), 1.0))
+    cluster = Cluster(Link(cfg.link_gbits * 1e9 / 8, cfg.link_latency * 1e-6))
+    found = [estimate(step, cluster, gpus) for gpus in GPUS]
+    images = compute["step"]["images"]
+    values = result.values | {
+        "estimate": {"step": asdict(step), "cluster": asdict(cluster), "gpus": list(map(asdict, found))}
+    }
+    return Result(values, [*result.lines, *estimate_lines(step, cluster, found, images)])
+
+
+def estimate_lines(step: Step, cluster: Cluster, found: Sequence[Estimate], images: int) -> Iterator[str]:
+    """The estimate as text; `images` is their number in a step of one GPU."""
+    between, within = cluster.between, cluster.within
+    yield ""
+    yield (
+        f"Estimated, not measured: nodes of {cluster.gpus_per_node} GPUs, each as fast as the one process above "
+        f"({1000 * step.seconds:.1f} ms per step, {step.gradient_bytes / 1e6:.1f} MB of gradients);"
+    )
+    yield (
+        f"{within.bytes_per_second / 1e9:g} GB/s within a node, {between.bytes_per_second / 1e9:g} GB/s and "
+        f"{1e6 * between.latency:g} us between nodes; ring all-reduce during the backward pass; step times vary by "
+        f"{step.jitter:.0%}"
+    )
+    yield f"{'GPUs':>9}{'step img/s':>12}{'efficiency':>12}  gradient all-reduce"
+    for one in found:
+        yield (
+            f"{one.gpus:>9}{one.gpus * images / one.seconds:>12,.0f}{one.efficiency:>12.0%}  "
+            f"{1000 * one.all_reduce:.1f} ms, of which {1000 * one.exposed:.1f} ms are not hidden"
+        )

@@ -113,7 +113,9 @@ def compute(job: Job, learner: Learner, batches: Sequence[Batch], repeats: Repea
     def step() -> None:
         train_step(job, learner, batches)
 
-    found = {
+    learning = [parameter for parameter in learner.net.parameters() if parameter.requires_grad]
+    found: dict[str, Any] = {
+        "gradient_bytes": sum(parameter.numel() * parameter.element_size() for parameter in learning),
         "forward": measure(accelerator, forward, repeats).of_images(len(first.targets)),
         "forward_backward": measure(accelerator, backward, repeats).of_images(len(first.targets)),
         "step": measure(accelerator, step, repeats).of_images(sum(len(batch.targets) for batch in batches)),
@@ -134,7 +136,7 @@ def communication(job: Job, learner: Learner, batches: Sequence[Batch], repeats:
     gradient = torch.zeros(sum(values.numel() for values in parameters), device=job.accelerator.device)
     reduce = measure(job.accelerator, lambda: torch.distributed.all_reduce(gradient), repeats)
     size = gradient.numel() * gradient.element_size()
-    return {"step_alone": step.of_images(images), "gradient_bytes": size, "all_reduce_bytes": reduce.rates(size)}
+    return {"step_alone": step.of_images(images), "all_reduce_bytes": reduce.rates(size)}
 
 
 def without_reduction(job: Job, learner: Learner) -> Learner:

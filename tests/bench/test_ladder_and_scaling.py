@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_dist.bench import scaling
+from resnet_dist.bench.frame import Result
 from resnet_dist.bench.ladder import GROUND, LEVERS
 from resnet_dist.bench.options import BenchConfig, LadderConfig, ScalingConfig
+from resnet_dist.bench.scaling_estimate import Cluster, Link, Step, estimate
 from resnet_dist.bench.timing import Repeats
 from resnet_dist.bench.training import begin, communication
 from resnet_dist.cli.main import main
@@ -76,6 +78,7 @@ def test_ladder_needs_at_least_two_epochs(refused: Any) -> None:
         [],
         ["photos", "--batch-size", "8", "--mixed-precision", "no", "--drop-last", "--no-tf32", "--workers", "0"],
         ["--lr-groups", "stem=1e-05 head=0.001", "--head", "mlp", "--head-hidden", "8,4", "--windows", "3"],
+        ["--estimate", "--link-gbits", "25", "--link-latency", "8"],
     ],
 )
 def test_processes_get_the_options_of_the_user(typed: list[str]) -> None:
@@ -111,6 +114,26 @@ def test_efficiency_on_a_cpu_is_relative_to_one_process() -> None:
     assert row["exposed_communication"] == 0.0
 
 
+def test_estimate_is_made_of_the_step_of_one_process() -> None:
+    """A step of 100 ms, of which 60 are the backward pass; the rest is that of `estimate`."""
+    one = report(1, "cuda", 2560.0, 2000.0)
+    timings = {"forward": 0.03, "forward_backward": 0.09, "step": 0.1}
+    compute = {name: {"seconds": value, "images": 256} for name, value in timings.items()} | {"gradient_bytes": 10**8}
+    one["regimes"]["full"]["compute"] = compute
+    cfg = scaling_config("--estimate", "--link-gbits", "40", "--link-latency", "6")
+    result = scaling.with_estimate(Result({"reports": [one]}, ["table"]), cfg)
+    expected = [estimate(Step(0.1, 10**8, 0.6), Cluster(Link(5e9, 6e-6)), gpus) for gpus in (8, 64, 512)]
+    assert [row["efficiency"] for row in result.values["estimate"]["gpus"]] == pytest.approx(
+        [one.efficiency for one in expected]
+    )
+    assert result.lines[0] == "table" and "5 GB/s and 6 us between nodes" in result.lines[3]
+    assert result.lines[-1].split()[:3] == [
+        "512",
+        f"{512 * 256 / expected[2].seconds:,.0f}",
+        f"{expected[2].efficiency:.0%}",
+    ]
+
+
 def test_step_without_reduction_does_not_sum_gradients(folder: Path, tmp_path: Path) -> None:
     """In DDP over a group of one process, whose reductions a hook counts: those of a step, and of one alone."""
     made = job_of(tmp_path / "run", folder, *TINY, "-b", "8", "--epochs", "2", "--lr", "0.01")
@@ -134,13 +157,13 @@ def test_step_without_reduction_does_not_sum_gradients(folder: Path, tmp_path: P
         sums.clear()
         found = communication(job, learner, batches, Repeats(windows=2, steps=1, warmup=1))
         assert not sums and found["step_alone"]["images"] == 8
-        assert found["gradient_bytes"] == 4 * sum(parameter.numel() for parameter in job.model.parameters())
     finally:
         dist.destroy_process_group()
 
 
 def test_options_that_cannot_be_scaled_are_refused(refused: Any, tmp_path: Path) -> None:
     assert "--world-sizes 0: must be at least 1" in refused(2, "bench", "scaling", "--world-sizes", "0")
+    assert "--link-gbits 0: must be above 0" in refused(2, "bench", "scaling", "--estimate", "--link-gbits", "0")
     assert "use --aug none" in refused(2, "bench", "scaling", "--cache", "device")
 
 
