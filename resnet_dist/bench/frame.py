@@ -61,7 +61,6 @@ def run_measurement(cfg: MeasuredTraining, measure: Callable[[Setup], Result]) -
         with machine_errors(accelerator, cfg.data.batch_size, cfg.optim.grad_accum):
             result = measure(Setup(accelerator, training, steps, folder, say))
     on_main(accelerator, lambda: publish(result, cfg.json))
-    accelerator.end_training()
 
 
 def print_on_main(accelerator: Accelerator) -> Callable[[str], None]:

@@ -49,6 +49,10 @@ def entry(argv: Sequence[str] | None = None) -> NoReturn:
     if arguments[:1] != ["predict"]:  # which sees to that itself
         streams.prepare()
     code = main(arguments)
+    if code == 0 and "resnet_dist.runtime.accelerate" in sys.modules:  # the verb may have connected processes
+        from resnet_dist.runtime.accelerate import leave_job
+
+        leave_job()
     with suppress(OSError):
         sys.stderr.flush()
     os._exit(code)

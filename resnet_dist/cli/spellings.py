@@ -91,7 +91,7 @@ OPTIONS: Mapping[str, str] = {  # what is typed -> the option of the same meanin
 }
 
 VALUES: Mapping[str, Mapping[str, str]] = {  # of an option: how a foreign value begins -> our value
-    "aug": {"rand": "randaug", "ra": "randaug", "ta": "trivial", "original": "trivial", "v0": "trivial"},
+    "aug": {"ra": "randaug", "ta": "trivial", "original": "trivial", "v0": "trivial"},
     "sched": {"cosine": "cosine", "onecycle": "onecycle", "one_cycle": "onecycle", "reduce": "plateau"},
     "mixed_precision": {"float32": "no", "fp32": "no", "float16": "fp16", "bfloat16": "bf16", "true": "auto"},
 }

@@ -8,9 +8,5 @@ Config = TrainConfig
 
 def main(cfg: TrainConfig) -> int:
     """Train, evaluate the best checkpoint, and write the run folder. Returns the exit code."""
-    run = run_training(cfg)
-    if run is not None:
-        from resnet_dist.runtime.accelerate import leave_job
-
-        leave_job()
+    run_training(cfg)
     return 0

@@ -15,6 +15,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
@@ -26,6 +27,7 @@ from resnet_dist.cli.parser import HELP, flags_of
 from resnet_dist.config.layers import options_of
 from resnet_dist.config.recipes import texts
 from resnet_dist.errors import ResnetDistError
+from resnet_dist.runtime import accelerate
 from resnet_dist.runtime.wording import counted, listed, one_line, printable, shortened, suggestion
 from tests.conftest import run_program
 
@@ -170,6 +172,23 @@ def test_exit_code_reaches_the_shell() -> None:
     assert done.returncode == 2
     assert done.stderr == "resnet-dist recipes: error: there is no recipe 'no-such-recipe'\n"
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["recipes"], 0), (["recipes", "no-such-recipe"], 2)])
+def test_a_program_that_succeeds_leaves_its_job(
+    arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever verb it ran. After an error other processes may be gone, and leaving could wait for them."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(cli.streams, "prepare", lambda: None)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        cli.entry(arguments)
+        assert codes == [code]
+        assert torch.distributed.is_initialized() == (code != 0)
+    finally:
+        accelerate.leave_job()
 
 
 # Errors
