@@ -31,7 +31,7 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
 def roofs(accelerator: Accelerator, repeats: Repeats) -> dict[str, Any]:
     """Measured limits of one process: FLOP/s of a square matrix product by precision, and bytes/s of a copy.
 
-    All processes measure at the same time, so that cores that they share count once.
+    All processes measure at the same time, so that each measures its share of the cores.
     """
     device = accelerator.device
     size = CPU_BYTES if device.type == "cpu" else GPU_BYTES

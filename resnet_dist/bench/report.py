@@ -28,7 +28,7 @@ def verdict(report: dict[str, Any]) -> str:
     speeds = {kind: roof["median"] for kind, roof in report["roofs"]["gemm_flops"].items()}
     gain = speeds.get("bf16", 0.0) / speeds["fp32"]
     if report["settings"]["precision"] == "no" and gain > GAINS:
-        return f"computes in float32, where bf16 products are {gain:.1f}x as fast -> --mixed-precision bf16"
+        return f"computes in float32, but bf16 matrix products are {gain:.1f}x as fast -> --mixed-precision bf16"
     if (regime["compute"]["step"]["host_share"] or 0.0) > HOST_BOUND:
         size = report["settings"]["batch_size"]
         return f"launch-bound: the GPU waits for the host at batch {size} -> --batch-size {2 * size} or more"
@@ -43,7 +43,7 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def _data_bound(report: dict[str, Any], regime: dict[str, Any]) -> str:
-    """What to do if the loop waits for data: cache images, then more loader processes, then smaller files."""
+    """What to change if training waits for data: cache images, else more loader processes, else smaller files."""
     machine, workers, is_cached = (
         report["machine"],
         report["settings"]["workers"],

@@ -32,7 +32,7 @@ from resnet_dist.training.plan import Plan, make_plan, plan_phase
 from resnet_dist.training.state import State
 
 LEAST_STEPS, STEPS_PER_WORKER = 6, 4  # in an epoch; a loader process makes whole batches
-REGIMES = {  # what learns; frozen stages also have frozen BatchNorm statistics
+REGIMES = {  # what is trained; frozen stages also have frozen BatchNorm statistics
     "full": Phase(trainable="all"),
     "layer4+head": Phase(trainable="layer4 head"),
     "head": Phase(trainable="head"),
@@ -40,7 +40,7 @@ REGIMES = {  # what learns; frozen stages also have frozen BatchNorm statistics
 
 
 def shortened(accelerator: Accelerator, cfg: TrainConfig, steps: int) -> Plan:
-    """The plan with the training images of `steps` steps, spread evenly over the data, or with all of them.
+    """The plan with the training images of `steps` steps, spread evenly over the data, or all if there are fewer.
 
     Raises UsageError, DataError.
     """
@@ -66,7 +66,7 @@ def job_of(accelerator: Accelerator, plan: Plan) -> Job:
 
 
 def begin(job: Job, name: str, epochs: int) -> tuple[Job, Learner]:
-    """The job and the learner of one of REGIMES for `epochs` epochs. Cached features are computed already."""
+    """The job and the learner of one of REGIMES for `epochs` epochs. Features to cache are already computed."""
     plan = job.plan
     phase = plan_phase(REGIMES[name], epochs, job.model, plan.cfg.optim, plan.optimizer)
     job = dataclasses.replace(job, plan=dataclasses.replace(plan, phases=(phase,)))
@@ -131,7 +131,7 @@ def communication(job: Job, learner: Learner, batches: Sequence[Batch], repeats:
     images = sum(len(batch.targets) for batch in batches)
     step = measure(job.accelerator, lambda: train_step(job, alone, batches), repeats)
     parameters = [p.detach() for p in learner.net.parameters() if p.requires_grad]
-    for values in parameters:  # they differ between processes now
+    for values in parameters:  # steps without all-reduce made them different between processes
         torch.distributed.broadcast(values, 0)
     gradient = torch.zeros(sum(values.numel() for values in parameters), device=job.accelerator.device)
     reduce = measure(job.accelerator, lambda: torch.distributed.all_reduce(gradient), repeats)
@@ -161,7 +161,7 @@ def work(job: Job, learner: Learner, batch: Batch, roofs: dict[str, Any]) -> dic
 
 
 def _on_meta(job: Job, learner: Learner) -> nn.Module:
-    """The part of the network that learns, in its training mode, on the meta device."""
+    """The part of the network that training runs, in training mode, on the meta device."""
     model = empty(job.plan.architecture)
     set_trainable(model, learner.phase.trainable)
     train_mode(model, learner.phase.updating)

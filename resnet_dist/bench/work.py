@@ -40,8 +40,8 @@ class Operation:
 def operations(model: nn.Module, shape: Sequence[int]) -> list[Operation]:
     """The operations of a training step on an input of that shape (B, ...), in the model's present mode.
 
-    What takes gradients decides what is done backward: nothing before the first parameter that learns, no gradient of
-    a frozen weight. The model must be on the meta device: nothing is computed.
+    The backward passes follow `requires_grad`: none before the first trainable parameter, and no gradient of a frozen
+    weight. The model must be on the meta device: nothing is computed.
     """
     found: list[Operation] = []
     names = {module: name for name, module in model.named_modules()}
@@ -86,7 +86,7 @@ def _passes(module: nn.Module, x: int, y: int) -> tuple[int, int, int] | None:
         return (3 * x, 5 * x, 0) if module.training else (2 * x, 2 * x, 0)
     if isinstance(module, nn.ReLU):
         return 2 * y, 3 * y, 0
-    if isinstance(module, BasicBlock | Bottleneck):  # its addition; its layers are counted themselves
+    if isinstance(module, BasicBlock | Bottleneck):  # its addition; its layers are counted separately
         return 3 * y, 3 * y, 0
     if isinstance(module, nn.MaxPool2d):
         return x + y, x + y, _INDEX_BYTES * y

@@ -1,4 +1,4 @@
-"""`resnet-dist check`: look at every image before an hour of training finds out."""
+"""`resnet-dist check`: check every image before training."""
 
 from resnet_dist.data.check_report import CheckConfig, run_check
 from resnet_dist.runtime.wording import printable

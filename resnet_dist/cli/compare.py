@@ -1,4 +1,4 @@
-"""`resnet-dist compare`: train several techniques on the same data, and say which differences are real."""
+"""`resnet-dist compare`: train several techniques on the same data, and test which differences are real."""
 
 from collections.abc import Sequence
 

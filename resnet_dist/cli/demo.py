@@ -15,7 +15,7 @@ class Config:
     output_dir: str = option("resnet-dist-demo", "-o", "--output")
     """Folder for the images and the run."""
     epochs: int = 6
-    """Epochs."""
+    """Number of epochs."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""

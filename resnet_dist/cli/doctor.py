@@ -1,4 +1,4 @@
-"""`resnet-dist doctor`: what this machine has, what a launch would start, and a test that two processes equal one."""
+"""`resnet-dist doctor`: what this machine has, what `accelerate launch` starts, and a self-test."""
 
 import tempfile
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Show versions, devices, cores, disk and ports, what a launch would start, and run a two-process self-test."""
+    """Show versions, GPUs, cores, disk, port and what `accelerate launch` starts; then run a self-test."""
 
     self_test: bool = True
-    """Train on a few tiny images with one process and with two, and compare."""
+    """Train and evaluate on a few tiny images with one process and with two, and compare the results."""
 
     def problems(self) -> Iterator[str]:
-        """Nothing here can be wrong by itself."""
+        """None: no value of these options is wrong."""
         return iter(())
 
 

@@ -1,4 +1,4 @@
-"""`resnet-dist eval`: exact metrics of a run, a checkpoint or an exported model, with one line per image."""
+"""`resnet-dist eval`: metrics of a run, a checkpoint or an exported model, and a prediction for every image."""
 
 from resnet_dist.evaluation.run import EvalConfig, run_evaluation
 

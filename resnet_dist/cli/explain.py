@@ -1,4 +1,4 @@
-"""`resnet-dist explain`: where in an image the evidence for a class is, for files or for a run's worst mistakes."""
+"""`resnet-dist explain`: saliency maps of image files, or of a run's worst mistakes."""
 
 from resnet_dist.evaluation.explain import ExplainConfig, run_explain
 from resnet_dist.runtime import environment as launcher
@@ -8,7 +8,7 @@ Config = ExplainConfig
 
 
 def main(cfg: ExplainConfig) -> int:
-    """Explain, write and say where. Returns the exit code."""
+    """Explain, write the maps, and print where they are. Returns the exit code."""
     explained = run_explain(cfg)
     if launcher.rank() == 0:
         print(f"{counted(explained.images, 'image')} explained by {cfg.method}: {explained.sheet} shows them")

@@ -6,6 +6,6 @@ Config = ExportConfig
 
 
 def main(cfg: ExportConfig) -> int:
-    """Export, and say what was checked. Returns the exit code."""
+    """Export, verify and print the results. Returns the exit code."""
     run_export(cfg)
     return 0

@@ -1,4 +1,4 @@
-"""The help of a verb, made from its config class: the most common options, or all of them."""
+"""The help of a verb, made from its config class, with the common options or with all."""
 
 import dataclasses
 import inspect
@@ -16,13 +16,22 @@ from resnet_dist.errors import UsageError
 
 WIDTH = 110
 COLUMN = 32  # where the texts start
-MANY = 25  # options, from which on help shows the common ones first
+MANY = 25  # with more options, --help shows only the common ones
 COMMON = {  # the title of a group of `--help`: its options
     "start from": ("recipe", "config"),
     "model and images": ("model", "img_size", "aug"),
     "training": ("epochs", "batch_size", "lr", "opt", "seed"),
     "the run": ("output_dir", "resume", "dry_run"),
     "the machine": ("workers", "mixed_precision"),
+}
+METAVARS = {  # the value of a text option, if TEXT says too little
+    **dict.fromkeys(("output_dir", "val_dir", "cache_dir", "data"), "FOLDER"),
+    **dict.fromkeys(("json", "report", "exclude_list"), "FILE"),
+    **dict.fromkeys(("resume", "init_from", "runs"), "RUN"),
+    **dict.fromkeys(("weights", "recipes", "tracker"), "NAME"),
+    **dict.fromkeys(("group_by", "label_by"), "REGEX"),
+    "push_to_hub": "REPOSITORY",
+    "target": "CLASS",
 }
 
 
@@ -50,7 +59,7 @@ def help_text(cls: type, program: str, given: Mapping[str, Any], everything: boo
     lines.append("")
     if short:
         lines.append(f"{program} --help-all shows all {count} options.")
-    lines.append("--debug, anywhere, shows the traceback of an error.")
+    lines.append("--debug, anywhere on the command line, shows the traceback of an error.")
     return "\n".join(lines)
 
 
@@ -81,13 +90,13 @@ def _layer_entries() -> list[Entry]:
         Entry(
             "phase",
             "--phase N.FIELD=VALUE",
-            "Set one field of one phase, such as 2.backbone_lr_scale=0.1 or 1.epochs=3; can be given several times.",
+            "Set one field of one phase, such as 2.backbone_lr_scale=0.1 or 1.epochs=3. Can be given several times.",
         ),
     ]
 
 
 def _values(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """By option: the value that a recipe or file sets; those of several phases are joined by "then"."""
+    """The value of each option with the recipe or file in `given`; values of several phases are joined by "then"."""
     layers = {name: given[name] for name in ("recipe", "config") if name in given}
     if not layers or not has_recipes(cls):
         return {}
@@ -119,7 +128,7 @@ def _entry(option: Option, value: Any, source: str | None) -> Entry:
     flags = [alias for alias in option.aliases if not alias.startswith("--")] + [option.flag]
     if option.kind is bool:
         return Entry(option.name, f"{option.flag}, --no-{option.flag[2:]}", text, aliases)
-    return Entry(option.name, f"{', '.join(flags)} {_metavar(option.kind)}", text, aliases)
+    return Entry(option.name, f"{', '.join(flags)} {_metavar(option.kind, option.name)}", text, aliases)
 
 
 def _shown(value: Any) -> str | None:
@@ -132,20 +141,20 @@ def _shown(value: Any) -> str | None:
     return "on" if value is True else str(value)
 
 
-def _metavar(kind: Any) -> str:
+def _metavar(kind: Any, name: str) -> str:
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return "{" + ",".join(arguments) + "}"
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return _metavar(next(a for a in arguments if a is not type(None)))
+        return _metavar(next(a for a in arguments if a is not type(None)), name)
     if typing.get_origin(kind) is tuple:
-        return _metavar(arguments[0]) + ",..."
-    names = {int: "N", float: "X", str: "TEXT", Duration: "DURATION"}
+        return _metavar(arguments[0], name) + ",..."
+    names = {int: "N", float: "X", str: METAVARS.get(name, "TEXT"), Duration: "DURATION"}
     return names.get(kind, "NAME=X,...")
 
 
 def _common(cls: type, groups: Mapping[str, Sequence[Entry]]) -> dict[str, list[Entry]]:
-    """What the verb takes without a name or has of its own, then the common options; without aliases."""
+    """The positional and own options of the verb, then the common ones; without aliases."""
     shown = [dataclasses.replace(entry, aliases="") for group in groups.values() for entry in group]
     entries = {entry.name: entry for entry in shown if entry.name not in getattr(cls, "REFUSED", ())}
     named = {entry.name for entry in groups.get("options", ())}

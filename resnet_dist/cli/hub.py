@@ -1,4 +1,4 @@
-"""`resnet-dist hub`: the best checkpoint as a folder that timm and the Hugging Face Hub read, and its upload."""
+"""`resnet-dist hub`: write the best checkpoint as a folder for timm and the Hugging Face Hub, and upload it."""
 
 from resnet_dist.report.hub import HubConfig, push, run_hub
 
@@ -6,7 +6,7 @@ Config = HubConfig
 
 
 def main(cfg: HubConfig) -> int:
-    """Write the folder, upload it if that is asked for, and say so. Returns the exit code."""
+    """Write the folder, upload it if asked to, and print both. Returns the exit code."""
     hub = run_hub(cfg)
     names = ", ".join(file.name for file in hub.files)
     how = f"timm cannot load it ({hub.reason})" if hub.reason else f"timm.create_model('local-dir:{hub.path}') loads it"

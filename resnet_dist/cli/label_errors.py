@@ -9,11 +9,15 @@ Config = LabelErrorsConfig
 
 
 def main(cfg: LabelErrorsConfig) -> int:
-    """Rank, write, and print the first. Returns the exit code."""
+    """Rank the labels, write the table, and print its first rows. Returns the exit code."""
     ranking = run_label_errors(cfg)
     if launcher.rank() == 0:
         print(printable(ranking.sentence))
         for path, label, likely in ranking.suspects[:SHOWN]:
             print(printable(f"  {shortened(path, 60)}: labelled {label}, likely {likely}"))
-        print(printable(f"{ranking.file} has all, the most doubtful first; `resnet-dist report {cfg.run}` shows them"))
+        print(
+            printable(
+                f"{ranking.file} lists all, the most doubtful first; `resnet-dist report {cfg.run}` shows the images"
+            )
+        )
     return 0

@@ -21,22 +21,22 @@ VERBS = {  # verb: what it does; its module is resnet_dist.cli.<verb> unless MOD
     "train": "fine-tune a ResNet on a folder of images",
     "lr-find": "find a learning rate for a recipe on your data",
     "reproduce": "repeat a run and report what differs",
-    "compare": "train several techniques on your data; which differences are real",
+    "compare": "train several techniques and test which differences are real",
     "eval": "evaluate a run, a checkpoint or an ONNX model, with one line per image",
     "export": "export the best checkpoint to ONNX and verify it against PyTorch",
     "hub": "write the best checkpoint in the format of timm and the Hugging Face Hub",
     "predict": "classify images with an exported model, without torch",
-    "explain": "saliency: show which parts of an image led to the prediction",
-    "report": "write report.html of a run again",
+    "explain": "show which parts of an image led to a prediction (saliency maps)",
+    "report": "draw the plots of a run again, and write its report.html",
     "label-errors": "rank the training images by how likely their label is wrong",
-    "check": "check every image: unusable, unusual, duplicate, or in several splits",
+    "check": "find images that are broken, unusual, duplicate or in several splits",
     "split": "split a folder into train, val and test: a manifest, links or copies",
     "summary": "show layers, shapes, parameters and FLOPs of a model",
     "recipes": "list the named techniques, or print one",
-    "bench": "measure where training spends its time here, and what to change",
-    "bench ladder": "measure what each optimisation gains here, one after the other",
-    "bench scaling": "measure how training scales with the number of processes here",
-    "doctor": "show what this machine has, and test that two processes equal one",
+    "bench": "measure where training spends its time, and what to change",
+    "bench ladder": "measure what each optimisation gains",
+    "bench scaling": "measure how training scales with the number of processes",
+    "doctor": "show what this machine has, and test training with two processes",
     "demo": "train on handwritten digits, offline, in two minutes",
 }
 MODULES = {"predict": "export.predict"}
@@ -46,7 +46,7 @@ def entry(argv: Sequence[str] | None = None) -> NoReturn:
     """The console command: run it, and leave without waiting for loader processes that ignore signals."""
     end_with_launcher()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] != ["predict"]:  # which sees to that itself
+    if arguments[:1] != ["predict"]:  # it does this itself
         streams.prepare()
     code = main(arguments)
     if code == 0 and "resnet_dist.runtime.accelerate" in sys.modules:  # the verb may have connected processes
@@ -97,7 +97,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if verb not in VERBS:
         raise UsageError(f"there is no verb '{verb}'{hint_for_verb(verb, VERBS)}")
     module = importlib.import_module(module_of(verb))
-    if verb == "predict":  # a program of its own, that is also shipped alone
+    if verb == "predict":  # it reads its own options, because it also works without this package
         return int(module.main(arguments, "resnet-dist predict"))
     with named_as_typed(module.Config, arguments):
         if verb == "compare":  # each recipe has a config of its own
@@ -118,7 +118,7 @@ def _overview() -> str:
 
 
 def _print_error(verb: str, error: ResnetDistError) -> None:
-    """One line per problem; of an error that every process has, the main one speaks."""
+    """Print one line per problem. If every process has the error, only the main process prints it."""
     if launcher.rank() > 0 and (error.shared or isinstance(error, UsageError)):
         return
     for line in error.problems if isinstance(error, UsageError) else [str(error)]:

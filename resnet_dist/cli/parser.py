@@ -1,4 +1,4 @@
-"""The command line of a verb: what was typed, as the settings of its config class, with every mistake in words."""
+"""Read the command line of a verb into its config class, and report every mistake in one line."""
 
 import dataclasses
 import functools
@@ -26,8 +26,8 @@ class Flag:
 
     name: str  # of the option
     canonical: str  # the spelling that the code uses in its errors
-    switch: bool | None = None  # the value of a switch, which takes none
-    bare: str | None = None  # the value if none is typed
+    switch: bool | None = None  # what a switch such as --no-ema sets; None for an option with a value
+    bare: str | None = None  # the value if the option is typed without one
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def _negated(flag: str) -> str:
 
 
 def _bare(option: Option) -> str | None:
-    """What an option that takes a value means without one."""
+    """The value of an option that is typed without one; None if it needs a value."""
     if option.name == "resume":
         return "auto"
     return "on" if typing.get_origin(option.kind) is Literal and "on" in typing.get_args(option.kind) else None
@@ -57,7 +57,7 @@ def _bare(option: Option) -> str | None:
 
 @dataclasses.dataclass
 class Words:
-    """What a command line says."""
+    """The options and mistakes of a command line."""
 
     given: dict[str, Any] = dataclasses.field(default_factory=dict)  # by the name of the option, as text
     spelled: dict[str, str] = dataclasses.field(default_factory=dict)  # by the canonical spelling: as it was typed
@@ -67,10 +67,10 @@ class Words:
 
 
 def read(cls: type, argv: Sequence[str]) -> Words:
-    """What was typed after the verb."""
+    """Read what was typed after the verb."""
     words, rest = Words(), list(argv)
     free: list[str] = []  # values without an option
-    doubtful: list[str] = []  # those behind an unknown option, which may be its value
+    doubtful: list[str] = []  # values after an unknown option, which may belong to it
     while rest:
         word = rest.pop(0)
         if word == "--":
@@ -92,7 +92,7 @@ def _is_option(word: str) -> bool:
 
 
 def _read_option(cls: type, words: Words, word: str, rest: list[str]) -> bool:
-    """Take an option, and its value from the rest, into `words`. Returns whether there is such an option."""
+    """Read an option, and its value from `rest`, into `words`. Returns whether the option exists."""
     flags = flags_of(cls)
     spelling, equals, value = word.partition("=")
     if spelling.startswith("--"):
@@ -118,12 +118,12 @@ def _read_option(cls: type, words: Words, word: str, rest: list[str]) -> bool:
 
 
 def _logical(rest: list[str]) -> str | None:
-    """The `true` or `false` typed behind a switch."""
+    """A `true` or `false` that was typed after a switch."""
     return rest.pop(0) if rest and rest[0].lower() in ("true", "false") else None
 
 
 def _dashed(rest: list[str], spelling: str, flags: dict[str, Flag]) -> str:
-    """How to type a value that begins with '-', which is then taken from the rest."""
+    """How to type a value that begins with '-'. Such a value is removed from `rest`."""
     if not rest or rest[0] == "--" or rest[0].partition("=")[0].replace("_", "-") in {*flags, *HELP}:
         return ""
     return f"; one that begins with '-' is typed as {spelling}={rest.pop(0)}"
@@ -152,7 +152,7 @@ def _set(cls: type, words: Words, spelling: str, flag: Flag, value: str) -> None
 
 
 def _fill_positions(cls: type, words: Words, free: list[str], doubtful: list[str]) -> None:
-    """Give values without an option to the positional options; what stands behind an unknown option comes last."""
+    """Assign values without an option to the positional options; values after an unknown option come last."""
     pairs = [word for word in free if hint_for_pair(word, flags_of(cls))]
     words.problems += [f"unexpected argument '{pair}'{hint_for_pair(pair, flags_of(cls))}" for pair in pairs]
     free = [word for word in free if word not in pairs]
@@ -164,14 +164,14 @@ def _fill_positions(cls: type, words: Words, free: list[str], doubtful: list[str
         doubtful = [] if several else doubtful if free else doubtful[1:]
         free = [] if several else free[1:]
         if values and option.name in words.given:  # by an alias such as --data
-            words.notes.append(f"{option.name.upper()} is given more than once; {words.given[option.name]} counts")
+            words.notes.append(f"{option.name.upper()} is given more than once; {words.given[option.name]} is used")
         elif values:
             words.given[option.name] = values if several else values[0]
     words.problems += [f"unexpected argument '{word}'" for word in free]
 
 
 def parse(cls: type, argv: Sequence[str], program: str) -> Any:
-    """The config of a verb from its command line (and the recipe and file that it names).
+    """The config of a verb, from its command line and the recipe and file that this names.
 
     Raises UsageError that carries every problem. `--help` and `--help-all` print and raise SystemExit(0).
     """
@@ -180,7 +180,7 @@ def parse(cls: type, argv: Sequence[str], program: str) -> Any:
 
 
 def typed(cls: type, argv: Sequence[str], program: str) -> Words:
-    """What was typed, with notes on it printed. `--help` and `--help-all` print and raise SystemExit(0)."""
+    """Read what was typed, and print notes on it. `--help` and `--help-all` print and raise SystemExit(0)."""
     words = read(cls, argv)
     if words.help:
         print(help_text(cls, program, words.given, everything=words.help == "all"))

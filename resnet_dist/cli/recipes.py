@@ -10,10 +10,10 @@ from resnet_dist.runtime.wording import suggestion
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """List the recipes, or print one as the TOML file that it is."""
+    """List the recipes, or print the TOML file of one."""
 
     name: str | None = option(None, positional=True)
-    """Name of a recipe."""
+    """The recipe to print."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""

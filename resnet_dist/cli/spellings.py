@@ -1,6 +1,6 @@
-"""What users of timm, torchvision's references, Hugging Face, ultralytics and fastai type, and what it is called here.
+"""Hints for users of timm, torchvision's references, Hugging Face, ultralytics and fastai: their options and ours.
 
-Nothing here is accepted: an unknown option is an error, and its line says what to type instead.
+None of these spellings is accepted: an unknown option is an error, and its line says what to type instead.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,11 +11,11 @@ from resnet_dist.runtime.wording import nearest
 PROCESSES = "processes come from the launcher: accelerate launch --num_processes N -m resnet_dist train ..."
 CPU = "GPUs are used if there are any; put ACCELERATE_USE_CPU=true before the command to train on the CPU"
 VERTICAL = "there is no vertical flip; from Python, train_transform takes any transform"
-WEIGHTS = "pretrained weights are the default; --weights none starts from random numbers, --weights FILE from a file"
+WEIGHTS = "pretrained weights are the default; type --weights none for random weights, or --weights FILE"
 FOLDER = "type --output-dir FOLDER, the folder of the run"
 CLASSES = "leave it out: the classes are the folders (or the labels) of the data"
 EVALUATE = "a run is evaluated by `resnet-dist eval RUN`"
-FINAL_LR = "leave it out: cosine and onecycle end near 0"
+FINAL_LR = "leave it out: the schedules cosine and onecycle end near 0"
 WARMUP_LR = "leave it out: the warm-up is linear from near 0; type --warmup for its length"
 
 OPTIONS: Mapping[str, str] = {  # what is typed -> the option of the same meaning, or a hint
@@ -44,7 +44,7 @@ OPTIONS: Mapping[str, str] = {  # what is typed -> the option of the same meanin
     "--cache-dataset": "type --cache ram, disk or device (auto is the default)",
     # image size and augmentation
     **dict.fromkeys(("--input-size", "--crop-size", "--train-crop-size", "--val-crop-size", "--size"), "--img-size"),
-    "--crop-pct": "type --resize PIXELS, the short side before the central crop: --img-size divided by that share",
+    "--crop-pct": "type --resize PIXELS, the short side before the central crop: --img-size divided by --crop-pct",
     **dict.fromkeys(("--vflip", "--flipud"), VERTICAL),
     "--fliplr": "--hflip",
     "--degrees": "--rotation",
@@ -75,11 +75,13 @@ OPTIONS: Mapping[str, str] = {  # what is typed -> the option of the same meanin
     "--label-smoothing-factor": "--label-smoothing",
     # the run
     "--num-epochs": "--epochs",
-    **dict.fromkeys(("--max-steps", "--max-train-steps", "--iterations"), "the length is in epochs: type --epochs"),
+    **dict.fromkeys(
+        ("--max-steps", "--max-train-steps", "--iterations"), "the length of a training is in epochs: type --epochs"
+    ),
     **dict.fromkeys(("--name", "--project", "--run-name", "--experiment"), FOLDER),
     **dict.fromkeys(("--save-dir", "--save-path", "--output-path", "--out-dir", "--outdir", "--log-dir"), FOLDER),
-    "--exist-ok": "type --overwrite to replace the run of --output-dir, or --resume to go on with it",
-    "--start-epoch": "type --resume: a run goes on where it stopped",
+    "--exist-ok": "type --overwrite to replace the run in --output-dir, or --resume to continue it",
+    "--start-epoch": "type --resume: a run continues where it stopped",
     "--resume-from": "--resume",
     "--save-period": "--save-every",
     "--recovery-interval": "type --save-every with its unit, such as --save-every 200steps",
@@ -108,11 +110,11 @@ VERBS: Mapping[str, str] = {  # what is typed -> what to type
     **dict.fromkeys(("onnx", "convert"), "export RUN"),
     "info": "summary",
 }
-SERVE = "there is no server; `resnet-dist export RUN` writes model.onnx and predict.py, which a server can import"
+SERVE = "there is no server; `resnet-dist export RUN` writes model.onnx and predict.py, for use in a server"
 
 
 def hint_for_option(flag: str, known: Collection[str]) -> str:
-    """What to type instead of an unknown option, as the rest of the line; "" if nothing is near."""
+    """What to type instead of an unknown option, as the end of the error; "" if no option is similar."""
     text = OPTIONS.get(flag, "")
     if text.startswith("--") and text not in known and text != "--data":
         text = ""
@@ -123,14 +125,14 @@ def hint_for_option(flag: str, known: Collection[str]) -> str:
 
 
 def hint_for_value(name: str, value: str) -> str:
-    """What to type instead of a value that another trainer knows; "" for any other value."""
+    """What to type instead of the value of another trainer; "" for any other value."""
     ours = VALUES.get(name, {})
     beginning = next((text for text in ours if value.lower().startswith(text)), None)
     return f"type {ours[beginning]}" if beginning else ""
 
 
 def hint_for_pair(word: str, known: Collection[str]) -> str:
-    """What to type instead of `epochs=3`, as the rest of the line; "" if the word is no such pair."""
+    """What to type instead of `epochs=3`, as the end of the error; "" if the word is no such pair."""
     name, equals, value = word.partition("=")
     flag = "--" + name.replace("_", "-")
     if not equals or not name.isidentifier() or Path(word).exists():
@@ -141,7 +143,7 @@ def hint_for_pair(word: str, known: Collection[str]) -> str:
 
 
 def hint_for_verb(verb: str, known: Collection[str]) -> str:
-    """What to type instead of an unknown verb, as the rest of the line; "" if nothing is near."""
+    """What to type instead of an unknown verb, as the end of the error; "" if no verb is similar."""
     if verb == "serve":
         return f": {SERVE}"
     if verb in VERBS:

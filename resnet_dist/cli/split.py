@@ -1,4 +1,4 @@
-"""`resnet-dist split`: train, val and test parts of a folder, as a manifest, links or copies."""
+"""`resnet-dist split`: split a folder into train, val and test, as a manifest, links or copies."""
 
 from resnet_dist.data.split_files import SplitConfig, run_split
 from resnet_dist.runtime.wording import printable

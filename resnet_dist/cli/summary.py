@@ -1,4 +1,4 @@
-"""`resnet-dist summary`: layers, output shapes, parameters and FLOPs of a model, and what of it learns."""
+"""`resnet-dist summary`: layers, output shapes, parameters and FLOPs of a model, and what is trainable."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from resnet_dist.runtime.wording import counted
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Print layers, output shapes, parameters and FLOPs of a model, and what learns in a phase of a recipe."""
+    """Print layers, output shapes, parameters and FLOPs of a model, and what is trainable in a phase of a recipe."""
 
     model: ModelConfig = ModelConfig(weights="none")
     num_classes: int = 1000
@@ -19,7 +19,7 @@ class Config:
     img_size: int = option(224, "--imgsz", "--image-size")
     """Side of the square input in pixels."""
     phase_number: int = 1
-    """Which phase of the recipe decides what is trainable."""
+    """The phase of the recipe that decides what is trainable: 1, 2, ..."""
     recipe: str | None = None
     phase: tuple[Phase, ...] = (Phase(),)
 
@@ -28,7 +28,7 @@ class Config:
         yield from self.model.problems()
         yield from out_of_range(self, 1, math.inf, "num_classes", "img_size")
         if not 1 <= self.phase_number <= len(self.phase):
-            yield f"--phase-number {self.phase_number}: there are {len(self.phase)}"
+            yield f"--phase-number {self.phase_number}: the recipe has {counted(len(self.phase), 'phase')}"
 
 
 def main(cfg: Config) -> int:

@@ -73,7 +73,8 @@ def _is_section(kind: Any) -> bool:
 @functools.cache
 def options_of(cls: type) -> tuple[Option, ...]:
     """All options of a config class, its sections flattened; the fields of Phase too, if it has phases."""
-    options = list(_options_in(cls, ""))
+    own: Mapping[str, str] = getattr(cls, "HELP", {})  # texts of a verb that uses an option of train differently
+    options = [dataclasses.replace(option, help=own.get(option.name, option.help)) for option in _options_in(cls, "")]
     if has_recipes(cls):
         options += [option for option in _options_in(Phase, "phase") if option.name != "epochs"]
     return tuple(options)

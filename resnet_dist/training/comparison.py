@@ -33,21 +33,22 @@ SIX = (
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(TrainConfig):
-    """Train several recipes on the same data, or take finished runs, and say which differences are real.
+    """Train several recipes on the same data, or take finished runs, and test which differences are real.
 
-    Takes every option of train, for all recipes alike. Each run goes into --output-dir (default:
-    runs/compare-<data>), as <recipe>/seed-<n>; the same command again goes on where it was interrupted. Writes
-    compare.md, compare.csv, compare.json and compare.png there.
+    Takes every option of train and applies it to all recipes. Each run goes into --output-dir, as <recipe>/seed-<n>;
+    compare.md, compare.csv, compare.json and compare.png are written there too. The same command again continues
+    where it was interrupted.
     """
 
     REFUSED: ClassVar = ("recipe", "resume", "overwrite")  # options of train without a meaning here
+    HELP: ClassVar = {"output_dir": "The folder for the runs and the comparison (default: runs/compare-<data>)."}
 
     recipes: tuple[str, ...] = SIX
     """The recipes to compare."""
     seeds: int = 1
     """Runs of each recipe, with the seeds --seed, --seed + 1 and so on."""
     runs: tuple[str, ...] = ()
-    """Folders of finished runs to take too; without DATA, only these."""
+    """Folders of finished runs to compare too; without DATA, only these are compared."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""

@@ -15,6 +15,7 @@ from resnet_dist.errors import Preempted, UsageError, python_errors
 from resnet_dist.files.outputs import Kind, make_folder, table_with
 from resnet_dist.runtime.notebook import html_table
 from resnet_dist.runtime.signals import StopRequested, StopRequests, stop_requests
+from resnet_dist.runtime.wording import counted
 
 if TYPE_CHECKING:
     from resnet_dist.training.lr_range import RangeTest
@@ -27,10 +28,11 @@ RANGE_TEST = Kind("a range test", "lr_find.csv", table_with(*COLUMNS))
 class LrFindConfig(TrainConfig):
     """Find a learning rate: train a copy of the network while the rate rises, and see where the loss falls.
 
-    Takes every option of train. Writes lr_find.png and lr_find.csv into --output-dir (default: runs/lr-find-<time>).
+    Takes every option of train. Writes lr_find.png and lr_find.csv into --output-dir.
     """
 
     REFUSED: ClassVar = ("resume", "dry_run")  # options of train without a meaning here
+    HELP: ClassVar = {"output_dir": "The folder for the plot and the table (default: runs/lr-find-<time>)."}
 
     lr_start: float = 1e-7
     """The first base learning rate."""
@@ -39,7 +41,7 @@ class LrFindConfig(TrainConfig):
     steps: int = 100
     """Optimizer steps from the first rate to the last."""
     phase_number: int | None = None
-    """Which phase of the recipe is tried (default: the last), from the weights that the run begins with."""
+    """The phase of the recipe to test, with the weights that the run begins with (default: the last)."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
@@ -49,7 +51,7 @@ class LrFindConfig(TrainConfig):
             yield f"--lr-end {self.lr_end:g}: must be above --lr-start {self.lr_start:g}"
         yield from out_of_range(self, 10, math.inf, "steps")
         if self.phase_number is not None and not 1 <= self.phase_number <= len(self.phase):
-            yield f"--phase-number {self.phase_number}: there are {len(self.phase)}"
+            yield f"--phase-number {self.phase_number}: the recipe has {counted(len(self.phase), 'phase')}"
         for name in self.REFUSED:
             if getattr(self.run, name):
                 yield f"--{name.replace('_', '-')} belongs to train: leave it out"

@@ -122,6 +122,7 @@ def test_help_texts_are_sentences_below_their_fields() -> None:
     offenders = []
     for verb, option in VERB_OPTIONS:
         sources = strings_below_fields("resnet_dist.config.schema") | strings_below_fields(config_of(verb).__module__)
+        sources |= set(getattr(config_of(verb), "HELP", {}).items())
         is_sentence = len(option.help) >= 4 and option.help[-1] in ".)"
         if not is_sentence or (option.name, option.help) not in sources:
             offenders.append(f"{verb} {option.flag}")

@@ -171,7 +171,7 @@ def test_two_processes_see_the_same(folder: Path, tmp_path: Path) -> None:
 
 def test_options_that_lr_find_refuses(folder: Path, refused: Refused, tmp_path: Path) -> None:
     assert "must be above --lr-start" in refused(2, "lr-find", folder, "--lr-start", "1", "--lr-end", "0.5")
-    assert "--phase-number 3: there are 2" in refused(
+    assert "--phase-number 3: the recipe has 2 phases" in refused(
         2, "lr-find", folder, "--recipe", "discriminative", "--phase-number", "3"
     )
     assert "--dry-run belongs to train" in refused(2, "lr-find", folder, "--dry-run")
