@@ -233,10 +233,9 @@ class AugmentOnDevice:
 
     def _crops(self, places: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
         """The boxes, float32 (B, 4), of images at `places`, int64 (B, 3), resized: float32 (B, 3, S, S)."""
-        first, height, width = torch.split(places, 1, 1)
-        top, left, tall, wide = torch.split(box, 1, 1)
-        y, down, down_sum = taps(top, tall, height, self.window, self.size, self.bicubic)
-        x, across, across_sum = taps(left, wide, width, self.window, self.size, self.bicubic)
+        first, _, width = torch.split(places, 1, 1)
+        position, weights, sums = taps(box[:, :2], box[:, 2:], places[:, 1:], self.window, self.size, self.bicubic)
+        (y, x), (down, across), (down_sum, across_sum) = position.unbind(1), weights.unbind(1), sums.unbind(1)
         index = (first + y * width)[:, :, None] + x[:, None, :]
         pixels = self.pixels[index].permute(0, 1, 3, 2).to(torch.float32, memory_format=torch.contiguous_format)
         rows = pixels.flatten(1, 2) @ across.mT
@@ -255,22 +254,22 @@ def taps(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The antialiased resize of a part of a line of `limit` pixels to `size` pixels, as torchvision weighs them.
 
-    The part begins at `start` and has `length` pixels, (B, 1) each; all pixels that it touches are in the window.
-    Returns the window's pixels, int64 (B, window), within the line; their weights in whole numbers, float32
-    (B, size, window), 0 outside of the line; and the sums of the weights with those outside, (B, size).
+    The part begins at `start` and has `length` pixels; all pixels that it touches are in the window. `limit`, `start`
+    and `length` have one shape (...). Returns the window's pixels, int64 (..., window), within the line; their weights
+    in whole numbers, float32 (..., size, window), 0 outside of the line; and the sums of the weights, (..., size), also
+    of those outside.
     """
     device = start.device
-    first = (start + EDGE).floor()
-    places = first + torch.arange(window, device=device)
+    start, length, limit = start[..., None], length[..., None], limit[..., None]
+    places = (start + EDGE).floor() + torch.arange(window, device=device)
     scale = length / size
     centres = start + scale * (torch.arange(size, device=device) + 0.5)
-    distance = (places + 0.5)[:, None, :] - centres[:, :, None]
-    distance = distance.abs().div_(scale.clamp(min=1)[:, :, None])
-    touched = places < (start + length - EDGE).ceil()
+    distance = (places + 0.5)[..., None, :] - centres[..., None]
+    distance = distance.abs_().div_(scale.clamp(min=1)[..., None])
     weights = (_cubic(distance) if bicubic else (1 - distance).clamp_(min=0)).mul_(ONE).round_()
-    weights *= touched[:, None, :]
-    sums = weights.sum(2)
-    weights *= ((places >= 0) & (places < limit))[:, None, :]
+    weights *= (places < (start + length - EDGE).ceil())[..., None, :]
+    sums = weights.sum(-1)
+    weights *= ((places >= 0) & (places < limit))[..., None, :]
     return torch.minimum(places.long().clamp_(min=0), limit - 1), weights, sums
 
 

@@ -183,8 +183,8 @@ def test_a_flat_image_stays_flat(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bicubic", [False, True])
 def test_weights_are_whole_numbers_that_tf32_holds(bicubic: bool) -> None:
     """So that products and sums are exact on every device, in every order: at most 11 bits, and sums below 2**24."""
-    start, length = torch.tensor([[0.3], [10.0], [5.5]]), torch.tensor([[170.0], [20.5], [48.0]])
-    _, weights, sums = taps(start, length, torch.full((3, 1), 200), 180, SIZE, bicubic)
+    start, length = torch.tensor([0.3, 10.0, 5.5]), torch.tensor([170.0, 20.5, 48.0])
+    _, weights, sums = taps(start, length, torch.full((3,), 200), 180, SIZE, bicubic)
     assert torch.equal(weights, weights.round()) and int(weights.abs().max()) <= 2048
     assert float((weights.abs().sum(2) * 255).max()) < 2**24
     assert torch.equal(sums, weights.sum(2)) and float(sums.min()) > 1000

@@ -31,10 +31,12 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 from torch.utils import _foreach_utils
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import resnet_dist.evaluation.collect as collect
+import resnet_dist.training.caching as caching
 import resnet_dist.training.loop as loop
+from resnet_dist.data.device_augment import DrawnImages, KeptImages
 from resnet_dist.data.loader import TrainImages, TrainLoader
 from resnet_dist.data.transforms import Batch
 from resnet_dist.files.run import RunFolder
@@ -112,8 +114,18 @@ def patch_torch() -> torch.library.Library:
     torch.cuda.mem_get_info = lambda device=None: FREE_MEMORY
     torch.cuda.is_bf16_supported = lambda *a, **k: True  # type: ignore[assignment]
     torch.cuda.device_count = lambda: 1
+    caching.KeptImages = keep_images  # type: ignore[assignment,misc]
+    caching.DeviceImages = lambda images, device, workers: images  # type: ignore[assignment,misc]
     torch.amp.grad_scaler.torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     return library
+
+
+def keep_images(images: TrainImages, device: torch.device, workers: int) -> KeptImages:
+    """KeptImages of which the sizes are real: decoded outside of the mode."""
+    with _disable_current_modes():
+        kept = KeptImages(images, torch.device("cpu"), workers)
+    kept.pixels = torch.empty(kept.pixels.shape, dtype=torch.uint8, device=device)
+    return kept
 
 
 def accelerator_on_cuda(cfg: Any) -> Accelerator:
@@ -157,7 +169,9 @@ def batches_of(learner: loop.Learner, job: Job, plan: Plan) -> list[list[Batch]]
     if learner.source.train_loader is not job.train_loader:
         return list(learner.source.train_loader.epoch(0))
     images = TrainImages(plan.index.train, plan.spec, plan.cfg.augment, 0)
-    return list(TrainLoader(images, plan.batches, 0, False).epoch(0))
+    kept = job.train_loader.samples
+    samples = DrawnImages(images, kept.sizes) if isinstance(kept, DrawnImages) else images
+    return list(TrainLoader(samples, plan.batches, 0, False).epoch(0))
 
 
 def run_case(data: str, options: Sequence[str], plant: str | None) -> dict[str, Any]:

@@ -27,12 +27,15 @@ CASES = {
     "kept features": "--recipe feature-extractor-bn-eval --aug none --cache-features 1 --mixed-precision fp16",
     "BatchNorm alone": "--recipe bn-only --mixed-precision fp16 --clip-grad 1 --ema",
     "discriminative": "--recipe discriminative --mixed-precision bf16 --grad-accum 2",
+    "changes on the device": "--opt sgd --mixed-precision bf16 --cache device --augment-on device --color-jitter 0.3 "
+    "--rotation 10 --erasing 0.5 --mixup 0.4",
     "frozen statistics": "--recipe discriminative-bn-frozen --mixed-precision fp16 --smoothing 0.1",
 }
 # torch has no fused RMSprop, so the host must know whether to take the step.
 WAITS = {"rmsprop, cutmix": "a wait for the device at optim.py: optimizer.step()"}
 AT_ONCE = 7  # cases in a process: after a dozen, torch 2.15 ends with a segmentation fault within FakeTensorMode
 MOST_LAUNCHES = {"sgd": 107, "sgd with EMA": 109, "adam, concat head": 197, "kept features": 37}
+MOST_LAUNCHES["changes on the device"] = 300
 
 
 @pytest.fixture(scope="module")
