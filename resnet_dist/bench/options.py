@@ -79,10 +79,10 @@ class TimedInWindows(MeasuredTraining):
         yield from out_of_range(self, 1, math.inf, "windows", "window_steps")
         yield from out_of_range(self, 0, math.inf, "warmup_steps")
         changes = self.augment.aug != "none" or self.augment.mixup or self.augment.cutmix
-        if self.data.cache == "device" and changes:
+        if self.data.cache == "device" and self.augment.augment_on == "host" and changes:
             yield (
-                "--cache device needs images without random changes: use --aug none without --mixup and --cutmix, "
-                "or --cache ram"
+                "--cache device needs images without random changes on the CPU: add --augment-on device, or use "
+                "--aug none without --mixup and --cutmix, or --cache ram"
             )
 
 
@@ -126,11 +126,11 @@ class ScalingConfig(TimedInWindows):
     world_sizes: tuple[int, ...] = (1, 2)
     """Numbers of processes; one process without a launcher is always measured first."""
     estimate: bool = False
-    """Also estimate, from the step of one process, the speed on 8, 64 and 512 such GPUs in nodes of 8."""
+    """Also estimate the speed on 8, 64 and 512 such GPUs in nodes of 8, from the measured step of one process."""
     link_gbits: float = 100.0
-    """For --estimate: Gbit/s that each node's connection to the other nodes really moves."""
+    """For --estimate: Gbit/s that a node's connection to the other nodes really transfers."""
     link_latency: float = 5.0
-    """For --estimate: microseconds that a message between two nodes takes."""
+    """For --estimate: microseconds until a message between two nodes arrives."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""

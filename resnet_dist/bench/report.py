@@ -103,7 +103,7 @@ def _regime_rows(regime: dict[str, Any]) -> Iterator[str]:
     compute, limits, training = regime["compute"], regime["limits"], regime["training"]
     yield _row("  forward", compute["forward"], "")
     yield _row("  forward and backward", compute["forward_backward"], "")
-    shares = f"{limits['share_of_roofline']:.0%} of the roofline, {limits['share_of_gemm']:.0%} of GEMM"
+    shares = f"{limits['share_of_roofline']:.0%} of the roofline, {limits['share_of_gemm']:.0%} of matrix products"
     yield _row("  step", compute["step"], shares)
     if "communication" in compute:
         hidden = compute["communication"]["step_alone"]["seconds"] / compute["step"]["seconds"]

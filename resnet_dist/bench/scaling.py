@@ -111,7 +111,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def with_estimate(result: Result, cfg: ScalingConfig) -> Result:
-    """The result, and the estimate for larger clusters from the report of one process without a launcher."""
+    """The result with an estimate for larger clusters, from the report of one process without a launcher."""
     compute = result.values["reports"][0]["regimes"]["full"]["compute"]
     seconds, backward = (
         compute["step"]["seconds"],
@@ -128,7 +128,7 @@ def with_estimate(result: Result, cfg: ScalingConfig) -> Result:
 
 
 def estimate_lines(step: Step, cluster: Cluster, found: Sequence[Estimate], images: int) -> Iterator[str]:
-    """The estimate as text; `images` is their number in a step of one GPU."""
+    """The estimate as text; `images` is the number of images in a step of one GPU."""
     between, within = cluster.between, cluster.within
     yield ""
     yield (
@@ -144,5 +144,5 @@ def estimate_lines(step: Step, cluster: Cluster, found: Sequence[Estimate], imag
     for one in found:
         yield (
             f"{one.gpus:>9}{one.gpus * images / one.seconds:>12,.0f}{one.efficiency:>12.0%}  "
-            f"{1000 * one.all_reduce:.1f} ms, of which {1000 * one.exposed:.1f} ms are not hidden"
+            f"{1000 * one.all_reduce:.1f} ms, {1000 * one.exposed:.1f} ms of it after the backward pass"
         )

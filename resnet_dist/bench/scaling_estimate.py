@@ -1,9 +1,10 @@
-"""How a measured training step would scale to clusters that are not at hand: a simulation, not a measurement.
+"""Estimate how a measured training step would scale to larger clusters: a simulation, not a measurement.
 
-Every GPU computes its step; DDP sums the gradients in buckets while the backward pass still runs. What costs time is
-the rest of the sums after the backward pass, and the slowest GPU of each step. Loading images and evaluation are left
-out, and so are trees, which NCCL may use instead of rings among many nodes. Published efficiencies of ResNet-50 on 8 to
-256 GPUs are met within five points (tests/bench/test_scaling_estimate.py).
+Every GPU computes its step; DDP sums the gradients in buckets while the backward pass still runs. Two things cost time:
+the all-reduces that are not done when the backward pass ends, and waiting for the slowest GPU of each step. The
+simulation leaves out loading images, evaluation, and all-reduces over trees, which NCCL may choose among many nodes. It
+agrees with published efficiencies of ResNet-50 on 8 to 256 GPUs within five points
+(tests/bench/test_scaling_estimate.py).
 """
 
 from collections.abc import Sequence
@@ -19,11 +20,11 @@ class Step:
     """A training step of one GPU, without any all-reduce.
 
     Attributes:
-        seconds: of the whole step.
-        backward: the share of them in the backward pass, 0..1.
-        gradient_bytes: what all GPUs sum.
-        jitter: the standard deviation of the seconds from GPU to GPU and step to step, as a share of them. 2 % makes
-            the estimate that of the eight V100s in PyTorch's own DDP benchmark (96 %).
+        seconds: duration of the whole step.
+        gradient_bytes: size of the gradients that all GPUs sum.
+        backward: share of the backward pass in the duration, 0..1.
+        jitter: standard deviation of the duration over GPUs and steps, relative to its mean. With 2 % the estimate is
+            96 % for eight V100s, as in PyTorch's own DDP benchmark.
     """
 
     seconds: float
@@ -34,7 +35,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Link:
-    """A connection: bytes per second that it really moves, and seconds for one message to arrive."""
+    """A connection: the bytes per second that it really transfers, and the seconds until one message arrives."""
 
     bytes_per_second: float
     latency: float
@@ -42,7 +43,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of equal GPUs: the link of a node to the others, and those between the GPUs of a node."""
+    """Nodes of equal GPUs: the link from a node to the others, and the links between the GPUs of a node."""
 
     between: Link
     within: Link = Link(130e9, 5e-6)  # about half of what NVLink of an A100 can do
@@ -54,10 +55,10 @@ class Estimate:
     """A step on many GPUs.
 
     Attributes:
-        gpus: how many.
-        seconds: of the step.
-        all_reduce: seconds that summing the gradients takes, hidden or not.
-        exposed: seconds of it that the GPUs wait.
+        gpus: number of GPUs.
+        seconds: duration of the step.
+        all_reduce: seconds of all all-reduces, hidden behind the backward pass or not.
+        exposed: seconds of the all-reduces after the backward pass, in which the GPUs wait.
         efficiency: speed per GPU relative to one GPU, 0..1.
     """
 
@@ -69,7 +70,7 @@ class Estimate:
 
 
 def estimate(step: Step, cluster: Cluster, gpus: int) -> Estimate:
-    """What a step takes on so many GPUs. Raises ValueError for fewer than one."""
+    """Estimate a step on this number of GPUs. Raises ValueError if it is below 1."""
     if gpus < 1:
         raise ValueError(f"a cluster has at least 1 GPU, not {gpus}")
     slowest = step.seconds * (1 + step.jitter * _largest_of(gpus))
@@ -79,16 +80,16 @@ def estimate(step: Step, cluster: Cluster, gpus: int) -> Estimate:
 
 
 def buckets(gradient_bytes: int) -> list[int]:
-    """The sizes of DDP's buckets, in the order in which the backward pass fills them; the rest comes last."""
+    """The sizes of DDP's buckets in bytes, in the order in which the backward pass fills them; the rest comes last."""
     full, rest = divmod(gradient_bytes, BUCKET)
     return [BUCKET] * full + ([rest] if rest else [])
 
 
 def ring_seconds(size: int, cluster: Cluster, gpus: int) -> float:
-    """Seconds of a ring all-reduce of `size` bytes (Patarasuk and Yuan 2009), which is as fast as its slowest link.
+    """Seconds of a ring all-reduce of `size` bytes (Patarasuk and Yuan 2009). Its slowest link limits it.
 
-    In each of 2 (n - 1) rounds, every GPU sends a part of size / n. A ring passes the link of a node to the others once
-    in a round, however many GPUs the node has.
+    In each of 2 (n - 1) rounds, every GPU sends a part of size / n. In a round, the link between two nodes carries one
+    part, for any number of GPUs per node.
     """
     if gpus == 1:
         return 0.0
@@ -97,7 +98,7 @@ def ring_seconds(size: int, cluster: Cluster, gpus: int) -> float:
 
 
 def _exposed(backward: float, sums: Sequence[float]) -> float:
-    """Seconds from the end of the backward pass to the end of the last sum; buckets get full at equal intervals."""
+    """Seconds from the end of the backward pass to the end of the last all-reduce; buckets fill at equal intervals."""
     free = 0.0
     for number, seconds in enumerate(sums, 1):
         free = max(free, backward * number / len(sums)) + seconds
@@ -105,5 +106,5 @@ def _exposed(backward: float, sums: Sequence[float]) -> float:
 
 
 def _largest_of(count: int) -> float:
-    """The expected largest of so many standard normal values (Blom 1958)."""
+    """The expected maximum of `count` standard normal values (Blom 1958)."""
     return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))

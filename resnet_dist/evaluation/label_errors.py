@@ -40,9 +40,9 @@ class LabelErrorsConfig:
     weights: str | None = None
     """Pretrained weights for the features, as for train (default: the initial weights of the run)."""
     batch_size: int = option(32, "-b")
-    """Images in a batch, per process."""
+    """Images per batch and process."""
     workers: int | None = option(None, "-j", "--num-workers")
-    """Loader processes per process (default: from cores and processes)."""
+    """Data loading processes per process (default: from the number of cores)."""
     threads: int | None = None
     """CPU threads per process (default: cores divided by the processes of this machine)."""
 

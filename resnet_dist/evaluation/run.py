@@ -43,9 +43,9 @@ class EvalConfig:
     split: Literal["train", "val", "test"] = "val"
     """The part of the data to evaluate."""
     batch_size: int = option(32, "-b")
-    """Images in a batch, per process."""
+    """Images per batch and process."""
     workers: int | None = option(None, "-j", "--num-workers")
-    """Loader processes per process (default: from cores and processes)."""
+    """Data loading processes per process (default: from the number of cores)."""
     threads: int | None = None
     """CPU threads per process (default: cores divided by the processes of this machine)."""
     output_dir: str | None = option(None, "-o", "--output")

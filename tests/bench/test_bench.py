@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from resnet_dist.bench.loading import fastest, loading
+from resnet_dist.bench.options import BenchConfig
 from resnet_dist.bench.report import lines, verdict
 from resnet_dist.bench.run import notes
 from resnet_dist.bench.synthetic import DIFFERENT, photographs
 from resnet_dist.bench.timing import Repeats
 from resnet_dist.bench.training import enough_steps
 from resnet_dist.cli.main import main
+from resnet_dist.cli.parser import parse
 from resnet_dist.data.loader import DeviceImages, TrainLoader
 from resnet_dist.training.job import Job
 from tests.conftest import TINY
@@ -237,15 +239,19 @@ def test_images_of_a_folder_are_measured(folder: Path, tmp_path: Path) -> None:
         (["--regimes", "body"], "--regimes body: must be one of full, layer4+head, head"),
         (["--json", "nowhere/bench.json"], "--json nowhere/bench.json: the folder nowhere does not exist"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
-        (["--cache", "device"], "use --aug none without --mixup and --cutmix, or --cache ram"),
+        (["--cache", "device"], "add --augment-on device, or use --aug none without --mixup"),
         (
             ["--cache", "device", "--aug", "none", "--mixup", "0.2"],
-            "use --aug none without --mixup and --cutmix, or --cache ram",
+            "add --augment-on device, or use --aug none without --mixup",
         ),
     ],
 )
 def test_options_that_cannot_be_measured_are_refused(refused: Any, arguments: list[str], said: str) -> None:
     assert said in refused(2, "bench", *arguments)
+
+
+def test_images_on_the_device_may_be_changed_there() -> None:
+    assert parse(BenchConfig, ["--cache", "device", "--augment-on", "device"], "resnet-dist bench").data.data is None
 
 
 def test_missing_data_is_refused(refused: Any, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_step_without_reduction_does_not_sum_gradients(folder: Path, tmp_path: P
 def test_options_that_cannot_be_scaled_are_refused(refused: Any, tmp_path: Path) -> None:
     assert "--world-sizes 0: must be at least 1" in refused(2, "bench", "scaling", "--world-sizes", "0")
     assert "--link-gbits 0: must be above 0" in refused(2, "bench", "scaling", "--estimate", "--link-gbits", "0")
-    assert "use --aug none" in refused(2, "bench", "scaling", "--cache", "device")
+    assert "use --aug none without" in refused(2, "bench", "scaling", "--cache", "device")
 
 
 @pytest.mark.matrix

@@ -221,6 +221,18 @@ def test_doctor_proves_equality(capsys: pytest.CaptureFixture[str]) -> None:
     assert "predictions for 7 images, every one once: equal" in said
 
 
+def test_what_starts_processes_is_no_process_of_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own processes would take the launcher's ranks for theirs."""
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for verb, named in (("doctor", "self-test"), ("bench scaling", "bench")):
+        assert main(verb.split()) == 2
+        said = f"{named} starts its own processes: start it without accelerate launch or torchrun"
+        assert capsys.readouterr().err == f"resnet-dist {verb}: error: {said}\n"
+
+
 def test_doctor_notices_a_difference(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A self-test whose two runs have different rates says so and fails."""
     from resnet_dist.runtime import self_test
