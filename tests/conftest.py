@@ -36,7 +36,7 @@ def write_image(file: Path, seed: int, tint: int = 0, size: tuple[int, int] = (2
 
 
 def make_folder(root: Path, train: int = 8, val: int = 5, classes: Sequence[str] = CLASSES) -> Path:
-    """train/ and val/ of so many PNG images per class; with val=0, class folders right below the root."""
+    """train/ and val/ with this many PNG images per class; with val=0, class folders directly below the root."""
     for split, count in (("train", train), ("val", val)):
         for number, name in enumerate(classes):
             for i in range(count):
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real data and real weights. Skips where they are not at hand; in CI that is an error."""
+    """Real data and real weights. Skips if they are missing; in CI that is an error."""
     if not SHARED.is_dir():
         if os.environ.get("RESNET_DIST_CI"):
             pytest.fail(f"{SHARED} is missing, which CI must have")
@@ -65,7 +65,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the program in this process, expect this exit code, and return what it said on stderr, one line each."""
+    """Run the program in this process, expect this exit code, and return its stderr, which has one line per error."""
 
     def run(code: int, *arguments: str | Path) -> str:
         capsys.readouterr()

@@ -16,7 +16,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A small folder that a test may spoil."""
+    """A small folder that a test may change."""
     return make_folder(tmp_path / "own", train=3, val=2)
 
 
@@ -39,7 +39,7 @@ def test_no_such_folder(refused: Refused, tmp_path: Path) -> None:
     ],
 )
 def test_batch_too_small_for_batch_norm(refused: Refused, own: Path, options: list[str], layer: str) -> None:
-    """Refused before the run folder is made; where the statistics are frozen one image is enough."""
+    """Refused before the run folder is created; with frozen statistics one image is enough."""
     options = [*options, *([] if "--head" in options else ["--img-size", "8"])]
     said = lines(refused(2, "train", own, *TINY, "-b", "1", *options, "-o", own / "run"))
     assert len(said) == 1 and layer in said[0] and "at least 2 images per process" in said[0]
@@ -117,7 +117,7 @@ def test_selection_that_selects_nothing(refused: Refused, own: Path) -> None:
 
 
 def test_read_only_run_folder(refused: Refused, own: Path, tmp_path: Path) -> None:
-    """For root, who may write to any folder, a place where nobody can make one."""
+    """Root may write to any folder, so it gets a path where no folder can be created."""
     place = tmp_path / "closed"
     place.mkdir()
     place.chmod(0o555)

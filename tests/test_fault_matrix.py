@@ -84,7 +84,7 @@ def test_a_class_whose_images_are_all_unusable_is_named(own: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["pipe", "dangling link", "link to a pipe"])
 def test_a_pipe_or_dangling_link_does_not_block_check(own: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A pipe is no image; a link is one, and where it leads to nothing it is said."""
+    """A pipe is not an image. A link is one, and if its target is missing, that is reported."""
     file = own / "train/cat/x.jpg"
     if kind == "dangling link":
         file.symlink_to("nowhere.jpg")

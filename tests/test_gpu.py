@@ -287,7 +287,7 @@ def test_kept_features_train_as_images_do(folder: Path, tmp_path: Path, options:
 
 
 def test_loader_processes_do_not_touch_the_gpu(folder: Path, tmp_path: Path) -> None:
-    """One process alone is on it, whatever is loading beside it."""
+    """Only one process uses the GPU, although loader processes run."""
     job = job_of(tmp_path / "run", folder, *OPTIONS, "--workers", "4")
     for step in job.train_loader.epoch(0):
         step[0].to(GPU)

@@ -67,7 +67,7 @@ CLASSES = ("../../../a", "/etc/cron.d/x", "\x1b[2J\x1b]0;owned\x07", "[/red][bol
 
 @pytest.fixture
 def own(run: Path, tmp_path: Path) -> Path:
-    """A copy of the run that a test may spoil; its large files are the same ones: remove them before writing."""
+    """A copy of the run that a test may change. Its large files are hard links: remove them before writing."""
 
     def copy(source: str, to: str) -> None:
         os.link(source, to) if Path(source).stat().st_size > 1 << 20 else shutil.copy2(source, to)
@@ -127,7 +127,7 @@ def test_label_that_is_a_folder_above_is_refused(tmp_path: Path, refused: Refuse
 
 
 def spoil_with_pickles(run: Path, marker: Path) -> None:
-    """Pickles under every name that some trainer would load, beside and instead of what is read here."""
+    """Pickles under every name that a trainer would load, next to our files and in place of them."""
     evil = pickle.dumps(Malicious(marker))
     state = next((run / "checkpoints").glob("step-*"))
     for folder in (run, run / "checkpoints", state):
@@ -173,7 +173,7 @@ def test_the_planted_pickle_would_have_worked(tmp_path: Path) -> None:
 def test_eps_named_jpg_runs_no_ghostscript(
     run: Path, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pillow by itself would call whatever `gs` is first on PATH; that it would is checked in test_preprocessing."""
+    """Pillow alone would run the first `gs` on PATH; test_preprocessing checks that it would."""
     data, marker = make_folder(tmp_path / "data", train=3, val=2), tmp_path / "marker"
     Image.new("RGB", (9, 9)).save(data / "train/cat/photo.eps", "EPS")
     (data / "train/cat/photo.eps").rename(data / "train/cat/photo.jpg")

@@ -142,7 +142,7 @@ def test_data_and_model_do_not_know_each_other() -> None:
 
 
 def test_the_program_knows_of_export_only_what_is_copied() -> None:
-    """`export.predict`, and the tools only where the command line, a measurement or the demo calls them."""
+    """`export.predict` everywhere; the other modules only in the command line, measurements and the demo."""
     offenders = [
         f"{module} imports {name}"
         for module in OURS
@@ -166,7 +166,7 @@ def test_export_imports_few_modules_of_the_package() -> None:
 
 
 def test_the_deployed_file_needs_no_other_module() -> None:
-    """The standard library, numpy and Pillow; onnxruntime only where a model is run."""
+    """The standard library, numpy and Pillow; onnxruntime only when a model is loaded."""
     names = {name.split(".")[0] for name in imports("export.predict")}
     at_import = {name.split(".")[0] for name in imports("export.predict", module_level=True)}
     assert names <= {"numpy", "PIL", "onnxruntime"} | sys.stdlib_module_names
@@ -174,7 +174,7 @@ def test_the_deployed_file_needs_no_other_module() -> None:
 
 
 def heavy_at_import(module: str, seen: frozenset[str] = frozenset()) -> set[str]:
-    """What heavy packages importing a module brings, through whatever of ours it imports."""
+    """The heavy packages that a module imports, directly or through other modules of ours."""
     names = imports(module, module_level=True)
     found = {name for name in names if name.split(".")[0] in HEAVY}
     packages = {name.rpartition(".")[0] for name in ours(names)}
@@ -318,7 +318,7 @@ def unsafe(module: str) -> Iterator[str]:
 
 
 def test_nothing_unpickles_or_runs_what_it_reads() -> None:
-    """Of pickle only the name of its error is known; torch.load is told so; no shell, no code from text."""
+    """Only the error class of pickle is used; torch.load gets weights_only; no shell, no code from text."""
     assert [f"{module}: {what}" for module in MODULES for what in unsafe(module)] == []
 
 
@@ -363,7 +363,7 @@ def test_one_module_reads_what_launchers_set() -> None:
 
 
 def test_nothing_is_caught_blindly() -> None:
-    """`except Exception` hides bugs: whoever catches everything passes it on, or raises an error of ours."""
+    """`except Exception` hides bugs: code that catches everything raises it again, or an error of ours."""
     offenders = []
     for module in MODULES:
         for node in ast.walk(tree_of(module)):

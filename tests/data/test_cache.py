@@ -340,7 +340,7 @@ def open_files() -> Iterator[str]:
 
 
 def test_every_cache_gives_the_same_run(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same bits in the checkpoint; a line says where the images are; nothing stays open in memory."""
+    """The checkpoint has the same bits, a line says where the images are, and nothing stays open in memory."""
     first: dict[str, torch.Tensor] = {}
     for cache in ("none", "ram", "disk", "disk"):
         folder = ["--cache-dir", str(tmp_path / "kept")] if cache == "disk" else []

@@ -41,7 +41,7 @@ def report_of(data: Path, full: bool = True) -> Report:
 
 
 def spoil(data: Path) -> dict[str, str]:
-    """One file of each kind that cannot be used, and a word of what is to be said of it."""
+    """One file of each kind that cannot be used, and a word from its error message."""
     good = (data / "train/cat/train000.png").read_bytes()
     files = {
         "empty.png": (b"", "not an image"),

@@ -90,7 +90,7 @@ def test_other_formats_are_decoded_by_the_predictor(tmp_path: Path, mode: str, s
 
 
 def outcome(data: bytes) -> np.ndarray | str:
-    """What the predictor makes of a file."""
+    """The pixels of a file in the predictor."""
     try:
         return np.asarray(decode(data))
     except ImageError as error:

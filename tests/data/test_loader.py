@@ -100,7 +100,7 @@ SHARES = [(12, 1, 1), (6, 1, 2), (6, 2, 1), (3, 2, 2), (3, 1, 4), (3, 4, 1), (4,
 def test_global_batch_does_not_depend_on_processes_and_accumulation(
     samples: int, drop_last: bool, batch_size: int, accumulate: int, world: int
 ) -> None:
-    """Micro-step by micro-step, and in each process by process, the blocks stand in the order of the epoch."""
+    """The blocks are in the order of the epoch: micro-step by micro-step, and within each process by process."""
     ranks = [
         list(TrainBatches(samples, 5, Share(batch_size, accumulate, world, rank), drop_last)) for rank in range(world)
     ]
@@ -175,7 +175,7 @@ def test_one_stream_over_epochs_gives_the_same_batches(
 
 
 def test_loader_processes_go_on_while_the_next_epoch_is_awaited(table: ImageTable, tmp_path: Path) -> None:
-    """After the last batch of an epoch was taken, the first ones of the next are loaded though nobody asks."""
+    """After the last batch of an epoch, the first batches of the next epoch are loaded without a request."""
 
     class Noting(TrainImages):
         def __getitems__(self, keys: Sequence[Key]) -> Batch | DataError:

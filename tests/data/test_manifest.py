@@ -67,7 +67,7 @@ def test_one_file_in_two_spellings_is_refused_with_both_lines(images: Path, spel
 
 
 def test_path_through_a_link_is_resolved(images: Path) -> None:
-    """near/deep/../0.png is where the link's target has its parent: another file than near/0.png."""
+    """near/deep/../0.png is in the parent of the link's target, so it is not near/0.png."""
     for place in (images / "0.png", images / "near" / "0.png"):
         write_image(place, seed=1)
     rows = ["near/0.png,x,train", "near/deep/../0.png,y,train", "x/0.png,x,val"]
@@ -75,7 +75,7 @@ def test_path_through_a_link_is_resolved(images: Path) -> None:
 
 
 def test_names_that_differ_in_case_are_one_file_if_the_file_system_says_so(images: Path) -> None:
-    """A second name of the file stands for a system that does not tell them apart."""
+    """A second name of the file simulates a file system that ignores case."""
     for name in ("0.PNG", "\u00e9.png"):
         write_image(images / "x" / name, seed=5)
     rows = ["x/0.png,x,train", "x/0.PNG,x,train", "y/0.png,y,train", "x/\u00e9.png,x,val", "x/e\u0301.png,x,val"]

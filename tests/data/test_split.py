@@ -19,7 +19,7 @@ from tests.conftest import make_folder, write_image
 
 
 def images(**sizes: int) -> tuple[list[str], list[str]]:
-    """Paths and labels of so many images per class."""
+    """Paths and labels with the given number of images per class."""
     pairs = [(f"{label}/{i:04d}.jpg", label) for label, size in sizes.items() for i in range(size)]
     return [path for path, _ in pairs], [label for _, label in pairs]
 
@@ -203,7 +203,7 @@ def test_link_mode_makes_links_and_copy_mode_makes_files(photos: Path, how: str)
 
 @pytest.mark.parametrize("where", ["beside", "inside", "far"])
 def test_manifest_paths_are_relative_to_the_manifest(photos: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the source was named relative to the working folder."""
+    """Also if the source is relative to the working directory."""
     monkeypatch.chdir(photos.parent)
     out = {"beside": photos.parent, "inside": photos, "far": photos.parent / "far"}[where] / "split.csv"
     out.parent.mkdir(exist_ok=True)

@@ -90,7 +90,7 @@ def test_keys_are_stable(seed: int, epoch: int, index: int, pinned: int) -> None
 
 
 def test_keys_are_distinct_and_fit_an_int64() -> None:
-    """Also where the three numbers change places."""
+    """Also if the three numbers are permuted."""
     found = [sample_key(s, e, i) for s in range(3) for e in range(20) for i in range(3000)]
     assert len(set(found)) == len(found)
     assert min(found) >= 0

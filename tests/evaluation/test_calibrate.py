@@ -201,7 +201,7 @@ def test_the_precision_holds_on_fresh_data(sharpness: float, precision: float, a
 @pytest.mark.parametrize("precision", [0.6, 0.8, 0.9, 0.95])
 @pytest.mark.parametrize("n", [80, 400])
 def test_precision_that_is_just_missed_is_rarely_accepted(precision: float, n: int) -> None:
-    """The hardest case: whatever the confidence, a prediction is right with that probability."""
+    """The hardest case: at every confidence, a prediction is right with that probability."""
     random = np.random.default_rng(1)
     sure = np.linspace(0.9, 0.3, n).astype(np.float32)[:, None]
     zeros = np.zeros(n, int)

@@ -104,7 +104,7 @@ def test_calibrating_lowers_the_loss_and_moves_no_prediction(run: Path) -> None:
 def test_a_later_eval_uses_the_calibration_and_warns_about_its_images(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where they are named as a folder of their own; the training images are measured without a warning."""
+    """Also if they are given as a separate folder; an evaluation of the training images gives no warning."""
     stored = json.loads((run / "checkpoints/calibration.json").read_text())
     capsys.readouterr()
     assert main(["eval", str(run), str(run.parent / "data/val"), *QUIET, "-o", str(tmp_path / "again")]) == 0

@@ -115,7 +115,7 @@ SPEC = Preprocessing(img_size=16, resize=16)
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_files_within_the_limits_are_decoded() -> None:
-    """Up to the limits, and a JPEG in whose comments and trailing bytes markers of scans stand by chance."""
+    """Files at the limits, and a JPEG with markers of scans in its comments and trailing bytes."""
     assert decode(jpeg_of_scans(100)).size == (64, 64)
     photo = Image.fromarray(NOISE[..., :3])
     for options in ({}, {"progressive": True}, {"progressive": True, "subsampling": 0, "restart_marker_blocks": 1}):

@@ -188,7 +188,7 @@ def test_every_kind_of_network_passes_the_gate(options: str, pixels: int, tmp_pa
 
 
 def test_lone_checkpoint(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With images it is proven on them; without, on synthetic ones, which is said on the terminal and in the report."""
+    """With images it is verified on them; otherwise on synthetic images, as the terminal and the report say."""
     shutil.copy(small_run / "checkpoints/best.safetensors", tmp_path / "mine.safetensors")
     assert export(tmp_path / "mine.safetensors") == 0
     assert "synthetic" in capsys.readouterr().out

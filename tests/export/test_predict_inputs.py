@@ -51,7 +51,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, list[str], str]:
-    """Exit code, the paths in the table, and what was said beside it."""
+    """Exit code, the paths in the table, and the text on stderr."""
     capsys.readouterr()
     code = main([str(argument) for argument in arguments])
     said = capsys.readouterr()

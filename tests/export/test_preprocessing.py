@@ -254,7 +254,7 @@ def test_a_file_that_cannot_be_opened_is_an_os_error(tmp_path: Path) -> None:
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A small PNG file whose header promises so many grey pixels, and whose pixels end at once."""
+    """A small PNG file with a header for that many grey pixels, and without the pixels."""
     chunks = {
         b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0),
         b"IDAT": zlib.compress(b"\0"),
@@ -267,7 +267,7 @@ def png_of_size(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("filtered", ["error", "ignore"])
 @pytest.mark.parametrize("side", [8001, 12_000, 20_000], ids=["own limit", "Pillow's warning", "Pillow's error"])
 def test_too_many_pixels_are_refused_from_the_header(side: int, filtered: Any) -> None:
-    """Before decoding, which would find the pixels missing, and whatever is done with Pillow's warning."""
+    """Before decoding, which would fail because pixels are missing, and with any setting of Pillow's warning."""
     with warnings.catch_warnings():
         warnings.simplefilter(filtered)
         with pytest.raises(ImageError, match="limit of 64000000"):

@@ -40,7 +40,7 @@ def unavailable(reason: str) -> NoReturn:
 
 
 def run(command: Sequence[str | Path], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A command that knows nothing of this process's Python and leaves no bytecode beside what it imports."""
+    """A command without this process's Python settings, which writes no bytecode next to the modules."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     env["PYTHONDONTWRITEBYTECODE"] = "1"
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)

@@ -185,7 +185,7 @@ def test_files_are_not_written_through_links(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_makes_room_leaves_the_files_of_others(tmp_path: Path) -> None:
-    """Also where a step is saved again and again beside them; the folders that they keep alive are no states."""
+    """Also if a step is saved repeatedly next to them; the folders that remain because of them are not states."""
     run, folder = tmp_path, tmp_path / "checkpoints"
     for name in ("step-000000001/notes.txt", "step-mine/state.json", "step-000000002.replaced/mine.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -292,7 +292,7 @@ def test_a_run_without_space_makes_and_removes_nothing(
 def test_resume_and_reproduce_from_another_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The data is found where the run found it, though a folder of the same name lies in the new working directory."""
+    """The data of the run is used, although the new working directory has a folder of the same name."""
     home, away = tmp_path / "home", tmp_path / "away"
     shutil.copytree(folder, home / "photos")
     (away / "photos").mkdir(parents=True)
@@ -493,7 +493,7 @@ def test_a_full_disk_is_one_line(
 def test_a_disk_that_is_full_at_any_output_of_training(
     folder: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """run.json says that the run failed and why, and the same command goes on from there, as often as it takes."""
+    """run.json says that the run failed and why, and the same command continues, as often as necessary."""
     run = tmp_path / "run"
     arguments = ["train", folder, *WITH_REPORT, "--epochs", "1", "-b", "8", "-o", run, "--resume", "auto"]
     real = os.fsync

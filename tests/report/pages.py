@@ -19,7 +19,7 @@ HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', 'it\'s
 
 
 def made_records(targets: np.ndarray, num_classes: int, seed: int = 0, right: float = 0.8) -> Records:
-    """Records of random logits, of which about so many have the target as the best class."""
+    """Records of random logits, in which about this share has the target as the best class."""
     generator = np.random.default_rng(seed)
     logits = generator.normal(size=(len(targets), num_classes))
     raised = generator.random(len(targets)) < right
@@ -33,7 +33,7 @@ def made_records(targets: np.ndarray, num_classes: int, seed: int = 0, right: fl
 def made_evaluation(
     folder: Path, classes: Sequence[str], images: int, side: int = 24, names: Sequence[str] = ()
 ) -> Evaluation:
-    """An evaluation on disk of so many noise pictures, in `folder`/images, with their records."""
+    """An evaluation on disk of noise pictures in `folder`/images, with their records."""
     root, out = folder / "images", folder / "eval"
     targets = np.arange(images) % len(classes)
     paths = [names[i] if i < len(names) else f"{i:05d}.jpg" for i in range(images)]

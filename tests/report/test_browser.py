@@ -36,7 +36,7 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(downloads: Path) -> Iterator[webdriver.Chrome]:
-    """Headless Chromium. Skips where there is none; in CI that is an error."""
+    """Headless Chromium. Skips if it is missing; in CI that is an error."""
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if binary is None or driver is None:
         if os.environ.get("RESNET_DIST_CI"):
@@ -305,7 +305,7 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.matrix
 def test_a_hundred_classes_and_five_thousand_images(browser: webdriver.Chrome, tmp_path: Path) -> None:
-    """Under 15 MB, whatever the pictures are; nothing is wider than a telephone; a cell is still found by keys."""
+    """Under 15 MB for any pictures; nothing is wider than a telephone; cells can be reached with the keyboard."""
     classes = tuple(f"class {i:03d}" for i in range(100))
     file = put(made_evaluation(tmp_path / "big", classes, 5000, side=128), tmp_path / "big.html")
     assert file.stat().st_size < 15_000_000

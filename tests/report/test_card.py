@@ -65,7 +65,7 @@ def code_in(card: Path) -> list[str]:
 
 
 def test_code_in_model_cards_runs(run: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every block, where the card lies: the class and probability that our own model gives."""
+    """Every block, run in the folder of the card, gives the class and probability of our own model."""
     model, description = load_checkpoint(run / "checkpoints/best.safetensors")
     with torch.inference_mode():
         wanted = model(inputs_of(hub / "photo.jpg", description.preprocessing)).softmax(1)[0]

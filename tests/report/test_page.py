@@ -37,7 +37,7 @@ from tests.report.pages import HOSTILE, made_evaluation, made_records
 
 
 class Parsed(HTMLParser):
-    """What an HTML parser makes of a page: elements with their attributes, and the text of scripts and styles."""
+    """A parsed page: elements with their attributes, and the text of scripts and styles."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(convert_charrefs=True)
@@ -91,7 +91,7 @@ def test_names_cannot_inject_html(tmp_path: Path) -> None:
 
 
 def test_file_name_that_is_not_utf8_survives(tmp_path: Path) -> None:
-    """A byte that is not UTF-8 stays what Python makes of it, for the script to turn back."""
+    """A byte that is not UTF-8 stays the surrogate that Python uses, and the script converts it back."""
     evaluation = made_evaluation(tmp_path / "odd", CLASSES, 3, names=["\udcff.jpg"])
     write_page(tmp_path / "odd.html", "odd", evaluation_content(evaluation, None, None, {}))
     assert "\udcff.jpg" in content_of(tmp_path / "odd.html")["images"]["path"]
@@ -261,7 +261,7 @@ def test_labels_of_training_images_are_not_judged(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run on images of which one is in train and in val, with its data beside it.
+    """A tiny run with one image in both train and val, and its data in the same folder.
 
     The check for near duplicates decodes every image; the report must not decode one again.
     """

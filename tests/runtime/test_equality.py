@@ -85,7 +85,7 @@ def test_parameters_after_training(one: Result, many: Result, name: str) -> None
 
 
 def test_evaluations_are_exact(one: Result, many: Result) -> None:
-    """For every n, also where a process has no image at all."""
+    """For every n, also if a process has no image."""
     for n, alone in one[1][0]["evaluations"].items():
         assert len(alone["target"]) == int(n)
         for result in many[1]:

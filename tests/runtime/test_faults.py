@@ -47,7 +47,7 @@ def process(rank: int) -> Any:
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: str(error)[:40])
 def test_too_little_memory_in_all_words(error: Exception) -> None:
-    """Not taken for a lost process either; and the way out is one that helps where it did not fit."""
+    """It is not reported as a lost process, and the remedy fits the place where memory ran out."""
     with pytest.raises(MachineError) as raised, machine_errors(process(0), 8, 3):
         raise error
     assert str(raised.value) == "cpu: out of memory with 8 images per process; try --batch-size 4 --grad-accum 6"

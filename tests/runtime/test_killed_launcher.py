@@ -147,7 +147,7 @@ except RuntimeError as error:
 
 @pytest.mark.matrix
 def test_the_end_of_another_process_is_noticed_while_a_device_works() -> None:
-    """A device that waits for the other one's part never ends its work; a function stands in for it here."""
+    """A device that waits for another process never finishes; here a function simulates it."""
     both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(

@@ -102,7 +102,7 @@ def test_bf16_gradients_change_little(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_error_on_two_processes_is_one_line(folder: Path, tmp_path: Path) -> None:
-    """Of the main process, whoever found it; and nobody is left waiting."""
+    """The main process prints it, whichever process found it, and no process keeps waiting."""
     done = program(TORCHRUN, "train", tmp_path / "nowhere", *TINY)
     said = [line for line in done.stderr.splitlines() if line.startswith("resnet-dist")]
     assert done.returncode == 1 and len(said) == 1 and "there is no such folder" in said[0]

@@ -38,7 +38,7 @@ def subsets() -> list[tuple[str, ...]]:
 
 
 def test_launcher_variables_set_in_part(variables: Any) -> None:
-    """All, none, or an address without a process number are right; every other subset is told what is missing."""
+    """All, none, or an address without a rank are valid; for every other subset the error lists what is missing."""
     for names in subsets():
         variables(**{name: WHOLE[name] for name in names})
         if set(names) in ({*WHOLE}, set(), {"MASTER_ADDR"}, {"MASTER_PORT"}, {"MASTER_ADDR", "MASTER_PORT"}):
@@ -270,7 +270,7 @@ def test_this_machine_has_cores() -> None:
 
 
 def test_files_of_the_working_directory_are_not_ours(tmp_path: Path) -> None:
-    """Neither a module that has the name of ours, nor of a library's, nor of Python's."""
+    """No module with the name of one of ours, of a library or of Python."""
     from tests.conftest import run_program
 
     for name in ("export", "torch", "typing_extensions", "argparse", "numpy"):
