@@ -120,7 +120,9 @@ def test_the_checkpoint_is_a_plain_module(run: rd.Run) -> None:
         rd.load_checkpoint(run.path / "run.json")
 
 
-def test_it_is_quiet_unless_asked(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_functions_print_nothing_without_verbose(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert rd.train(folder, **SMALL, output_dir=tmp_path / "run", dry_run=True) is None
     assert capfd.readouterr() == ("", "")
     rd.train(folder, **SMALL, output_dir=tmp_path / "run", dry_run=True, verbose=True)

@@ -46,7 +46,7 @@ def test_batch_too_small_for_batch_norm(refused: Refused, own: Path, options: li
     assert not (own / "run").exists()
 
 
-def test_weights_are_looked_at_first(refused: Refused, own: Path) -> None:
+def test_weights_are_checked_before_training(refused: Refused, own: Path) -> None:
     """A file that is missing, damaged or of another network: exit code 6, and no run folder."""
     save_file({"conv1.weight": torch.zeros(64, 3, 3, 3)}, own / "other.safetensors")
     (own / "cut.safetensors").write_bytes((own / "other.safetensors").read_bytes()[:-9])

@@ -37,7 +37,7 @@ def commands() -> list[list[str]]:
     return [line[1:] for line in words]
 
 
-def test_there_are_commands_and_every_verb_is_named() -> None:
+def test_readme_has_commands_for_every_verb() -> None:
     named = {line[0] for line in commands()} | set(re.findall(r"resnet-dist ([a-z-]+)", README.read_text()))
     assert len(commands()) > 10
     assert {verb.split()[0] for verb in cli.VERBS} <= named

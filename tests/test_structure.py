@@ -141,7 +141,7 @@ def test_data_and_model_do_not_know_each_other() -> None:
     assert offenders == []
 
 
-def test_the_program_knows_of_export_only_what_is_copied() -> None:
+def test_package_imports_only_predict_from_export() -> None:
     """`export.predict` everywhere; the other modules only in the command line, measurements and the demo."""
     offenders = [
         f"{module} imports {name}"
@@ -264,7 +264,7 @@ def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (node.end_lineno or 0) - node.lineno + 1
 
 
-def test_no_module_is_a_drawer_for_everything() -> None:
+def test_no_module_is_called_utils_or_the_like() -> None:
     assert [module for module in MODULES if set(module.split(".")) & DRAWERS] == []
 
 
@@ -276,7 +276,7 @@ def test_functions_are_short() -> None:
     assert statistics.median(length(node) for module in MODULES for node in functions(module)) <= 15
 
 
-def test_every_module_says_what_it_is() -> None:
+def test_every_module_has_a_docstring() -> None:
     assert [module for module in MODULES if not ast.get_docstring(tree_of(module))] == []
 
 

@@ -405,11 +405,11 @@ def test_suggestion_is_near_or_nothing() -> None:
 
 
 @pytest.mark.parametrize("noun", ["epoch", "image", "validation image", "step", "core", "GPU", "thread"])
-def test_counts_read_well(noun: str) -> None:
+def test_counts_have_the_right_plural(noun: str) -> None:
     assert [counted(number, noun) for number in (0, 1, 2)] == [f"0 {noun}s", f"1 {noun}", f"2 {noun}s"]
 
 
-def test_irregular_counts_read_well() -> None:
+def test_irregular_plurals() -> None:
     assert [counted(2, noun) for noun in ("class", "process", "batch", "copy", "key")] == [
         "2 classes",
         "2 processes",

@@ -80,7 +80,7 @@ def test_table_is_what_the_runs_predicted(compared: Path) -> None:
     assert learning["feature-extractor"] == 3 * 513
 
 
-def test_what_is_written_says_the_same(compared: Path) -> None:
+def test_written_files_agree_with_the_comparison(compared: Path) -> None:
     facts = json.loads((compared / "compare.json").read_text())
     text = (compared / "compare.md").read_text()
     (pair,) = facts["pairs"]

@@ -82,7 +82,7 @@ def test_git_state_is_that_of_the_working_directory(tmp_path: Path) -> None:
     assert git_state(tmp_path) == {"commit": commit, "dirty": True}
 
 
-def test_again_is_the_same_to_the_byte(
+def test_reproduced_run_is_byte_identical(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -450,13 +450,13 @@ def test_stored_path_may_be_any_path(tmp_path: Path) -> None:
     assert parse(TrainConfig, ["-c", str(file)], "train") == made
 
 
-def test_where_a_run_went_is_not_stored(tmp_path: Path) -> None:
+def test_output_folder_is_not_stored_in_the_config(tmp_path: Path) -> None:
     """The same training in another folder is the same config."""
     made = config("-o", tmp_path, "--overwrite", "--dry-run", "--epochs", "3")
     assert to_toml(made) == to_toml(config("--epochs", "3"))
 
 
-def test_what_a_checkpoint_carries_has_no_paths(tmp_path: Path) -> None:
+def test_config_in_a_checkpoint_has_no_paths(tmp_path: Path) -> None:
     (tmp_path / "w.toml").write_text("a = 1")
     paths = ["--val-dir", tmp_path, "--weights", tmp_path / "my.pth", "--class-weights", tmp_path / "w.toml"]
     made = parse(TrainConfig, [str(tmp_path), "-o", str(tmp_path), *map(str, paths)], "train")
@@ -658,7 +658,7 @@ def test_unknown_sections_are_problems(layer: dict[str, Any]) -> None:
     assert all(re.search(r"no section or key|must be", line) for line in wrong)
 
 
-def test_words_stay_words_where_a_run_is_found_again(tmp_path: Path) -> None:
+def test_keywords_are_not_read_as_paths_in_a_stored_config(tmp_path: Path) -> None:
     """Also if the directory in which it was started holds files of those names; a path leads there."""
     names = ("none", "balanced", "DEFAULT", "IMAGENET1K_V1", "IMAGENET1K_V2", "own.toml", "own.pth")
     for name in names:

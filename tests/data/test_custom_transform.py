@@ -61,7 +61,7 @@ def test_workers_and_processes_and_resuming_change_nothing(
     assert not torch.equal(here[0][0].images, other_epoch[0][0].images)
 
 
-def test_it_gets_the_whole_image_and_nothing_else_is_random(table: ImageTable) -> None:
+def test_custom_transform_gets_the_whole_image_and_nothing_else_is_random(table: ImageTable) -> None:
     seen = []
 
     def look(image: torch.Tensor) -> torch.Tensor:

@@ -186,7 +186,7 @@ def test_split_output_can_be_trained_on_and_sources_are_unchanged(photos: Path, 
     assert hashes == Counter((path.split("/")[0], digest) for path, (digest, _) in before.items())
 
 
-def test_split_says_what_it_did(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_split_prints_its_result(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = photos.parent / "split.csv"
     assert main(["split", str(photos), str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: 30 images of 3 classes: 24 train, 6 val\n"

@@ -234,7 +234,9 @@ def test_weak_model_suspects_no_label(run: Path, weights: Path, capsys: pytest.C
     assert ranking.sentence in (run / "report.html").read_text()
 
 
-def test_runs_that_cannot_judge_labels_are_refused(run: Path, weights: Path, refused: Callable[..., str]) -> None:
+def test_runs_without_suitable_weights_cannot_judge_labels(
+    run: Path, weights: Path, refused: Callable[..., str]
+) -> None:
     said = refused(2, "label-errors", run)
     assert "--weights is missing" in said and "random weights" in said
     config, begun = run / "config.toml", (run / "config.toml").read_text()

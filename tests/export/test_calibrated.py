@@ -229,7 +229,7 @@ def test_embed_writes_a_row_for_every_image(
 @pytest.mark.parametrize(
     ("name", "said"), [("f.txt", "must end in .npy or .csv"), ("none/f.npy", "no such folder"), ("old.npy", "exists")]
 )
-def test_embed_refuses_before_work(
+def test_embed_refuses_before_any_prediction(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
 ) -> None:
     (tmp_path / "old.npy").write_bytes(b"")
@@ -313,7 +313,7 @@ def test_augmented_evaluation_averages_probabilities(run: Path, tmp_path: Path) 
         (["--tta", "rotate"], "must be one of none, flip, crops"),
     ],
 )
-def test_eval_refuses_what_makes_no_sense(run: Path, refused: Refused, arguments: list[str], said: str) -> None:
+def test_eval_refuses_contradicting_options(run: Path, refused: Refused, arguments: list[str], said: str) -> None:
     assert said in refused(2, "eval", run, *arguments)
 
 

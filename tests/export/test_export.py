@@ -187,7 +187,9 @@ def test_every_kind_of_network_passes_the_gate(options: str, pixels: int, tmp_pa
     np.testing.assert_allclose(predictor.logits(x), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-def test_lone_checkpoint(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_without_its_run_is_exported(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With images it is verified on them; otherwise on synthetic images, as the terminal and the report say."""
     shutil.copy(small_run / "checkpoints/best.safetensors", tmp_path / "mine.safetensors")
     assert export(tmp_path / "mine.safetensors") == 0

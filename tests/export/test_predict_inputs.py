@@ -80,7 +80,7 @@ def test_options_may_be_anywhere_on_the_command_line(
 
 
 @pytest.mark.parametrize("arguments", [[], ["--top-k", "2"], ["--verify"], ["x.onnx", "--top-k"]])
-def test_what_is_missing_is_a_usage_error(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+def test_missing_arguments_are_a_usage_error(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     code, _, said = run(capsys, *arguments)
     assert (code == 2 and "MODEL" in said.upper()) or "--top-k" in said
     assert len(said.splitlines()) == 1

@@ -205,7 +205,9 @@ TECHNIQUES = [
 
 
 @pytest.mark.parametrize(("recipe", "number", "weights", "norms"), TECHNIQUES)
-def test_technique_changes_exactly_what_it_says(recipe: str, number: int, weights: Moved, norms: Moved) -> None:
+def test_technique_changes_exactly_the_stated_parameters(
+    recipe: str, number: int, weights: Moved, norms: Moved
+) -> None:
     """The table of the six techniques, with the phases of the shipped recipes: weights, statistics, nothing else."""
     cfg, problems = build_config(TrainConfig, layers()[recipe])
     assert not problems

@@ -308,7 +308,7 @@ def test_weights_of_another_architecture_are_refused_and_it_is_named(given: str,
 
 
 @pytest.mark.parametrize(("given", "wanted"), [("standard", "small"), ("small", "standard")])
-def test_stems_differ(given: str, wanted: str) -> None:
+def test_small_and_standard_stem_differ(given: str, wanted: str) -> None:
     tensors = network("resnet18", stem=given)[0].state_dict()
     model, made = network("resnet18", stem=wanted)
     advice = "--model resnet18" + (" --stem small" if given == "small" else "")

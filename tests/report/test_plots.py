@@ -45,7 +45,7 @@ def _confusion(names: list[str]) -> Callable[[Path], None]:
         ),
     ],
 )
-def test_nothing_touches_the_edge(tmp_path: Path, draw: Callable[[Path], None]) -> None:
+def test_no_part_of_a_plot_is_cut_off(tmp_path: Path, draw: Callable[[Path], None]) -> None:
     draw(tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         pixels = np.asarray(image.convert("L"))

@@ -39,7 +39,7 @@ def steps(out: Path, run: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "rank0" / run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_first_line_says_how_many(many: Result) -> None:
+def test_the_first_line_has_the_number_of_processes(many: Result) -> None:
     _, found = many
     assert all(result["line"].startswith(f"{len(found)} processes on cpu, gloo") for result in found)
 
@@ -95,7 +95,7 @@ def test_evaluations_are_exact(one: Result, many: Result) -> None:
             torch.testing.assert_close(found["loss"], alone["loss"], rtol=1e-5, atol=1e-7)
 
 
-def test_scores_of_the_best_are_the_same_everywhere(one: Result, many: Result) -> None:
+def test_scores_of_the_best_checkpoint_are_equal_on_every_process(one: Result, many: Result) -> None:
     expected = one[1][0]["sgd"]["best"]
     for result in many[1]:
         best = result["sgd"]["best"]

@@ -46,7 +46,7 @@ def process(rank: int) -> Any:
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: str(error)[:40])
-def test_too_little_memory_in_all_words(error: Exception) -> None:
+def test_every_message_about_memory_is_recognised(error: Exception) -> None:
     """It is not reported as a lost process, and the remedy fits the place where memory ran out."""
     with pytest.raises(MachineError) as raised, machine_errors(process(0), 8, 3):
         raise error
@@ -83,7 +83,7 @@ def test_errors_that_are_not_a_lack_of_memory(error: Exception) -> None:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_fails_at_the_start_of_accelerate(
+def test_errors_at_the_start_of_accelerate(
     error: Exception, words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not all of it is that the processes do not find each other."""

@@ -214,7 +214,7 @@ def test_unknown_tracker(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.matrix
-def test_doctor_proves_equality(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_checks_that_two_processes_equal_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "learning rates of all steps: equal" in said

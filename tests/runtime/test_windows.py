@@ -47,7 +47,7 @@ def test_training_says_in_one_line_that_it_needs_another_system(folder: Path, tm
 
 
 @pytest.mark.parametrize("verb", ["check", "split"])
-def test_data_can_be_looked_at(verb: str, folder: Path, tmp_path: Path) -> None:
+def test_verbs_about_data_work(verb: str, folder: Path, tmp_path: Path) -> None:
     outputs = [str(tmp_path / "photos.csv")] if verb == "split" else []
     source = folder / "train" if verb == "split" else folder
     done = on_windows("sys.exit(main(sys.argv[1:]))", verb, str(source), *outputs)

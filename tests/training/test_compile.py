@@ -23,7 +23,7 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.matrix
 @pytest.mark.filterwarnings("default")  # torch's compiler has warnings of its own
-def test_compiled_steps_are_the_plain_ones(folder: Path, tmp_path: Path) -> None:
+def test_compiled_steps_equal_plain_steps(folder: Path, tmp_path: Path) -> None:
     """Dropout's masks, which differ from step to step, included."""
     if shutil.which("g++") is None:
         pytest.skip("torch's compiler needs g++ on a CPU")
@@ -53,7 +53,7 @@ def test_auto_compiles_once_it_pays(folder: Path, tmp_path: Path, monkeypatch: p
     assert losses(tmp_path / "auto") == losses(tmp_path / "off")
 
 
-def test_when_it_pays() -> None:
+def test_compile_is_chosen_if_it_saves_time() -> None:
     assert not pays(torch.device("cpu"), 10**6, 1.0)
     assert pays(torch.device("cuda"), 10_000, 0.1)
     assert not pays(torch.device("cuda"), 1_000, 0.1)

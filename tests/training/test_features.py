@@ -34,7 +34,7 @@ def losses(run: Path) -> list[tuple[float, float]]:
         ["--trainable", "layer3 layer4 head", "--grad-accum", "2", "--batch-size", "4", "--lr", "0.001"],
     ],
 )
-def test_same_result_as_without(folder: Path, tmp_path: Path, options: list[str]) -> None:
+def test_cached_features_give_the_same_result(folder: Path, tmp_path: Path, options: list[str]) -> None:
     """Losses of every epoch and final weights agree to the rounding of float32."""
     results = {}
     for how in ("off", "auto"):
@@ -113,7 +113,7 @@ def test_validation_alone_where_training_images_change(
         Phase(trainable="head batchnorm", epochs=3),
     ],
 )
-def test_nothing_is_kept_where_it_would_be_wrong_or_useless(folder: Path, tmp_path: Path, phase: Phase) -> None:
+def test_features_are_not_cached_if_wrong_or_useless(folder: Path, tmp_path: Path, phase: Phase) -> None:
     job = job_of(tmp_path / "run", folder, *FROZEN, "--aug", "none")
     chosen = source(job, phase)
     assert chosen.train_module is job.model and chosen.val_module is job.model

@@ -87,7 +87,7 @@ def test_as_many_other_classes_do_not_bring_the_head(old: Path, tmp_path: Path) 
     assert not equal(weights_of(started(old, data, tmp_path / "new")), load_file(old / BEST), head=True)
 
 
-def test_another_head_is_new_and_what_is_typed_holds(old: Path, folder: Path, tmp_path: Path) -> None:
+def test_another_head_is_new_and_given_options_apply(old: Path, folder: Path, tmp_path: Path) -> None:
     job = started(old, folder, tmp_path / "new", "--head", "linear", "--resize-mode", "pad", "--img-size", "24")
     assert equal(weights_of(job), load_file(old / BEST), head=False)
     assert weights_of(job)["fc.weight"].shape == (3, 512)
@@ -193,7 +193,7 @@ def test_resumed_run_keeps_where_it_started(old: Path, refused: Refused) -> None
     assert f"--init-from automatic -> {old}" in said
 
 
-def test_what_contradicts_it_is_refused(old: Path, folder: Path, tmp_path: Path) -> None:
+def test_options_that_contradict_init_from_are_refused(old: Path, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "both.toml"
     file.write_text('[model]\nweights = "IMAGENET1K_V1"\n')
     for typed in (["--weights", "none"], ["--weights", "w.pth"], ["-c", str(file), "--stem", "standard"]):

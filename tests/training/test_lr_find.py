@@ -68,7 +68,7 @@ def test_steepest_is_where_the_slope_is() -> None:
     assert math.log10(steepest(made(losses)) or 1) == pytest.approx(-3, abs=0.06)
 
 
-def test_valley_is_half_way_down() -> None:
+def test_valley_is_in_the_middle_of_the_longest_decrease() -> None:
     """Flat to 1e-5, falling to 1e-2, then rising; with noise that a valley may pass over."""
     x = np.linspace(-6, 0, 121)
     losses = np.interp(x, [-6, -5, -2, 0], [1, 1, 0.1, 3]) + np.random.default_rng(0).normal(0, 1e-3, 121)

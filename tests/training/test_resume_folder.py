@@ -70,7 +70,7 @@ def other(run: Path) -> Iterator[subprocess.Popen[str]]:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_run_that_is_written_is_refused(
+def test_run_that_another_process_writes_is_refused(
     run: Path, other: subprocess.Popen[str], folder: Path, refused: Callable[..., str]
 ) -> None:
     """Whether it is to go on or to be replaced; once the writer is killed it is free, whoever lives on."""

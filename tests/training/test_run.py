@@ -94,7 +94,7 @@ def test_eval_gives_what_train_wrote(run: Path, folder: Path, tmp_path: Path) ->
             assert float(new["p1"]) == pytest.approx(float(old["p1"]), rel=1e-4)
 
 
-def test_config_can_be_fed_back(run: Path, tmp_path: Path) -> None:
+def test_written_config_repeats_the_run(run: Path, tmp_path: Path) -> None:
     """The written config alone repeats the run: the same best checkpoint, byte for byte."""
     again = tmp_path / "again"
     assert main(["train", "-c", str(run / "config.toml"), "-o", str(again)]) == 0

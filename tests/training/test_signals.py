@@ -171,7 +171,7 @@ def stop_here() -> None:
     os.kill(os.getpid(), SIGTERM)
 
 
-def test_told_before_the_first_step(
+def test_signal_before_the_first_step(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """There is nothing to save: it ends at once, as run.json says; a run that was resumed keeps its checkpoint."""
@@ -195,7 +195,7 @@ def test_told_before_the_first_step(
     assert read_newest_state(run / "checkpoints")[1]["state"]["steps_done"] == 3
 
 
-def test_told_while_the_best_checkpoint_is_evaluated(
+def test_signal_while_the_best_checkpoint_is_evaluated(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """After the last epoch: only that evaluation is done again, and a third time asked for, nothing."""
@@ -257,7 +257,7 @@ def watchers() -> list[stop.Watcher]:
     return [thread for thread in threading.enumerate() if isinstance(thread, stop.Watcher)]
 
 
-def test_told_in_a_dry_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_in_a_dry_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run that it would replace may be training in another process: its run.json stays as it is."""
     run = tmp_path / "run"
     run.mkdir()
