@@ -124,21 +124,21 @@ def check_target(out: Path, overwrite: bool) -> None:
         raise MachineError(f"{out}: cannot be created ({parent} is not writable)")
 
 
-def put_in_place(made: Path, out: Path) -> None:
+def put_in_place(staging: Path, out: Path) -> None:
     """Rename the finished export to `out` in one step; an old export stays complete until then.
 
     Files in the old export that this program did not write are kept. Raises MachineError.
     """
     old = out.with_name(f".old-{os.getpid()}-{out.name}")
     try:
-        for file in made.rglob("*"):
+        for file in staging.rglob("*"):
             if file.is_file():
                 descriptor = os.open(file, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)
         if out.exists():
             out.rename(old)
-        made.rename(out)
+        staging.rename(out)
         if old.exists():
             keep_others(old, out)
         sync_folder(out.parent)

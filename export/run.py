@@ -141,7 +141,7 @@ def run_export(cfg: ExportConfig, verbose: bool = True) -> Bundle:
     with process_settings_restored():
         torch.set_num_threads(threads)
         model, description = load_checkpoint(checkpoint)
-        report = write_bundle(out, lambda made: fill(made, cfg, checkpoint, model, description, say))
+        report = write_bundle(out, lambda staging: fill(staging, cfg, checkpoint, model, description, say))
         files = {name: size for name, size in report["files_mib"].items() if name not in report["refused"]}
         say(f"written to {out}: {', '.join(f'{name} ({size} MiB)' for name, size in files.items())}")
         if report["refused"]:
@@ -161,22 +161,22 @@ def write_bundle(out: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str,
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=".tmp-export-", dir=out.parent))
-        made.chmod(out.parent.stat().st_mode & 0o777)
+        staging = Path(tempfile.mkdtemp(prefix=".tmp-export-", dir=out.parent))
+        staging.chmod(out.parent.stat().st_mode & 0o777)
     except OSError as error:
         raise MachineError(f"{out}: cannot be written ({error.strerror})") from None
     try:
-        report = fill(made)
+        report = fill(staging)
         had_export = (out / "model.onnx").exists()  # it is not replaced if a file is refused
         written = report["passed"] or not (had_export or "model.onnx" in report["refused"])
         if written:
-            put_in_place(made, out)
+            put_in_place(staging, out)
         else:
-            report_file = keep_report(made, out)
+            report_file = keep_report(staging, out)
     except OSError as error:
         raise MachineError(f"{out}: cannot be written ({error.strerror})") from None
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     if not written:
         stays = "; the existing export is unchanged" if report_file.name != REPORT else ""
         raise ArtifactError(
@@ -185,16 +185,16 @@ def write_bundle(out: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str,
     return report
 
 
-def keep_report(made: Path, out: Path) -> Path:
+def keep_report(staging: Path, out: Path) -> Path:
     """Save only the report of a refused export and return its path. An existing export is not changed."""
     out.mkdir(exist_ok=True)
     file = out / ("export_report.failed.json" if (out / "model.onnx").exists() else REPORT)
-    shutil.copyfile(made / REPORT, file)
+    shutil.copyfile(staging / REPORT, file)
     return file
 
 
 def fill(
-    made: Path, cfg: ExportConfig, checkpoint: Path, model: "nn.Module", description: "Description", say: Say
+    staging: Path, cfg: ExportConfig, checkpoint: Path, model: "nn.Module", description: "Description", say: Say
 ) -> dict[str, Any]:
     """Write the model files, verify them, and remove those that are refused. Returns the report.
 
@@ -225,30 +225,30 @@ def fill(
         graph = graph_of(model, description.preprocessing, in_graph, temperature, cfg.embeddings)
         expected = self_test_logits(model, description.preprocessing)
         metadata = describe(description, checkpoint, "fp32", in_graph, expected, calibration)
-        write_model(made / "model.onnx", graph, metadata)
+        write_model(staging / "model.onnx", graph, metadata)
         some = table.take(table.spread(len(table) if cfg.full else cfg.images))
         reports: dict[str, Any] = {
-            "model.onnx": check_equality(model, some, made / "model.onnx", labelled, temperature)
+            "model.onnx": check_equality(model, some, staging / "model.onnx", labelled, temperature)
         }
         say(f"{'model.onnx':<16} {reports['model.onnx']}")
         for name, small in smaller_graphs(cfg, graph, inputs):
-            expected = runtime_logits(small, self_test_feed(made))[0]
+            expected = runtime_logits(small, self_test_feed(staging))[0]
             smaller = describe(description, checkpoint, name.split(".")[1], in_graph, expected, calibration)
-            write_model(made / name, small, smaller)
+            write_model(staging / name, small, smaller)
             limits = (cfg.max_accuracy_drop, cfg.min_agreement)
-            reports[name] = compare_smaller(made / "model.onnx", made / name, table, labelled, *limits)
+            reports[name] = compare_smaller(staging / "model.onnx", staging / name, table, labelled, *limits)
             say(f"{name:<16} {reports[name]}")
             if may_saturate(small):
                 say(f"{name:<16} 8-bit weights: x86 CPUs without VNNI can predict other classes")
     problems = [f"{name}: {problem}" for name, part in reports.items() for problem in part.problems]
     refused = [name for name, part in reports.items() if part.problems]
     report: dict[str, Any] = {"passed": not refused, "refused": refused, "problems": problems, "gate_images": source}
-    report |= {name: part.to_dict() for name, part in reports.items()} | {"files_mib": sizes(made, list(reports))}
-    (made / REPORT).write_text(to_json(report))
+    report |= {name: part.to_dict() for name, part in reports.items()} | {"files_mib": sizes(staging, list(reports))}
+    (staging / REPORT).write_text(to_json(report))
     for name in refused:
-        (made / name).unlink()
+        (staging / name).unlink()
     if "model.onnx" not in refused:
-        write_side_files(made, metadata)
+        write_side_files(staging, metadata)
     return report
 
 
@@ -259,11 +259,11 @@ def write_model(file: Path, graph: "onnx.ModelProto", metadata: dict[str, Any]) 
     file.write_bytes(finished(graph, metadata))
 
 
-def self_test_feed(made: Path) -> "dict[str, np.ndarray]":
+def self_test_feed(staging: Path) -> "dict[str, np.ndarray]":
     """The image of the self-test as the input of the graphs of this export."""
     from export.predict import Predictor, self_test_pixels
 
-    predictor = Predictor(made / "model.onnx", providers="cpu")
+    predictor = Predictor(staging / "model.onnx", providers="cpu")
     return predictor.inputs(self_test_pixels(predictor.preprocessing.img_size))
 
 

@@ -217,14 +217,14 @@ def choose_tier(setting: str, readers: Sequence[Reader], epochs: int, folder: Pa
     free = _free_disk(folder, readers) if setting == "disk" else launcher.available_memory()
     name = "disk" if setting == "disk" else "ram"
     room = int(SHARE[setting] * free)
-    where = f"free in {folder}" if name == "disk" else "of free memory"
+    place = f"free in {folder}" if name == "disk" else "of free memory"
     size = f"about {readable(needed)}"
     if needed <= room:
-        return Tier(name, room, f"{size}, {readable(free)} {where}")
+        return Tier(name, room, f"{size}, {readable(free)} {place}")
     if setting == "auto":
-        return Tier("none", 0, f"{size} is more than half of the {readable(free)} {where}; --cache disk may help")
+        return Tier("none", 0, f"{size} is more than half of the {readable(free)} {place}; --cache disk may help")
     other = "a --cache-dir with more space" if name == "disk" else "--cache disk"
-    raise MachineError(f"--cache {setting}: {size}, but there is {readable(free)} {where}; use {other} or --cache none")
+    raise MachineError(f"--cache {setting}: {size}, but there is {readable(free)} {place}; use {other} or --cache none")
 
 
 def shares(readers: Sequence[Reader], room: int) -> list[int]:

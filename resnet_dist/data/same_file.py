@@ -112,9 +112,9 @@ def identities(root: Path, paths: Paths) -> np.ndarray:
         return np.concatenate(list(pool.map(part, np.array_split(np.arange(len(paths)), THREADS))))
 
 
-def as_identities(found: Sequence[tuple[int, int]]) -> np.ndarray:
+def as_identities(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
     """Devices and inodes as uint64 (n, 2)."""
-    return np.array(found, np.uint64).reshape(-1, 2)
+    return np.array(pairs, np.uint64).reshape(-1, 2)
 
 
 def of_one_file(identities: np.ndarray) -> np.ndarray:
@@ -123,11 +123,11 @@ def of_one_file(identities: np.ndarray) -> np.ndarray:
     Each position is paired with the first that has its device and inode. A file without an inode (0) is in no pair.
     Check a pair with `is_same` before refusing it: some network file systems reuse inodes.
     """
-    there = np.flatnonzero(identities[:, 1])
-    _, at, number = np.unique(identities[there], axis=0, return_index=True, return_inverse=True)
-    firsts = there[at[number.reshape(-1)]]
-    again = firsts != there
-    return np.stack([firsts[again], there[again]], axis=1)
+    with_inode = np.flatnonzero(identities[:, 1])
+    _, at, number = np.unique(identities[with_inode], axis=0, return_index=True, return_inverse=True)
+    firsts = with_inode[at[number.reshape(-1)]]
+    again = firsts != with_inode
+    return np.stack([firsts[again], with_inode[again]], axis=1)
 
 
 def _equal(values: np.ndarray) -> Iterator[tuple[int, int]]:

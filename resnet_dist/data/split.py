@@ -98,8 +98,8 @@ def _check_sizes(sizes: Mapping[str, int], wanted: Mapping[str, Counter[str]]) -
 
 
 def _check_groups(labels: Sequence[str], parts: Sequence[str], names: Sequence[str]) -> None:
-    there = set(zip(labels, parts, strict=True))
+    present = set(zip(labels, parts, strict=True))
     for label in sorted(set(labels)):
-        absent = [part for part in names if (label, part) not in there]
+        absent = [part for part in names if (label, part) not in present]
         if absent:
             raise DataError(f"class '{label}' has too few groups: none is left for {' and '.join(absent)}")

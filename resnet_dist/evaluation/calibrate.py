@@ -147,13 +147,13 @@ def calibrate(records: Records, classes: Sequence[str], precision: float | None,
         rows = [{"class": name, **limit.to_dict()} for name, limit in zip(classes, limits, strict=True)]
         measured |= {"precision": precision, "confidence": CONFIDENCE, "fewest_images": fewest(precision)}
         measured |= {"cross_fitted": _kept(judged, kept), "classes": rows}
-    made = Calibration(
+    calibration = Calibration(
         checkpoint_sha256=checkpoint_sha256,
         temperature=fitted or 1.0,
         thresholds=tuple(limit.threshold for limit in limits),
         measured=measured,
     )
-    return Calibrated(made, better, judged)
+    return Calibrated(calibration, better, judged)
 
 
 def _check_enough(limits: Sequence[Threshold], precision: float) -> None:
@@ -206,10 +206,13 @@ def read_calibration(checkpoint: Path, num_classes: int) -> Calibration | None:
 def _parsed(values: Any, num_classes: int) -> Calibration:
     if not isinstance(values, dict) or values.pop("format_version", None) != FORMAT_VERSION:
         raise ValueError("unknown format_version")
-    made = Calibration(**{**values, "thresholds": tuple(values["thresholds"])})
-    if not isinstance(made.temperature, float) or not TEMPERATURES[0] <= made.temperature <= TEMPERATURES[1]:
-        raise ValueError(f"temperature {made.temperature!r}")
-    fits = all(limit is None or (isinstance(limit, float) and 0 <= limit <= 1) for limit in made.thresholds)
-    if not fits or len(made.thresholds) not in (0, num_classes):
+    calibration = Calibration(**{**values, "thresholds": tuple(values["thresholds"])})
+    if (
+        not isinstance(calibration.temperature, float)
+        or not TEMPERATURES[0] <= calibration.temperature <= TEMPERATURES[1]
+    ):
+        raise ValueError(f"temperature {calibration.temperature!r}")
+    fits = all(limit is None or (isinstance(limit, float) and 0 <= limit <= 1) for limit in calibration.thresholds)
+    if not fits or len(calibration.thresholds) not in (0, num_classes):
         raise ValueError("thresholds must be one number in 0..1 or null per class")
-    return made
+    return calibration

@@ -76,12 +76,12 @@ def push(files: Sequence[Path], repository: str, private: bool) -> str:
 
     api = HfApi(library_name="resnet-dist")
     try:
-        made = api.create_repo(repository, private=private or None, exist_ok=True)
+        created = api.create_repo(repository, private=private or None, exist_ok=True)
         operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files]
-        api.create_commit(made.repo_id, operations, commit_message="Upload a classifier trained by resnet-dist")
+        api.create_commit(created.repo_id, operations, commit_message="Upload a classifier trained by resnet-dist")
     except (HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise MachineError(
             f"--push-to-hub {repository}: {reason[:300] or type(error).__name__}; the folder is written, try again"
         ) from None
-    return str(made)
+    return str(created)

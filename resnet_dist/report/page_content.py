@@ -49,14 +49,14 @@ class Images:
                 self.columns[name].append(value)
         return self.rows[split, path]
 
-    def with_pictures(self, needed: Sequence[int], made: Mapping[Path, Image.Image]) -> dict[str, list[Any]]:
+    def with_pictures(self, needed: Sequence[int], thumbnails: Mapping[Path, Image.Image]) -> dict[str, list[Any]]:
         """The columns and a column of pictures. Rows get a picture in the order of `needed`, up to the total size.
 
-        `made`: existing thumbnails by file.
+        `thumbnails`: existing thumbnails by file.
         """
         order = list(dict.fromkeys(needed))
         column = [""] * len(self.rows)
-        urls = pictures([self.root / self.columns["path"][row] for row in order], made)
+        urls = pictures([self.root / self.columns["path"][row] for row in order], thumbnails)
         for row, picture in zip(order, urls, strict=True):
             column[row] = picture
         return {**self.columns, "picture": column}

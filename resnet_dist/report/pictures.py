@@ -24,25 +24,25 @@ def data_address(image: Image.Image, quality: int = 72) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def picture(file: Path, made: Mapping[Path, Image.Image]) -> str:
-    """The thumbnail of a file as a `data:` URL: from `made`, or decoded. Returns "" if the file cannot be read."""
-    if file in made:
-        return data_address(made[file])
+def picture(file: Path, thumbnails: Mapping[Path, Image.Image]) -> str:
+    """The thumbnail of a file as a `data:` URL, from `thumbnails` or decoded; "" if the file cannot be read."""
+    if file in thumbnails:
+        return data_address(thumbnails[file])
     try:
         return data_address(thumbnail(decode(file)))
     except (ImageError, OSError):
         return ""
 
 
-def pictures(files: Sequence[Path], made: Mapping[Path, Image.Image], room: int = ROOM) -> list[str]:
+def pictures(files: Sequence[Path], thumbnails: Mapping[Path, Image.Image], room: int = ROOM) -> list[str]:
     """One URL per file, in order, until `room` characters are used; "" for the remaining files.
 
-    `made`: existing thumbnails by file. Threads decode the other files, because Pillow releases the interpreter's lock.
+    `thumbnails`: existing thumbnails by file. Threads decode the other files: Pillow releases the interpreter's lock.
     """
     urls: list[str] = []
     with ThreadPoolExecutor(launcher.cores()) as pool:
         for start in range(0, len(files), BATCH):
-            urls += pool.map(lambda file: picture(file, made), files[start : start + BATCH])
+            urls += pool.map(lambda file: picture(file, thumbnails), files[start : start + BATCH])
             if sum(map(len, urls)) > room:
                 break
     ends = np.cumsum([len(url) for url in urls])
