@@ -61,7 +61,7 @@ class ExportConfig:
     min_agreement: float = MIN_AGREEMENT
     """Percent of the validation images on which int8 must predict the same class as float32, with 95 % confidence."""
     max_accuracy_drop: float = 1.0
-    """Percentage points of top-1 accuracy that int8 may lose, beyond what the number of images can resolve."""
+    """Percentage points of top-1 accuracy that int8 may lose, at the lower end of the 95 % interval."""
     time: bool = False
     """Measure the latency of every file for batches of 1 and 32."""
     threads: int | None = None

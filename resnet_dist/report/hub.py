@@ -20,8 +20,8 @@ class HubConfig:
     output_dir: str | None = option(None, "-o", "--output")
     """The folder to write (default: hub in the run folder)."""
     push_to_hub: str | None = None
-    """Upload the folder to this repository, such as you/ants. Needs `pip install resnet-dist[hub]` and a token
-    (`hf auth login` or HF_TOKEN)."""
+    """Upload the folder to this repository, such as you/ants. Needs `pip install 'resnet-dist[hub]'` and a
+    token (`hf auth login` or HF_TOKEN)."""
     private: bool = False
     """Make the repository private if it does not exist yet."""
 
