@@ -13,6 +13,7 @@ from resnet_dist.config.schema import Phase
 from resnet_dist.evaluation.collect import collect_records
 from resnet_dist.training.features import Features, source
 from resnet_dist.training.loop import train
+from resnet_dist.training.plan import plan_phase
 from tests.conftest import TINY
 from tests.runtime.test_program import ACCELERATE, program
 from tests.training.helpers import job_of
@@ -105,17 +106,18 @@ def test_validation_alone_where_training_images_change(
 
 
 @pytest.mark.parametrize(
-    "phase",
+    ("phase", "epochs"),
     [
-        Phase(trainable="all", epochs=3),
-        Phase(trainable="head", batch_norm_stats="update", epochs=3),
-        Phase(trainable="head", epochs=1),
-        Phase(trainable="head batchnorm", epochs=3),
+        (Phase(trainable="all"), 3),
+        (Phase(trainable="head", batch_norm_stats="update"), 3),
+        (Phase(trainable="head"), 1),
+        (Phase(trainable="head batchnorm"), 3),
     ],
 )
-def test_features_are_not_cached_if_wrong_or_useless(folder: Path, tmp_path: Path, phase: Phase) -> None:
+def test_features_are_not_cached_if_wrong_or_useless(folder: Path, tmp_path: Path, phase: Phase, epochs: int) -> None:
     job = job_of(tmp_path / "run", folder, *FROZEN, "--aug", "none")
-    chosen = source(job, phase)
+    plan = job.plan
+    chosen = source(job, plan_phase(phase, epochs, job.model, plan.cfg.optim, plan.optimizer))
     assert chosen.train_module is job.model and chosen.val_module is job.model
 
 
