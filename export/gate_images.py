@@ -7,6 +7,7 @@ from PIL import Image
 
 from export.predict import normalise
 from export.run import MIN_CALIBRATION, ExportConfig
+from resnet_dist.config.fields import required
 from resnet_dist.data.decode import load_fitted
 from resnet_dist.data.index import ImageTable, PathTable, read_part, read_run_part
 from resnet_dist.errors import DataError, UsageError
@@ -21,8 +22,9 @@ def gate_images(cfg: ExportConfig, description: Description, folder: Path) -> tu
     """
     if cfg.data is not None:
         return read_part(Path(cfg.data), "val", description.classes), "given"
-    if Path(cfg.run or "").is_dir():
-        return read_run_part(Path(cfg.run or ""), "val", description.classes), "validation"
+    run = Path(required(cfg.run, "RUN"))
+    if run.is_dir():
+        return read_run_part(run, "val", description.classes), "validation"
     return synthetic_images(folder), "synthetic"
 
 
@@ -31,7 +33,7 @@ def calibration_inputs(cfg: ExportConfig, description: Description) -> list[np.n
 
     uint8 (S, S, 3) if the graph normalises, otherwise float32 (3, S, S).
     """
-    run = Path(cfg.run or "")
+    run = Path(required(cfg.run, "RUN"))
     if cfg.data is not None:
         table = read_part(Path(cfg.data), "train", description.classes)
     elif run.is_dir():

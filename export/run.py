@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet_dist.config.fields import option, out_of_range
+from resnet_dist.config.fields import option, out_of_range, required
 from resnet_dist.config.layers import from_keywords, keyword_signature
 from resnet_dist.errors import ArtifactError, MachineError, python_errors
 from resnet_dist.runtime.notebook import html_table
@@ -134,7 +134,7 @@ def run_export(cfg: ExportConfig, verbose: bool = True) -> Bundle:
 
     say: Say = print if verbose else lambda _: None
     threads = cfg.threads or launcher.cores()
-    run = Path(cfg.run or "")
+    run = Path(required(cfg.run, "RUN"))
     checkpoint = run if run.is_file() or run.suffix == ".safetensors" else run / "checkpoints" / "best.safetensors"
     out = Path(cfg.output_dir) if cfg.output_dir else inside(run if run.is_dir() else run.parent, "export")
     check_target(out, cfg.overwrite)

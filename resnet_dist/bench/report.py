@@ -29,7 +29,8 @@ def verdict(report: dict[str, Any]) -> str:
     gain = speeds.get("bf16", 0.0) / speeds["fp32"]
     if report["settings"]["precision"] == "no" and gain > GAINS:
         return f"computes in float32, but bf16 matrix products are {gain:.1f}x as fast -> --mixed-precision bf16"
-    if (regime["compute"]["step"]["host_share"] or 0.0) > HOST_BOUND:
+    host_share = regime["compute"]["step"]["host_share"]
+    if host_share is not None and host_share > HOST_BOUND:
         size = report["settings"]["batch_size"]
         return f"launch-bound: the GPU waits for the host at batch {size} -> --batch-size {2 * size} or more"
     share = regime["limits"]["share_of_roofline"]

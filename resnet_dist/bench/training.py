@@ -187,7 +187,7 @@ class WatchedLoader(TrainLoader):
         vars(self).update(vars(loader))
         self.waited = 0.0
 
-    def epoch(self, epoch: int, first_step: int = 0, until: int | None = None) -> Iterator[list[Batch]]:
+    def epoch(self, epoch: int, first_step: int = 0, until: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each step, as the loader gives them."""
         arriving = super().epoch(epoch, first_step, until)
         while True:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from resnet_dist.config.fields import option, out_of_range
+from resnet_dist.config.fields import option, out_of_range, required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ def main(cfg: Config) -> int:
     """Train again, compare, print, and write reproduction.json. Returns the exit code."""
     from resnet_dist.training.reproduce import reproduce
 
-    old = Path(cfg.run or "")
+    old = Path(required(cfg.run, "RUN"))
     new = Path(cfg.output_dir) if cfg.output_dir is not None else old.with_name(f"{old.name}-again")
     reproduce(old, new, cfg.tolerance)
     return 0

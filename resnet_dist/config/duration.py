@@ -16,10 +16,10 @@ class Duration:
     @classmethod
     def parse(cls, text: str | float) -> "Duration":
         """Read a duration. Raises ValueError on anything else, on a negative and on part of a step."""
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(epochs?|ep|steps?)?\s*", str(text))
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(epochs?|ep|steps?|)\s*", str(text))
         if not match:
             raise ValueError(f"'{text}' is not a duration such as 7, 0.5epochs or 200steps")
-        unit: Literal["epochs", "steps"] = "steps" if (match[2] or "").startswith("step") else "epochs"
+        unit: Literal["epochs", "steps"] = "steps" if match[2].startswith("step") else "epochs"
         value = float(match[1])
         if not math.isfinite(value) or (unit == "steps" and value != int(value)):
             raise ValueError(f"'{text}' is not a duration such as 7, 0.5epochs or 200steps")

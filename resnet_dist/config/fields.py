@@ -3,12 +3,26 @@
 import math
 from collections.abc import Iterator
 from dataclasses import field
-from typing import Any
+from typing import Any, TypeVar
+
+from resnet_dist.errors import UsageError
+
+T = TypeVar("T")
 
 
 def option(default: Any, *aliases: str, positional: bool = False) -> Any:
     """A dataclass field with the other spellings that fingers know (`--optimizer` for `--opt`, `-b`)."""
     return field(default=default, metadata={"aliases": aliases, "positional": positional})
+
+
+def required(value: T | None, name: str) -> T:
+    """The value of a setting that must be given. Raises UsageError if it is missing.
+
+    `problems()` has reported it by then, together with all others, unless the config was made without that check.
+    """
+    if value is None:
+        raise UsageError(f"{name} is missing")
+    return value
 
 
 def out_of_range(cfg: Any, low: float, high: float, *names: str, open_low: bool = False) -> Iterator[str]:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from export.predict import ORIENTATION, ROOM, ImageError, Preprocessing, file_of, loaded, memory_of, opened
+from resnet_dist.config.fields import required
 from resnet_dist.config.schema import DataConfig
 from resnet_dist.data.index import ImageIndex, ImageTable
 from resnet_dist.data.same_file import as_identities, is_same, of_one_file
@@ -324,7 +325,8 @@ def usable(index: ImageIndex, cfg: DataConfig) -> tuple[ImageIndex, list[Finding
         identities.append(finding.identity)
         if finding.error:
             bad.append(finding)
-    notes = refuse_one_file_twice(index, as_identities(identities), may_repeat=Path(cfg.data or "").is_dir())
+    is_folder = Path(required(cfg.data, "DATA")).is_dir()
+    notes = refuse_one_file_twice(index, as_identities(identities), may_repeat=is_folder)
     total = len(index.train) + len(index.val) + len(index.test)
     if bad and (cfg.bad_images == "error" or len(bad) > cfg.max_bad_share * total):
         first = "; ".join(f"{index.root / finding.path}: {finding.error}" for finding in bad[:3])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from export.predict import EXTENSIONS, entries_of, ignored_text, images_below, is_folder
+from resnet_dist.config.fields import required
 from resnet_dist.config.schema import DataConfig
 from resnet_dist.data.exclude import leave_out
 from resnet_dist.data.manifest import SPLIT_NAMES, Row, appearance, lookalikes, read_manifest, stripped
@@ -119,7 +120,7 @@ def read_index(cfg: DataConfig) -> ImageIndex:
 
     Raises DataError, which names the folder, file or class, if the data cannot be trained on.
     """
-    data = Path(cfg.data or "")
+    data = Path(required(cfg.data, "DATA"))
     if not data.exists():
         raise DataError(f"{data}: there is no such folder or manifest")
     root, listing = (
@@ -371,7 +372,7 @@ def flat_rows(folder: Path, pattern: str) -> list[tuple[str, str]]:
     listing, rows = _Listing(), []
     for path in _images_below(folder, listing):
         match = re.search(pattern, Path(path).name)
-        label = stripped((match[1] if match else None) or "")
+        label = stripped(match[1]) if match and match[1] else ""
         if not label:
             raise DataError(f"{path}: --label-by '{pattern}' finds no label in this name")
         if label.startswith("."):

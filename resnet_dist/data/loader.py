@@ -236,13 +236,13 @@ class TrainLoader:
         """Optimizer steps in an epoch."""
         return self.batches.steps_per_epoch
 
-    def epoch(self, epoch: int, first_step: int = 0, until: int | None = None) -> Iterator[list[Batch]]:
+    def epoch(self, epoch: int, first_step: int = 0, until: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step of an epoch, starting at `first_step`. Raises DataError.
 
         The loader processes continue with the next epochs below `until` (default: they stop after this epoch).
         """
         if self._next != (epoch, first_step) or epoch >= self._until:
-            self._until = max(epoch + 1, until or 0)
+            self._until = max(epoch + 1, until)
             self.batches.epoch, self.batches.first_step, self.batches.until = epoch, first_step, self._until
             self._arriving = _checked(self._loader)
         for step in range(first_step, self.steps_per_epoch):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from resnet_dist.config.fields import option, out_of_range
+from resnet_dist.config.fields import option, out_of_range, required
 from resnet_dist.config.layers import from_keywords, keyword_signature
 from resnet_dist.errors import MachineError, UsageError, python_errors
 from resnet_dist.files.outputs import TEMPORARY
@@ -116,7 +116,7 @@ def run_split(cfg: SplitConfig) -> Split:
     from resnet_dist.data.same_file import refuse_links
     from resnet_dist.data.split import assign, groups_note
 
-    source, out = Path(cfg.source or ""), Path(cfg.out or "")
+    source, out = Path(required(cfg.source, "SOURCE")), Path(required(cfg.out, "OUT"))
     check_places(source, out, cfg.how)
     images = class_rows(source) if cfg.label_by is None else flat_rows(source, cfg.label_by)
     paths = [path for path, _ in images]

@@ -72,7 +72,8 @@ def cross_fitted(records: Records, num_classes: int, precision: float | None = N
     for number in range(min(FOLDS, len(records))):
         judged = fold == number
         others = select(records, ~judged)
-        temperature = fit_temperature(others.logits, others.target) or 1.0
+        fitted = fit_temperature(others.logits, others.target)
+        temperature = 1.0 if fitted is None else fitted
         part = tempered(select(records, judged), temperature)
         loss[judged], probabilities[judged] = part.loss, part.probabilities
         if precision is not None:
@@ -133,7 +134,8 @@ def calibrate(records: Records, classes: Sequence[str], precision: float | None,
     """
     assert records.logits is not None
     fitted = fit_temperature(records.logits, records.target)
-    plain, better = tempered(records, 1.0), tempered(records, fitted or 1.0)
+    temperature = 1.0 if fitted is None else fitted
+    plain, better = tempered(records, 1.0), tempered(records, temperature)
     judged, kept = cross_fitted(records, len(classes), precision)
     measured: dict[str, Any] = {"images": len(records), "folds": min(FOLDS, len(records))}
     if fitted is None:
@@ -149,7 +151,7 @@ def calibrate(records: Records, classes: Sequence[str], precision: float | None,
         measured |= {"cross_fitted": _kept(judged, kept), "classes": rows}
     calibration = Calibration(
         checkpoint_sha256=checkpoint_sha256,
-        temperature=fitted or 1.0,
+        temperature=temperature,
         thresholds=tuple(limit.threshold for limit in limits),
         measured=measured,
     )

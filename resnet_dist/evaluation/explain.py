@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from resnet_dist.config.fields import option, out_of_range
+from resnet_dist.config.fields import option, out_of_range, required
 from resnet_dist.config.schema import SystemConfig
 from resnet_dist.errors import ArtifactError, DataError, UsageError
 from resnet_dist.runtime.wording import listed, suggestion
@@ -45,7 +45,7 @@ class ExplainConfig:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the settings, one line each."""
-        is_file = Path(self.run or "").suffix == ".safetensors"
+        is_file = self.run is not None and Path(self.run).suffix == ".safetensors"
         if self.run is None:
             yield "RUN is missing: a run folder or a checkpoint"
         if is_file and not self.images:
@@ -96,7 +96,7 @@ def explain_all(cfg: ExplainConfig, device: "torch.device", say: Callable[[str],
     from resnet_dist.model.checkpoint import load_checkpoint
     from resnet_dist.report.explanations import EXPLANATIONS, write_explanations
 
-    run = Path(cfg.run or "")
+    run = Path(required(cfg.run, "RUN"))
     checkpoint = run if run.is_file() or run.suffix == ".safetensors" else run / "checkpoints" / "best.safetensors"
     folder = Path(cfg.output_dir) if cfg.output_dir else inside(run, "explain", cfg.method)
     check_folder(folder, EXPLANATIONS)

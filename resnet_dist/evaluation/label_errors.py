@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet_dist.config.fields import option, out_of_range
+from resnet_dist.config.fields import option, out_of_range, required
 from resnet_dist.config.schema import ModelConfig, SystemConfig
 from resnet_dist.errors import UsageError
 
@@ -92,7 +92,7 @@ def _run(accelerator: "Accelerator", cfg: LabelErrorsConfig) -> LabelRanking:
     from resnet_dist.model.resnet import build
     from resnet_dist.runtime.accelerate import model_from_main, on_main
 
-    run = Path(cfg.run or "")
+    run = Path(required(cfg.run, "RUN"))
     on_main(accelerator, lambda: check_file(run / FILE, table_with(*COLUMNS), "RUN") if run.is_dir() else None)
     description = on_main(accelerator, lambda: load_checkpoint(run / "checkpoints" / "best.safetensors")[1])
     classes = description.classes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from resnet_dist.config.fields import option, out_of_range
+from resnet_dist.config.fields import option, out_of_range, required
 from resnet_dist.config.layers import from_keywords, keyword_signature
 from resnet_dist.config.schema import SystemConfig
 from resnet_dist.errors import UsageError, python_errors
@@ -68,17 +68,17 @@ class EvalConfig:
     @property
     def path(self) -> Path:
         """The run folder or the file."""
-        return Path(self.run or "")
+        return Path(required(self.run, "RUN"))
 
     @property
     def is_file(self) -> bool:
         """Whether RUN is a file, so that DATA and an output folder must be given."""
-        return self.path.suffix in FILES
+        return self.run is not None and self.path.suffix in FILES
 
     @property
     def is_exported(self) -> bool:
         """Whether RUN is an exported model."""
-        return self.path.suffix == ".onnx"
+        return self.run is not None and self.path.suffix == ".onnx"
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the settings, one line each."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from resnet_dist.config.fields import option
+from resnet_dist.config.fields import option, required
 from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.files.outputs import inside
 
@@ -58,7 +58,7 @@ def run_hub(cfg: HubConfig) -> HubFolder:
     from resnet_dist.report.card import read_card_facts
     from resnet_dist.report.hub_folder import why_not, write_hub_folder
 
-    run = Path(cfg.run or "")
+    run = Path(required(cfg.run, "RUN"))
     folder = Path(cfg.output_dir) if cfg.output_dir is not None else inside(run, "hub")
     card_facts = read_card_facts(run)
     files = write_hub_folder(run, folder, card_facts)

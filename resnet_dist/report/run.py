@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnet_dist.config.fields import option
+from resnet_dist.config.fields import option, required
 from resnet_dist.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run_report(cfg: ReportConfig) -> Path:
     from resnet_dist.report.on_disk import read_run_evaluation, read_run_record
     from resnet_dist.report.training import write_run_report
 
-    run = Path(cfg.run or "")
+    run = Path(required(cfg.run, "RUN"))
     if read_facts(run) and not is_run(run):  # its report.html may belong to another program
         raise UsageError(f"{run}: its run.json does not belong to a training run")
     model, description = load_checkpoint(run / "checkpoints" / "best.safetensors")

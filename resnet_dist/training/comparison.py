@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from resnet_dist.config.fields import out_of_range
+from resnet_dist.config.fields import out_of_range, required
 from resnet_dist.config.layers import convert, from_keywords, keyword_signature
 from resnet_dist.config.schema import DataConfig, TrainConfig
 from resnet_dist.config.stored import Layer, kept, read_toml, stored_config
@@ -130,7 +130,7 @@ def run_comparison(
             [] if cfg.data.data is None else [training(c, seed, folder) for c in configs for seed in range(c.seeds)]
         )
         others = [Path(run) for run in cfg.runs]
-        planned = [Path(single.run.output_dir or "") for single in trainings]
+        planned = [Path(required(single.run.output_dir, "--output-dir")) for single in trainings]
         on_main(accelerator, lambda: check_distinct([*planned, *others]))
         on_main(accelerator, lambda: prepare(folder, configs if trainings else [], others))
         done, diverged = _train_all(accelerator, trainings, display, verbose, command)

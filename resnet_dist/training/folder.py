@@ -123,7 +123,7 @@ def reopen(accelerator: Accelerator, run: RunFolder, plan: Plan, display: Displa
     """Read the newest checkpoint and check that it is of the same run. Raises UsageError, ArtifactError."""
     resumed, warnings = read_resumed(accelerator, run)
     fingerprint, share = plan.index.fingerprint(), plan.share
-    lines = on_main(accelerator, lambda: changes(resumed, plan.cfg, fingerprint, share.global_batch))
+    lines = on_main(accelerator, lambda: changes(run.path, resumed, plan.cfg, fingerprint, share.global_batch))
     for line in (*warnings, *(f"changed: {line}" for line in lines)):
         display.say(line)
     state = resumed.state

@@ -144,13 +144,15 @@ def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def changes(resumed: Resumed, cfg: TrainConfig, fingerprint: Mapping[str, Any], global_batch: int) -> list[str]:
-    """What differs from the run that is resumed, as lines `old -> new`.
+def changes(
+    run: Path, resumed: Resumed, cfg: TrainConfig, fingerprint: Mapping[str, Any], global_batch: int
+) -> list[str]:
+    """What differs from the run in this folder, which is resumed, as lines `old -> new`.
 
     Raises UsageError where the difference would make it another run: other data, classes, network or preprocessing.
     """
     facts = resumed.facts
-    with fitting(Path(cfg.run.resume or cfg.run.output_dir or "")):
+    with fitting(run):
         other_data = "" if facts["data"] == fingerprint else _data_difference(facts["data"], fingerprint)
         directory = Path(str(facts.get("directory", "")))
         differences = [

@@ -25,6 +25,7 @@ from resnet_dist.config.recipes import layers, texts
 from resnet_dist.config.schema import ARCHITECTURES, Duration, Phase, TrainConfig
 from resnet_dist.config.stored import found_again, portable, read_toml, to_toml
 from resnet_dist.errors import UsageError
+from resnet_dist.report.run import ReportConfig, run_report
 
 OPTIONS = {option.name: option for option in options_of(TrainConfig)}
 SECTIONS = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in ("recipe", "phase")]
@@ -669,3 +670,9 @@ def test_keywords_are_not_read_as_paths_in_a_stored_config(tmp_path: Path) -> No
         for value in (*words, own):
             found = found_again({section: {setting: value}}, tmp_path)
             assert found == {section: {setting: str(tmp_path / own) if value == own else value}}
+
+
+def test_a_config_without_its_run_does_not_take_this_directory() -> None:
+    """Made in Python without the check of its problems, which would have reported it."""
+    with pytest.raises(UsageError, match="RUN is missing"):
+        run_report(ReportConfig())

@@ -121,10 +121,10 @@ def test_run_of_an_older_version_goes_on_with_the_first_stream(old: Path, folder
     for stream in (0, 1):
         now = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, random_stream=stream))
         if stream == 0:
-            assert changes(resumed, now, {}, 8) == []
+            assert changes(Path("run"), resumed, now, {}, 8) == []
         else:
             with pytest.raises(UsageError, match="but --random-stream 0 -> 1"):
-                changes(resumed, now, {}, 8)
+                changes(Path("run"), resumed, now, {}, 8)
 
 
 @pytest.mark.parametrize(("stored", "typed", "stream"), [("", [], 0), ("random_stream = 3\n", [], 3), ("", ["4"], 4)])
