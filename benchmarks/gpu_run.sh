@@ -81,7 +81,7 @@ save_file(resnet18().state_dict(), root.with_name("random-resnet18.safetensors")
 P
 }
 
-for name in "${@:-facts tests steps profile ddp peers bench-ram bench-device compile18 compile50 bench-files regimes}"; do
+for name in "${@:-facts tests steps profile ddp peers bench-ram bench-device bench-augment compile18 compile50 bench-files regimes}"; do
     for wanted in $name; do
         case $wanted in
         facts)
@@ -107,6 +107,7 @@ for name in "${@:-facts tests steps profile ddp peers bench-ram bench-device com
         bench-ram) have_photographs && bench 100 bench-ram --cache ram ;;
         bench-files) have_photographs && bench 100 bench-files --cache none ;;
         bench-device) have_photographs && bench 100 bench-device --cache device --aug none ;;
+        bench-augment) have_photographs && bench 100 bench-augment --cache device --augment-on device ;;
         regimes) have_photographs && bench 100 bench-regimes --cache ram --aug none --regimes "layer4+head,head" ;;
         peers) have_photographs && stage 150 peers "$PY" benchmarks/peers/compare.py --data "$PHOTOS" \
             --weights "${LOGS%/*}/random-resnet18.safetensors" --peers "$PY" --jobs full --batch-size "$BATCH" --steps "$STEPS" \

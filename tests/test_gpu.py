@@ -27,8 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 import resnet_dist.training.loop as loop
 from export.predict import Preprocessing
 from resnet_dist.cli.main import main
-from resnet_dist.config.schema import AugmentConfig
-from resnet_dist.data.loader import DeviceImages, close_loaders
+from resnet_dist.config.schema import AugmentConfig, DataConfig
+from resnet_dist.data.device_augment import AugmentOnDevice, DrawnImages, KeptImages
+from resnet_dist.data.index import read_index
+from resnet_dist.data.loader import DeviceImages, TrainImages, close_loaders
 from resnet_dist.data.prefetch import copied_ahead
 from resnet_dist.data.transforms import Batch, ToInput, mix_of_pair
 from resnet_dist.errors import NonFiniteError
@@ -148,6 +150,30 @@ def test_input_of_the_network_has_the_bits_of_the_cpus(is_mixed: bool) -> None:
         found.append(ToInput(Preprocessing(img_size=16), device)(batch).cpu())
     differs = found[0] != found[1]
     assert not differs.any(), f"{int(differs.sum())} of {differs.numel()} values differ"
+
+
+COLOURS = {"color_jitter": 0.4, "rotation": 9.0}
+
+
+@pytest.mark.parametrize(("options", "share"), [({"erasing": 0.5}, 0.0), (COLOURS, 0.01)], ids=["geometry", "colours"])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_augmentation_on_the_device_gives_the_pixels_of_the_cpu(
+    folder: Path, options: dict[str, float], share: float, tf32: bool
+) -> None:
+    """All of them for crops and erasing; colours and rotation round, so that a few differ."""
+    table = read_index(DataConfig(data=str(folder))).train
+    cfg = AugmentConfig(**options)  # type: ignore[arg-type]
+    images = TrainImages(table, Preprocessing(img_size=32, resize=32), cfg, seed=3)
+    keys = [(epoch, index) for epoch in range(9) for index in range(9)]
+    found = []
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    for device in (torch.device("cpu"), GPU):
+        kept = KeptImages(images, device, 0)
+        batch = DrawnImages(images, kept.sizes).__getitems__(keys).to(device)
+        found.append(AugmentOnDevice(kept, images)(batch).cpu().int())
+    torch.backends.cuda.matmul.allow_tf32 = False
+    away = (found[0] - found[1]).abs()
+    assert float((away > 0).float().mean()) <= share and int(away.max()) <= 3
 
 
 def test_dropout_masks_are_those_of_the_cpu() -> None:
