@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from resnet_dist.cli.main import main
@@ -51,6 +52,20 @@ def make_folder(root: Path, train: int = 8, val: int = 5, classes: Sequence[str]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train/ and val/ of three classes; not to be changed by a test."""
     return make_folder(tmp_path_factory.mktemp("images"))
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder that `make` fills: one for all test processes side by side, which wait for the one that makes it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # that of a worker is its own
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")

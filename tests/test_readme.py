@@ -15,8 +15,8 @@ from resnet_dist.cli.parser import parse
 from tests.conftest import make_folder, write_image
 
 README = Path(__file__).parents[1] / "README.md"
-QUICK = ["--img-size", "32", "--epochs", "2", "--threads", "1"]
-QUICK += ["--weights", "resnet50.safetensors"]
+QUICK = ["--model", "resnet18", "--img-size", "32", "--epochs", "2", "--threads", "1"]
+QUICK += ["--weights", "resnet18.safetensors"]
 QUICK_PYTHON = {  # what makes the first snippet take seconds
     'model="resnet50"': 'model="resnet18", weights="none", img_size=32, threads=1',
     "epochs=10": "epochs=2",
@@ -59,9 +59,11 @@ def test_the_session_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     make_folder(Path("new_photos"), train=2, val=0, classes=["unsorted"])
     session = [line for line in commands() if any("photos" in word for word in line)]
     assert len(session) >= 8
-    save_file(torchvision.models.resnet50().state_dict(), "resnet50.safetensors")  # in place of a download
+    save_file(torchvision.models.resnet18().state_dict(), "resnet18.safetensors")  # in place of a download
     for line in session:
         quick = QUICK if line[0] in TRAINS and "--resume" not in line else []
+        if line[0] == "lr-find":
+            quick = [*QUICK, "--steps", "20"]
         if line[0] == "bench":  # of speed alone
             quick = [*QUICK[:-1], "none", "--regimes", "full", "--windows", "1", "--window-steps", "1"]
         if "--int8" in line:  # of a network that has learned next to nothing, whose classes are nearly tied

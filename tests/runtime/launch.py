@@ -24,6 +24,11 @@ def launched(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-9000:]
+    return results_in(out, processes)
+
+
+def results_in(out: Path, processes: int) -> list[dict[str, Any]]:
+    """What the processes that were launched with OUT wrote there, by rank."""
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
 

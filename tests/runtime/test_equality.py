@@ -1,35 +1,46 @@
 """The number of processes changes the time, not the data, the schedule, the loss or the metrics."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import make_folder
-from tests.runtime.equality import GLOBAL_BATCH, SCENARIOS, SCHEDULES
-from tests.runtime.launch import launched
+from tests.conftest import made_once, make_folder
+from tests.runtime.equality import GLOBAL_BATCH, OF_THREE, SCENARIOS, SCHEDULES
+from tests.runtime.launch import launched, results_in
 
 Found = list[dict[str, Any]]
+WORLDS = [2, pytest.param(3, marks=pytest.mark.matrix)]
+
+
+def of(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Each of the names with two processes, and those of OF_THREE with three as well."""
+    cells = [(2, name) for name in names]
+    more = [pytest.param(3, name, marks=pytest.mark.matrix) for name in names if name in OF_THREE]
+    return pytest.mark.parametrize(("many", "name"), [*cells, *more], indirect=["many"])
+
+
+def found_by(processes: int, factory: pytest.TempPathFactory) -> tuple[Path, Found]:
+    """What so many processes find with 42 training images of three classes: the last global batch is filled up."""
+
+    def make(out: Path) -> None:
+        launched(processes, out, "tests.runtime.equality", make_folder(out / "images", train=14, val=5))
+
+    out = made_once(factory, f"equality-{processes}", make)
+    return out, results_in(out, processes)
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """42 training images of three classes, so that the last global batch is filled up."""
-    return make_folder(tmp_path_factory.mktemp("equal"), train=14, val=5)
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found]:
+    return found_by(1, tmp_path_factory)
 
 
-@pytest.fixture(scope="module")
-def one(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found]:
-    out = tmp_path_factory.mktemp("one")
-    return out, launched(1, out, "tests.runtime.equality", images)
-
-
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.matrix)])
-def many(request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found]:
-    out = tmp_path_factory.mktemp("many")
-    return out, launched(request.param, out, "tests.runtime.equality", images)
+@pytest.fixture(scope="module", params=WORLDS)
+def many(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found]:
+    return found_by(request.param, tmp_path_factory)
 
 
 Result = tuple[Path, Found]
@@ -44,11 +55,11 @@ def test_the_first_line_has_the_number_of_processes(many: Result) -> None:
     assert all(result["line"].startswith(f"{len(found)} processes on cpu, gloo") for result in found)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_learning_rates_are_identical(one: Result, many: Result, schedule: str) -> None:
-    expected = [row["lr"] for row in steps(one[0], f"rates-{schedule}")]
-    assert len(expected) == 8 and (schedule == "constant") is (len({str(rate) for rate in expected}) == 1)
-    assert [row["lr"] for row in steps(many[0], f"rates-{schedule}")] == expected
+@of(SCHEDULES)
+def test_learning_rates_are_identical(one: Result, many: Result, name: str) -> None:
+    expected = [row["lr"] for row in steps(one[0], f"rates-{name}")]
+    assert len(expected) == 8 and (name == "constant") is (len({str(rate) for rate in expected}) == 1)
+    assert [row["lr"] for row in steps(many[0], f"rates-{name}")] == expected
 
 
 def test_samples_pixels_partners_and_masks_are_identical(one: Result, many: Result) -> None:
@@ -61,7 +72,7 @@ def test_samples_pixels_partners_and_masks_are_identical(one: Result, many: Resu
     assert len(set(everything)) > 80, "the epochs were to be augmented differently"
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@of(SCENARIOS)
 def test_gradient_of_the_first_step(one: Result, many: Result, name: str) -> None:
     expected = one[1][0][name]["gradient"]
     for result in many[1]:
@@ -69,14 +80,14 @@ def test_gradient_of_the_first_step(one: Result, many: Result, name: str) -> Non
         assert difference < 1e-5
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@of(SCENARIOS)
 def test_losses_are_the_same(one: Result, many: Result, name: str) -> None:
     expected = [row["loss"] for row in steps(one[0], f"run-{name}")]
     assert len(expected) >= 2
     assert [row["loss"] for row in steps(many[0], f"run-{name}")] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sgd", "focal"])
+@of(["sgd", "focal"])
 def test_parameters_after_training(one: Result, many: Result, name: str) -> None:
     """Of SGD only: adaptive optimizers divide by the gradient's size, and so make much of its rounding."""
     expected = one[1][0][name]["parameters"]

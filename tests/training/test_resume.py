@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from resnet_dist.cli.main import main
 from resnet_dist.training.state import newest_state
-from tests.conftest import TINY
+from tests.conftest import TINY, made_once
 from tests.launch.helpers import LAUNCH, Command
 from tests.training.interrupted import interrupt
 
@@ -40,15 +41,15 @@ def launched(processes: int, *arguments: str | Path, module: str = "resnet_dist"
 
 @pytest.fixture(scope="session")
 def uninterrupted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The run that nobody interrupts, by number of processes; made once."""
-    made: dict[int, Path] = {}
+    """The run that nobody interrupts, by number of processes; made once. The file `seconds` beside it has its time."""
 
     def get(processes: int) -> Path:
-        if processes not in made:
-            made[processes] = tmp_path_factory.mktemp("whole") / "run"
-            arguments = ["train", str(folder), *EVERYTHING, "-o", str(made[processes])]
+        def make(place: Path) -> None:
+            arguments, began = ["train", str(folder), *EVERYTHING, "-o", str(place / "run")], time.monotonic()
             assert (main(arguments) if processes == 1 else launched(processes, *arguments)) == 0
-        return made[processes]
+            (place / "seconds").write_text(str(time.monotonic() - began))
+
+        return made_once(tmp_path_factory, f"uninterrupted-{processes}", make) / "run"
 
     return get
 
