@@ -38,7 +38,7 @@ from resnet_dist.model.head import dropout_mask
 from resnet_dist.model.trainable import train_mode
 from resnet_dist.training.features import Features
 from resnet_dist.training.job import Job
-from tests.conftest import TINY, run_program
+from tests.conftest import TINY, make_folder, run_program
 from tests.training.helpers import job_of
 from tests.training.interrupted import interrupt
 
@@ -474,3 +474,23 @@ def test_batch_that_does_not_fit_is_one_line(folder: Path, tmp_path: Path) -> No
     lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     assert len(lines) == 1 and "out of memory with 100000 images per process" in lines[0], done.stderr[-4000:]
     assert "Traceback" not in done.stderr
+
+
+def test_largest_batch_trains_and_one_twice_as_large_does_not_fit(folder: Path, tmp_path: Path) -> None:
+    """With a limit on the process's memory, so that it takes seconds: of 240 images, all would fit otherwise."""
+    options = ["--model", "resnet50", "--weights", "none", "--img-size", "224", "--epochs", "1", "--threads", "1"]
+    data = make_folder(tmp_path / "images", train=80, val=2)
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    torch.cuda.set_per_process_memory_fraction(6 * 2**30 / total)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, total))
+            job = job_of(tmp_path / "run", data, *options, "--batch-size", "auto", "--mixed-precision", "no")
+        size = job.plan.share.batch_size
+        assert 8 <= size < 160, size
+        loop.train(job)
+        del job
+        with pytest.raises(torch.OutOfMemoryError):
+            loop.train(job_of(tmp_path / "more", data, *options, "-b", str(2 * size), "--mixed-precision", "no"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

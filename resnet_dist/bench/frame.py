@@ -58,7 +58,7 @@ def run_measurement(cfg: MeasuredTraining, measure: Callable[[Setup], Result]) -
         folder = Path(name)
         steps = cfg.epoch_steps or enough_steps(accelerator, cfg.train_config(""))
         training = with_images(accelerator, cfg, steps, folder, say)
-        with machine_errors(accelerator, cfg.data.batch_size, cfg.optim.grad_accum):
+        with machine_errors(accelerator, cfg.batch_size, cfg.optim.grad_accum):
             result = measure(Setup(accelerator, training, steps, folder, say))
     on_main(accelerator, lambda: publish(result, cfg.json))
 
@@ -83,7 +83,7 @@ def with_images(
     made = on_main(accelerator, lambda: str(folder / "photographs"))
     if cfg.data.data is None:
         say("no DATA: synthetic photographs are used")
-        count = steps * accelerator.num_processes * cfg.data.batch_size * cfg.optim.grad_accum
+        count = steps * accelerator.num_processes * cfg.batch_size * cfg.optim.grad_accum
         on_main(accelerator, lambda: photographs(Path(made), count))
     return cfg.train_config(made)
 

@@ -16,7 +16,10 @@ from resnet_dist.config.schema import (
     SystemConfig,
     TrainConfig,
 )
+from resnet_dist.errors import UsageError
 from resnet_dist.files.outputs import json_problems
+
+NOT_AUTO = "--batch-size auto: give the number of images to measure"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,13 @@ class MeasuredTraining:
     json: str | None = None
     """JSON file to which all measurements are written."""
 
+    @property
+    def batch_size(self) -> int:
+        """Images per batch and process. Raises UsageError for `auto`: what is measured must be stated."""
+        if self.data.batch_size == "auto":
+            raise UsageError(NOT_AUTO)
+        return self.data.batch_size
+
     def train_config(self, data: str) -> TrainConfig:
         """The training that is measured, on the images in `data` if the options name none.
 
@@ -57,6 +67,8 @@ class MeasuredTraining:
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
         yield from self.train_config("DATA").problems()
+        if self.data.batch_size == "auto":
+            yield NOT_AUTO
         yield from json_problems("--json", self.json, *self.JSON_KEYS)
         yield from out_of_range(self, self.LEAST_EPOCHS, math.inf, "epochs")
         yield from out_of_range(self, 1, math.inf, "epoch_steps")

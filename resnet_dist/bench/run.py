@@ -76,7 +76,7 @@ def settings(job: Job) -> dict[str, Any]:
     return {
         "model": cfg.model.model,
         "img_size": job.plan.spec.img_size,
-        "batch_size": cfg.data.batch_size,
+        "batch_size": job.plan.share.batch_size,
         "grad_accum": cfg.optim.grad_accum,
         "precision": str(job.accelerator.mixed_precision),
         "optimizer": cfg.optim.opt,

@@ -146,7 +146,8 @@ def _metavar(kind: Any, name: str) -> str:
     if typing.get_origin(kind) is Literal:
         return "{" + ",".join(arguments) + "}"
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return _metavar(next(a for a in arguments if a is not type(None)), name)
+        parts = [_metavar(a, name) for a in arguments if a is not type(None)]
+        return parts[0] if len(parts) == 1 else "|".join(part.strip("{}") for part in parts)
     if typing.get_origin(kind) is tuple:
         return _metavar(arguments[0], name) + ",..."
     names = {int: "N", float: "X", str: METAVARS.get(name, "TEXT"), Duration: "DURATION"}

@@ -114,6 +114,9 @@ def convert(kind: Any, value: Any) -> Any:
     arguments = typing.get_args(kind)
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):
+        words = [word for a in arguments if typing.get_origin(a) is Literal for word in typing.get_args(a)]
+        if value in words:
+            return value
         return convert(next(a for a in arguments if a is not type(None)), value)
     if origin is Literal:
         if value not in arguments:

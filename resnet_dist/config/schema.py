@@ -17,6 +17,7 @@ from resnet_dist.runtime.wording import counted
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BEST_METRICS = {"top1": "max", "top5": "max", "macro_f1": "max", "loss": "min"}
+DEFAULT_BATCH_SIZE = 32
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
 
 
@@ -42,8 +43,8 @@ class DataConfig:
     """What to do with unusable images; skipped ones are listed in bad_images.txt."""
     max_bad_share: float = 0.01
     """Largest share of unusable images that --bad-images skip accepts."""
-    batch_size: int = option(32, "-b", "--per-device-train-batch-size")
-    """Images per batch and process."""
+    batch_size: int | Literal["auto"] = option(DEFAULT_BATCH_SIZE, "-b", "--per-device-train-batch-size")
+    """Images per batch and process; auto: the largest number that fits in the memory of the GPU, found by trying."""
     global_batch_size: int | None = None
     """Images per optimizer step, over all processes and accumulated batches; replaces --batch-size."""
     eval_batch_size: int | None = option(None, "--per-device-eval-batch-size", "--val-batch-size")
@@ -66,7 +67,11 @@ class DataConfig:
             yield "DATA is missing: a folder of images with one sub-folder per class, or a CSV manifest"
         if not 0 < self.val_split < 1:
             yield f"--val-split {self.val_split:g}: must be between 0 and 1"
-        yield from out_of_range(self, 1, math.inf, "batch_size", "global_batch_size", "eval_batch_size")
+        if self.batch_size != "auto":
+            yield from out_of_range(self, 1, math.inf, "batch_size")
+        elif self.global_batch_size is not None:
+            yield "--batch-size auto and --global-batch-size both set the batch size: give one of them"
+        yield from out_of_range(self, 1, math.inf, "global_batch_size", "eval_batch_size")
         yield from out_of_range(self, 0, 1024, "workers")
         yield from out_of_range(self, 0, 1, "max_bad_share")
         if self.cache_dir is not None and self.cache != "disk":
@@ -461,7 +466,7 @@ class TrainConfig:
                 yield "--augment-on device does not work with --cache-features N, which needs each view only once"
         if self.run.init_from is not None and self.model.weights != "none":
             yield f"--init-from and --weights {self.model.weights} both set the initial weights: give one of them"
-        if self.data.global_batch_size is None:
+        if self.data.global_batch_size is None and self.data.batch_size != "auto":
             yield from self.problems_of_batch(self.data.batch_size)
 
     def problems_of_batch(self, batch_size: int) -> Iterator[str]:

@@ -27,6 +27,7 @@ from resnet_dist.model.trainable import batch_norm_of_one_value, select, updatin
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.accelerate import on_main
 from resnet_dist.runtime.wording import counted
+from resnet_dist.training.batch_size import find_batch_size
 from resnet_dist.training.optim import (
     DEFAULT_MOMENTUM,
     DEFAULT_WEIGHT_DECAY,
@@ -149,13 +150,15 @@ def make_plan(accelerator: Accelerator, cfg: TrainConfig, train_transform: Trans
         )
     index, bad = on_main(accelerator, lambda: usable(read_index(cfg.data), cfg.data))
     architecture = Architecture.of(cfg.model, len(index.classes))
-    model, share = empty(architecture), share_of(cfg, accelerator)
+    spec = on_main(accelerator, lambda: preprocessing(cfg.preprocess, _weights_preprocessing(cfg)))
+    model = empty(architecture)
+    batch_size, batch_reasons = plan_batch_size(accelerator, cfg, architecture, spec.img_size, len(index.train))
+    share = share_of(cfg, accelerator, batch_size)
     stream, stream_reasons = random_stream(accelerator, cfg)
     optimizer, reasons = plan_optimizer(cfg, model, share.global_batch)
     stored = with_decisions(cfg, share, stream, optimizer)
     lengths = zip(cfg.phase, cfg.phase_epochs(), strict=True)
     phases = tuple(plan_phase(phase, epochs, model, stored.optim, optimizer) for phase, epochs in lengths)
-    spec = on_main(accelerator, lambda: preprocessing(cfg.preprocess, _weights_preprocessing(cfg)))
     batch_norm_trains = any(phase.updating for phase in phases)
     workers, eval_batch_size = cfg.data.workers, cfg.data.eval_batch_size
     plan = Plan(
@@ -169,7 +172,7 @@ def make_plan(accelerator: Accelerator, cfg: TrainConfig, train_transform: Trans
         optimizer=optimizer,
         phases=phases,
         sync_bn=choose_sync_bn(cfg.system.sync_bn, accelerator, batch_norm_trains, share.batch_size),
-        reasons=(*reasons, *stream_reasons),
+        reasons=(*batch_reasons, *reasons, *stream_reasons),
         bad_images=tuple(bad),
         train_transform=train_transform,
     )
@@ -177,8 +180,20 @@ def make_plan(accelerator: Accelerator, cfg: TrainConfig, train_transform: Trans
     return plan
 
 
-def share_of(cfg: TrainConfig, accelerator: Accelerator) -> Share:
-    """This process's part of the global batch: --global-batch-size divided, or --batch-size as it is.
+def plan_batch_size(
+    accelerator: Accelerator, cfg: TrainConfig, architecture: Architecture, img_size: int, images: int
+) -> tuple[int, list[str]]:
+    """--batch-size as it is, or, for `auto`, the size that a trial finds and the reason. Raises MachineError."""
+    asked = cfg.data.batch_size
+    if asked != "auto":
+        return asked, []
+    planned, _ = plan_optimizer(cfg, empty(architecture), 1)
+    size, reason = find_batch_size(accelerator, cfg, architecture, img_size, planned, images)
+    return size, [reason]
+
+
+def share_of(cfg: TrainConfig, accelerator: Accelerator, batch_size: int) -> Share:
+    """This process's part of the global batch: --global-batch-size divided, or `batch_size` as it is.
 
     A run stores the global batch size: resumed by another number of processes, it is divided among those. Raises
     UsageError if it is not a multiple.
@@ -188,7 +203,7 @@ def share_of(cfg: TrainConfig, accelerator: Accelerator) -> Share:
     if wanted is not None and wanted % parts:
         how = f"{counted(processes, 'process')} x {counted(accumulate, 'accumulated batch')}"
         raise UsageError(f"--global-batch-size {wanted}: not a multiple of {parts} ({how})")
-    batch_size = cfg.data.batch_size if wanted is None else wanted // parts
+    batch_size = batch_size if wanted is None else wanted // parts
     problems = list(cfg.problems_of_batch(batch_size))
     if problems:
         raise UsageError(problems)
