@@ -33,7 +33,7 @@ from resnet_dist.runtime.wording import counted
 from resnet_dist.training.compile import compiled, pays
 from resnet_dist.training.features import Input, Source, source
 from resnet_dist.training.job import Job
-from resnet_dist.training.optim import build_optimizer, param_groups, scaled_step, step_if_finite
+from resnet_dist.training.optim import build_optimizer, param_groups, rates_now, scaled_step, step_if_finite
 from resnet_dist.training.plan import PlannedPhase
 from resnet_dist.training.resume import Resumed, restore_learner, save_state
 from resnet_dist.training.schedule import Schedule
@@ -240,7 +240,7 @@ def poll(job: Job, learner: Learner, state: State) -> None:
     learner.tally.values.zero_()
     added = (sums.loss, sums.weight, sums.correct, sums.images)
     state.sums = [a + b for a, b in zip(state.sums, added, strict=True)]
-    rates = {group["name"].partition("/")[0]: group["lr"] for group in learner.optimizer.param_groups}
+    rates = rates_now(learner.optimizer)
     shown = {"loss": f"{sums.mean_loss:.4f}", "top1": f"{sums.top1:.4f}"}
     row: dict[str, Any] = {"step": state.steps_done, "epoch": state.epochs_done + 1, "phase": state.phase + 1}
     row |= {"loss": sums.mean_loss, "top1": sums.top1, "lr": rates}

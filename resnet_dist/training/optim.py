@@ -1,7 +1,7 @@
 """Parameter groups with a learning rate per stage, the optimizers, and what lr is taken where none is given."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,32 +90,29 @@ def stage_rates(cfg: OptimConfig, lr: float, phase: Phase) -> dict[str, float]:
 
 
 def param_groups(model: nn.Module, planned: PlannedOptimizer, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The parameters that learn, grouped by stage and by whether weight decay applies.
+    """The parameters that learn, grouped by learning rate and weight decay: a step is one fused operation per group.
 
-    `rates` has the learning rate of every stage that learns. Each group has a `name`, its `params`, `lr`, `base_lr`
-    (what the schedule multiplies) and `weight_decay`. BatchNorm and biases (parameters of one dimension) have no weight
-    decay unless the settings say so; their group's name has a "/no-decay" behind the stage's.
+    `rates` has the learning rate of every stage that learns. Each group has the `stages` and the `params` in it, `lr`,
+    `base_lr` (what the schedule multiplies) and `weight_decay`. BatchNorm and biases (parameters of one dimension) have
+    no weight decay unless the settings say so.
     """
-    groups = []
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for stage, rate in rates.items():
-        learning = [p for name, p in model.named_parameters() if p.requires_grad and stage_of(name) == stage]
-        for name, parameters, decay in _by_decay(stage, learning, planned):
-            groups.append({"name": name, "params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay})
-    return groups
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and stage_of(name) == stage:
+                decay = planned.weight_decay if parameter.ndim > 1 or planned.decay_norm_and_bias else 0.0
+                new = {"stages": [], "params": [], "lr": rate, "base_lr": rate, "weight_decay": decay}
+                group = groups.setdefault((rate, decay), new)
+                group["params"].append(parameter)
+                if stage not in group["stages"]:
+                    group["stages"].append(stage)
+    return list(groups.values())
 
 
-def _by_decay(
-    stage: str, parameters: list[nn.Parameter], planned: PlannedOptimizer
-) -> Iterator[tuple[str, list[nn.Parameter], float]]:
-    decay = planned.weight_decay
-    if decay == 0 or planned.decay_norm_and_bias:
-        parts = [(stage, parameters, decay)]
-    else:
-        parts = [
-            (stage, [p for p in parameters if p.ndim > 1], decay),
-            (f"{stage}/no-decay", [p for p in parameters if p.ndim <= 1], 0.0),
-        ]
-    return ((name, members, rate) for name, members, rate in parts if members)
+def rates_now(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rate that every stage that learns has at the moment, from the stem to the head."""
+    rates = {stage: group["lr"] for group in optimizer.param_groups for stage in group["stages"]}
+    return {stage: rates[stage] for stage in STAGES if stage in rates}
 
 
 def build_optimizer(groups: list[dict[str, Any]], planned: PlannedOptimizer) -> torch.optim.Optimizer:

@@ -28,6 +28,7 @@ from resnet_dist.training.lr_range import (
     typed,
     valley,
 )
+from resnet_dist.training.optim import rates_now
 from tests.conftest import TINY
 from tests.runtime.test_program import ACCELERATE, program
 from tests.training.helpers import config_of, job_of
@@ -96,7 +97,7 @@ def test_train_with_what_is_suggested_trains_with_what_was_tried(
     tried: list[dict[str, float]] = []
 
     def note(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
-        tried.append({group["name"].partition("/")[0]: group["lr"] for group in learner.optimizer.param_groups})
+        tried.append(rates_now(learner.optimizer))
         train_step(job, learner, batches)
 
     monkeypatch.setattr(lr_range, "train_step", note)
@@ -120,7 +121,7 @@ def test_losses_are_those_of_the_loop_at_these_rates(folder: Path, tmp_path: Pat
     batches = itertools.chain(*(learner.source.train_loader.epoch(epoch) for epoch in (0, 1)))
     for rate, loss, step in zip(test.rates, test.losses, batches, strict=False):
         set_rates(learner.optimizer, rate / 0.01)
-        rates = {group["name"]: group["lr"] for group in learner.optimizer.param_groups}
+        rates = rates_now(learner.optimizer)
         assert rates["head"] == pytest.approx(rate) and rates["layer1"] == pytest.approx(rate / 100)
         learner.tally.values.zero_()
         train_step(other, learner, step)

@@ -9,7 +9,7 @@ from resnet_dist.config.schema import OptimConfig, Phase
 from resnet_dist.model.resnet import Architecture, empty, stage_of
 from resnet_dist.model.trainable import select, set_trainable
 from resnet_dist.training import optim
-from resnet_dist.training.optim import PlannedOptimizer, param_groups, stage_rates
+from resnet_dist.training.optim import PlannedOptimizer, param_groups, rates_now, stage_rates
 from resnet_dist.training.plan import plan_optimizer
 from tests.training.helpers import config_of
 
@@ -63,6 +63,27 @@ def test_every_learning_parameter_is_in_one_group(decay_all: bool) -> None:
     for name, value in decay.items():
         is_norm_or_bias = ".bn" in name or "downsample.1" in name or name.endswith("bias")
         assert value == (0.01 if decay_all or not is_norm_or_bias else 0.0), name
+
+
+@pytest.mark.parametrize(
+    ("rates", "groups"),
+    [
+        (dict.fromkeys(STAGES, 0.1), 2),
+        (dict.fromkeys(STAGES, 0.001) | {"head": 0.1}, 4),
+        ({stage: 0.1 * number for number, stage in enumerate(STAGES)}, 12),
+        ({"stem": 0.1, "layer1": 0.2, "layer2": 0.1, "head": 0.2}, 4),
+    ],
+)
+def test_stages_of_one_rate_share_their_groups(rates: dict[str, float], groups: int) -> None:
+    """Twelve groups would be twelve launches; every stage still shows its own rate, in the order of the stages."""
+    model = empty(ARCHITECTURE)
+    set_trainable(model, [name for name, _ in model.named_parameters() if stage_of(name) in rates])
+    made = param_groups(model, planned_optimizer(weight_decay=0.01), rates)
+    assert len(made) == groups
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sorted(map(id, learning)) == sorted(id(parameter) for group in made for parameter in group["params"])
+    now = rates_now(torch.optim.SGD(made))
+    assert now == rates and list(now) == [stage for stage in STAGES if stage in rates]
 
 
 @pytest.mark.parametrize(
