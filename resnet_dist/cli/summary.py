@@ -32,33 +32,19 @@ class Config:
 
 
 def main(cfg: Config) -> int:
-    """Print the table. Returns the exit code."""
+    """Print the table and the totals. Returns the exit code."""
     from rich.console import Console
     from rich.table import Table
 
-    from resnet_dist.model.resnet import Architecture, empty
-    from resnet_dist.model.summary import summarise
-    from resnet_dist.model.trainable import select, set_trainable, updating_batch_norms
+    from resnet_dist.model.summary import COLUMNS, summary_of
 
-    architecture = Architecture.of(cfg.model, cfg.num_classes)
-    model = empty(architecture)
-    phase = cfg.phase[cfg.phase_number - 1]
-    set_trainable(model, select(model, phase.trainable))
-    layers = summarise(model, cfg.img_size)
+    summary = summary_of(cfg.model, cfg.num_classes, cfg.img_size, cfg.phase[cfg.phase_number - 1])
     table = Table(title=f"{cfg.model.model}, {cfg.img_size} x {cfg.img_size} pixels", title_justify="left")
-    for column in ("layer", "kind", "output", "parameters", "trainable", "MFLOPs"):
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
-    for layer in layers:
-        shape = " x ".join(map(str, layer.shape))
-        counts = [f"{n:,}" if n else "" for n in (layer.parameters, layer.trainable)]
-        table.add_row(layer.name, layer.kind, shape, *counts, f"{layer.flops / 1e6:,.1f}" if layer.flops else "")
+    for row in summary.rows():
+        table.add_row(*row)
     Console(width=None if Console().is_terminal else 110).print(table)
-    total, learning = (sum(getattr(layer, name) for layer in layers) for name in ("parameters", "trainable"))
-    flops = sum(layer.flops for layer in layers)
-    updating = len(updating_batch_norms(model, phase))
-    print(f"parameters {total:,}, trainable {learning:,} ('{phase.trainable}'), {4 * total / 2**20:.1f} MiB in float32")
-    print(
-        f"forward {flops / 1e9:.3f} GFLOPs per image (2 per multiply-add); "
-        f"BatchNorm statistics update in {counted(updating, 'layer')}"
-    )
+    for line in summary.lines():
+        print(line)
     return 0

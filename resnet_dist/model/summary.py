@@ -1,12 +1,19 @@
 """The layers of a network: output shapes, parameters, and FLOPs counted by torch's own counter."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from resnet_dist.config.schema import ModelConfig, Phase
+from resnet_dist.model.resnet import Architecture, empty
+from resnet_dist.model.trainable import select, set_trainable, updating_batch_norms
+from resnet_dist.runtime.wording import counted
+
+COLUMNS = ("layer", "kind", "output", "parameters", "trainable", "MFLOPs")
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,45 @@ class Layer:
     parameters: int
     trainable: int
     flops: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The layers of a network, and what learns in one phase.
+
+    Attributes:
+        layers: in the order in which they run.
+        phase: the phase that decides what is trainable.
+        updating: the number of BatchNorm layers whose statistics are updated.
+    """
+
+    layers: Sequence[Layer]
+    phase: Phase
+    updating: int
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """A row of text for each layer, with the values of COLUMNS."""
+        for layer in self.layers:
+            counts = (f"{n:,}" if n else "" for n in (layer.parameters, layer.trainable))
+            flops = f"{layer.flops / 1e6:,.1f}" if layer.flops else ""
+            yield layer.name, layer.kind, " x ".join(map(str, layer.shape)), *counts, flops
+
+    def lines(self) -> Iterator[str]:
+        """The totals as text."""
+        parameters, trainable, flops = (
+            sum(getattr(layer, name) for layer in self.layers) for name in ("parameters", "trainable", "flops")
+        )
+        trained = f"trainable {trainable:,} ('{self.phase.trainable}')"
+        yield f"parameters {parameters:,}, {trained}, {4 * parameters / 2**20:.1f} MiB in float32"
+        updates = f"BatchNorm statistics update in {counted(self.updating, 'layer')}"
+        yield f"forward {flops / 1e9:.3f} GFLOPs per image (2 per multiply-add); {updates}"
+
+
+def summary_of(cfg: ModelConfig, num_classes: int, img_size: int, phase: Phase) -> Summary:
+    """Summarise a network without computing anything. Raises UsageError if the phase selects nothing."""
+    model = empty(Architecture.of(cfg, num_classes))
+    set_trainable(model, select(model, phase.trainable))
+    return Summary(summarise(model, img_size), phase, len(updating_batch_norms(model, phase)))
 
 
 def summarise(model: nn.Module, img_size: int) -> list[Layer]:
