@@ -75,22 +75,24 @@ def draw(key: int, steps: Sequence[v2.Transform], hflip: float, height: int, wid
     if not steps:
         return Changes((0, 0, height, width))
     torch.default_generator.manual_seed(key)
-    changes: dict[str, bool | float | tuple[object, ...]] = {"flip": bool(torch.rand(()) < hflip)}
+    flip = bool(torch.rand(()) < hflip)
     crop, *others = steps
-    changes["box"] = _box(crop.make_params([_of_shape(height, width)]))
+    box = _box(crop.make_params([_of_shape(height, width)]))
     image = _of_shape(size, size)
+    colours: tuple[tuple[int, float], ...] = ()
+    angle, erased = 0.0, (0, 0, 0, 0)
     for step in others:
         if isinstance(step, v2.RandomErasing) and torch.rand(1) >= step.p:
             continue
         drawn = step.make_params([image])
         if isinstance(step, v2.ColorJitter):
             factors = [drawn["brightness_factor"], drawn["contrast_factor"], drawn["saturation_factor"]]
-            changes["colours"] = tuple((kind, factors[kind]) for kind in drawn["fn_idx"].tolist() if kind < 3)
+            colours = tuple((kind, factors[kind]) for kind in drawn["fn_idx"].tolist() if kind < 3)
         elif isinstance(step, v2.RandomRotation):
-            changes["angle"] = drawn["angle"]
+            angle = drawn["angle"]
         elif drawn["v"] is not None:
-            changes["erased"] = (drawn["i"], drawn["j"], drawn["h"], drawn["w"])
-    return Changes(**changes)  # type: ignore[arg-type]
+            erased = (drawn["i"], drawn["j"], drawn["h"], drawn["w"])
+    return Changes(box, colours, angle, erased, flip)
 
 
 def _of_shape(height: int, width: int) -> torch.Tensor:
