@@ -83,7 +83,7 @@ def with_images(
     made = on_main(accelerator, lambda: str(folder / "photographs"))
     if cfg.data.data is None:
         say("no DATA: synthetic photographs are used")
-        count = steps * accelerator.num_processes * cfg.batch_size * cfg.optim.grad_accum
+        count = steps * cfg.images_per_step(accelerator.num_processes)
         on_main(accelerator, lambda: photographs(Path(made), count))
     return cfg.train_config(made)
 

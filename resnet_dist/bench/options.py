@@ -49,6 +49,10 @@ class MeasuredTraining:
             raise UsageError(NOT_AUTO)
         return self.data.batch_size
 
+    def images_per_step(self, processes: int) -> int:
+        """Images per optimizer step of all processes together."""
+        return self.data.global_batch_size or processes * self.batch_size * self.optim.grad_accum
+
     def train_config(self, data: str) -> TrainConfig:
         """The training that is measured, on the images in `data` if the options name none.
 

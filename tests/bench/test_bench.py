@@ -250,6 +250,14 @@ def test_options_that_cannot_be_measured_are_refused(refused: Any, arguments: li
     assert said in refused(2, "bench", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("typed", "images"), [("-b 8", 16), ("-b 8 --grad-accum 4", 64), ("--global-batch-size 24 --grad-accum 3", 24)]
+)
+def test_as_many_photographs_are_made_as_a_step_takes(typed: str, images: int) -> None:
+    cfg: BenchConfig = parse(BenchConfig, typed.split(), "resnet-dist bench")
+    assert cfg.images_per_step(processes=2) == images
+
+
 def test_images_on_the_device_may_be_changed_there() -> None:
     assert parse(BenchConfig, ["--cache", "device", "--augment-on", "device"], "resnet-dist bench").data.data is None
 
