@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
+from resnet_dist.config.schema import TrainConfig
 from resnet_dist.data.index import ImageTable
 from resnet_dist.data.loader import EvalImages, EvalLoader, Key, TrainImages, TrainLoader, unpacked
 from resnet_dist.data.transforms import Batch
@@ -143,9 +145,9 @@ def source(job: Job, phase: PlannedPhase) -> Source:
     if asked == "off" or stage == "stem" or phase.epochs == 1:
         return images
     prefix, rest = cut(job.model, stage)
-    example = _example(job, prefix)
+    example = _example(job.accelerator, prefix, job.plan.spec.img_size)
     val = Features(prefix, [EvalImages(job.plan.index.val, job.plan.spec)], example)
-    train = _of_training(job, prefix, example)
+    train = _of_training(job.plan.cfg, job.train_images, prefix, example)
     room = on_main(job.accelerator, lambda: _room(job.accelerator.device))
     fits = [features for features in (val, train) if features is not None]
     while fits and sum(features.bytes for features in fits) > room:
@@ -169,20 +171,19 @@ def source(job: Job, phase: PlannedPhase) -> Source:
     return images
 
 
-def _of_training(job: Job, prefix: nn.Module, example: torch.Tensor) -> Features | None:
-    asked, cfg, images = job.plan.cfg.system.cache_features, job.plan.cfg.augment, job.train_images
-    if cfg.mixup or cfg.cutmix or (asked == "auto" and cfg.aug != "none"):
+def _of_training(cfg: TrainConfig, images: TrainImages, prefix: nn.Module, example: torch.Tensor) -> Features | None:
+    asked, augment = cfg.system.cache_features, cfg.augment
+    if augment.mixup or augment.cutmix or (asked == "auto" and augment.aug != "none"):
         return None
-    views = 1 if cfg.aug == "none" else int(asked)
+    views = 1 if augment.aug == "none" else int(asked)
     return Features(prefix, [View(images, epoch) for epoch in range(views)], example)
 
 
 @torch.no_grad()
-def _example(job: Job, prefix: nn.Module) -> torch.Tensor:
-    size = job.plan.spec.img_size
+def _example(accelerator: Accelerator, prefix: nn.Module, size: int) -> torch.Tensor:
     prefix.eval()
-    with job.accelerator.autocast():
-        values: torch.Tensor = prefix(torch.zeros(1, 3, size, size, device=job.accelerator.device))
+    with accelerator.autocast():
+        values: torch.Tensor = prefix(torch.zeros(1, 3, size, size, device=accelerator.device))
     return _stored(values)
 
 

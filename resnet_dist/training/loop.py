@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from resnet_dist.config.schema import BEST_METRICS
@@ -33,6 +34,7 @@ from resnet_dist.runtime.wording import counted
 from resnet_dist.training.compile import compiled, pays
 from resnet_dist.training.features import Input, Source, source
 from resnet_dist.training.job import Job
+from resnet_dist.training.losses import Loss
 from resnet_dist.training.optim import build_optimizer, param_groups, rates_now, scaled_step, step_if_finite
 from resnet_dist.training.plan import PlannedPhase
 from resnet_dist.training.resume import Resumed, restore_learner, save_state
@@ -45,10 +47,10 @@ from resnet_dist.training.tally import Sums, Tally
 class Learner:
     """What a phase has of its own: where its samples come from, the wrapped network, the optimizer and the schedule.
 
-    `forward` is the wrapped network, or the compiled form of it, which only training uses. `tally` is what this process
-    adds up between two polls. `skipped`, float32 () on the device, counts the steps of the phase that fp16 skipped
-    because a gradient overflowed; it is the same on every process. `batch_norms` are the layers whose counters a step
-    raises together.
+    `net` is the wrapped network: no_sync, clipping and unwrapping need it. `forward` is the same, or its compiled form,
+    which only the forward pass of training uses. `tally` is what this process adds up between two polls. `skipped`,
+    float32 () on the device, counts the steps of the phase that fp16 skipped because a gradient overflowed; it is the
+    same on every process. `batch_norms` are the layers whose counters a step raises together.
     """
 
     phase: PlannedPhase
@@ -162,7 +164,7 @@ def train_step(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
     """
     accelerator = job.accelerator
     batches = [batch.to(accelerator.device) for batch in batches]
-    mine, total = denominator(job, batches)
+    mine, total = denominator(accelerator, job.loss, batches)
     tally = learner.tally
     for number, batch in enumerate(batches):
         set_sample_keys(learner.source.train_module, batch.keys)
@@ -202,15 +204,17 @@ def update(job: Job, learner: Learner) -> None:
         job.ema.update()
 
 
-def denominator(job: Job, batches: Sequence[Batch]) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+def denominator(
+    accelerator: Accelerator, loss: Loss, batches: Sequence[Batch]
+) -> tuple[torch.Tensor | float, torch.Tensor | float]:
     """The summed weights of the samples of a step: of this process, and of all of them."""
-    weights = [job.loss.denominators(batch) for batch in batches]
-    known = [weight.sum() for weight in weights if weight is not None]
-    if not known:
+    weights = [loss.denominators(batch) for batch in batches]
+    sums = [weight.sum() for weight in weights if weight is not None]
+    if not sums:
         count = float(sum(len(batch.targets) for batch in batches))
-        return count, count * job.accelerator.num_processes
-    mine = torch.stack(known).sum()
-    return mine, job.accelerator.reduce(mine, "sum")
+        return count, count * accelerator.num_processes
+    mine = torch.stack(sums).sum()
+    return mine, accelerator.reduce(mine, "sum")
 
 
 def compile_if_it_pays(job: Job, learner: Learner, state: State, started: float) -> None:
@@ -270,7 +274,7 @@ def check_finite(job: Job, learner: Learner, state: State) -> Sums:
         saved = f"the last checkpoint ({newest}) is finite" if newest else "no checkpoint was written yet"
         raise NonFiniteError(
             f"{what} became infinite or NaN in the steps before step {state.steps_done}; it did not reach the "
-            f"parameters, and {saved}; {way_out(job)}"
+            f"parameters, and {saved}; {way_out(job.accelerator)}"
         )
     return sums
 
@@ -281,13 +285,13 @@ def check_that_a_step_was_taken(job: Job, state: State) -> None:
     if 0 < steps == state.skipped:
         raise NonFiniteError(
             f"a gradient was infinite or NaN in each of the {steps} steps of phase {state.phase + 1}: all of them "
-            f"were skipped, and nothing was learnt; {way_out(job)}"
+            f"were skipped, and nothing was learnt; {way_out(job.accelerator)}"
         )
 
 
-def way_out(job: Job) -> str:
-    """What to try where something is not finite."""
-    other = "" if job.accelerator.scaler is None else ", or take --mixed-precision bf16 or no"
+def way_out(accelerator: Accelerator) -> str:
+    """What to try if something is not finite."""
+    other = "" if accelerator.scaler is None else ", or take --mixed-precision bf16 or no"
     return f"lower --lr or set --clip-grad{other}"
 
 
@@ -299,8 +303,9 @@ def finish_epoch(job: Job, learner: Learner, state: State) -> None:
         scores["ema"] = validate(job, job.ema.module, job.val_loader, job.to_input)
     learner.schedule.end_epoch(scores["raw"]["loss"])
     row = state.end_epoch()
-    kind = max(scores, key=lambda kind: goodness(job, scores[kind]))
-    is_best = goodness(job, scores[kind]) > (goodness(job, state.best.score) if state.best else -math.inf)
+    metric = job.plan.cfg.run.best_metric
+    kind = max(scores, key=lambda kind: goodness(metric, scores[kind]))
+    is_best = goodness(metric, scores[kind]) > (goodness(metric, state.best.score) if state.best else -math.inf)
     if is_best:
         state.best = Best(scores[kind], state.epochs_done, kind)
         keep_best(job, state.best)
@@ -329,10 +334,9 @@ def keep_best(job: Job, best: Best) -> None:
         on_main(job.accelerator, lambda: save_best(job.run.best, source, job.plan.description(best)))
 
 
-def goodness(job: Job, score: Mapping[str, float]) -> float:
+def goodness(metric: str, score: Mapping[str, float]) -> float:
     """Higher is better, whatever the metric's direction; a NaN is never better than anything."""
-    name = job.plan.cfg.run.best_metric
-    value = score[name] if BEST_METRICS[name] == "max" else -score[name]
+    value = score[metric] if BEST_METRICS[metric] == "max" else -score[metric]
     return value if math.isfinite(value) else -math.inf
 
 

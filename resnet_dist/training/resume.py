@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.config.stored import PATHS, kept
@@ -14,6 +15,7 @@ from resnet_dist.errors import UsageError
 from resnet_dist.files.run import RunFolder
 from resnet_dist.model.batch_norm import running_statistics
 from resnet_dist.runtime.accelerate import check_in_step, on_main, share_tensors
+from resnet_dist.training.ema import Ema
 from resnet_dist.training.job import Job
 from resnet_dist.training.schedule import Schedule
 from resnet_dist.training.state import (
@@ -53,7 +55,7 @@ def save_state(job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, t
     if job.ema is not None:
         tensors |= {f"ema/{name}": tensor for name, tensor in job.ema.module.state_dict().items()}
     tensors |= optimizer_tensors(job.model, optimizer)
-    tensors |= statistics_of_all(job)
+    tensors |= statistics_of_all(job.accelerator, statistics_here(job.model, job.ema))
     facts = {
         "state": state.to_dict(),
         "windows": job.accelerator.gather(tally.values[None]).tolist(),
@@ -70,24 +72,23 @@ def save_state(job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, t
     on_main(job.accelerator, lambda: write_state(folder, tensors, facts, job.plan.cfg.run.keep_last) and None)
 
 
-def all_statistics(job: Job) -> dict[str, torch.Tensor]:
+def statistics_here(model: nn.Module, ema: Ema | None) -> dict[str, torch.Tensor]:
     """The running statistics of this process: of the network and of its average."""
-    found = {f"model/{name}": buffer for name, buffer in running_statistics(job.model).items()}
-    if job.ema is not None:
-        found |= {f"ema/{name}": buffer for name, buffer in running_statistics(job.ema.module).items()}
-    return found
+    statistics = {f"model/{name}": buffer for name, buffer in running_statistics(model).items()}
+    if ema is not None:
+        statistics |= {f"ema/{name}": buffer for name, buffer in running_statistics(ema.module).items()}
+    return statistics
 
 
-def statistics_of_all(job: Job) -> dict[str, torch.Tensor]:
-    """The running statistics of every process, as `statistics/<process>/...`."""
-    own = all_statistics(job)
-    flat = torch.cat([buffer.flatten() for buffer in own.values()])
-    gathered = job.accelerator.gather(flat[None]).cpu()
-    sizes = [buffer.numel() for buffer in own.values()]
+def statistics_of_all(accelerator: Accelerator, statistics: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The running statistics of every process, as `statistics/<process>/...`; `statistics` are those of this one."""
+    flat = torch.cat([buffer.flatten() for buffer in statistics.values()])
+    gathered = accelerator.gather(flat[None]).cpu()
+    sizes = [buffer.numel() for buffer in statistics.values()]
     return {
         f"statistics/{process}/{name}": part.clone()
         for process, row in enumerate(gathered)
-        for name, part in zip(own, row.split(sizes), strict=True)
+        for name, part in zip(statistics, row.split(sizes), strict=True)
     }
 
 
@@ -128,7 +129,7 @@ def restore_learner(
         if resumed.facts["processes"] == job.accelerator.num_processes:
             tally.values.copy_(windows[process])
             own = _under(f"statistics/{job.accelerator.process_index}/", resumed.tensors)
-            for name, buffer in all_statistics(job).items():
+            for name, buffer in statistics_here(job.model, job.ema).items():
                 buffer.copy_(own[name])
         elif process == 0:
             tally.values.copy_(windows.sum(dim=0))
