@@ -198,6 +198,8 @@ class KeptImages:
             parts.append(batch.images.to(device))
             sizes.append(batch.sizes)  # type: ignore[attr-defined]
         self.pixels = torch.cat(parts)  # the parts and the whole: twice the memory for a moment
+        parts.clear()
+        torch.cuda.empty_cache()  # what is free is asked again, for validation images and features
         self.sizes = np.concatenate(sizes)
 
 

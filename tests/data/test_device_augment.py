@@ -172,6 +172,16 @@ def test_padding_is_exact(table: ImageTable) -> None:
     assert torch.equal(host.images, pixels)
 
 
+def test_scaled_decoding_works_alike(tmp_path: Path) -> None:
+    """The crop is drawn from the size at which the JPEG is decoded, here a half."""
+    photograph(1, 400, 300).save(tmp_path / "1.jpg")
+    table = ImageTable(tmp_path, PathTable(["1.jpg"]), np.zeros(1, np.int64))
+    images = images_of(table, {"scaled_decode": True}, WHOLE)
+    assert KeptImages(images, CPU, 0).sizes.tolist() == [[150, 200, 150, 200]]
+    host, _, pixels = both(images, [(epoch, 0) for epoch in range(8)])
+    assert psnr(host.images, pixels) > 60
+
+
 def test_a_flat_image_stays_flat(tmp_path: Path) -> None:
     """Whatever the weights are rounded to."""
     Image.new("RGB", (211, 97), (255, 128, 1)).save(tmp_path / "flat.png")
