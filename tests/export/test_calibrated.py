@@ -227,7 +227,8 @@ def test_embed_writes_a_row_for_every_image(
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("f.txt", "must end in .npy or .csv"), ("none/f.npy", "no such folder"), ("old.npy", "exists")]
+    ("name", "said"),
+    [("f.txt", "must end in .npy or .csv"), ("none/f.npy", "its folder does not exist"), ("old.npy", "exists")],
 )
 def test_embed_refuses_before_any_prediction(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
@@ -307,8 +308,8 @@ def test_augmented_evaluation_averages_probabilities(run: Path, tmp_path: Path) 
     [
         (["--calibrate", "--split", "test"], "--calibrate needs --split val"),
         (["--precision", "0.9"], "--precision needs --calibrate"),
-        (["--calibrate", "--precision", "1.5"], "--precision 1.5: must be between 0 and 1"),
-        (["--calibrate", "--precision", "1"], "--precision 1: must be between 0 and 1"),
+        (["--calibrate", "--precision", "1.5"], "--precision 1.5: must be above 0 and below 1"),
+        (["--calibrate", "--precision", "1"], "--precision 1: must be above 0 and below 1"),
         (["--calibrate", "--tta", "flip"], "--tta cannot be combined with --calibrate"),
         (["--tta", "rotate"], "must be one of none, flip, crops"),
     ],

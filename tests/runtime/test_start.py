@@ -53,8 +53,8 @@ def test_launcher_variables_set_in_part(variables: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"RANK": "first"}, "RANK=first: not a whole number"),
-        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2: not a whole number"),
+        ({"RANK": "first"}, "RANK=first: must be an integer"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2: must be an integer"),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999: must be an integer in 0..65535"),
         ({"RANK": "2"}, "contradict"),
         ({"WORLD_SIZE": "0"}, "contradict"),
