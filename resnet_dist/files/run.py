@@ -193,14 +193,14 @@ class RunFolder:
             for name in FOLDERS:
                 (self.path / name).mkdir(exist_ok=True)
         except OSError as error:
-            raise MachineError(f"{self.path}: cannot be made into a run folder ({error.strerror})") from None
+            raise MachineError(f"{self.path}: the run folder cannot be created ({error.strerror})") from None
 
     def _check_space(self, needed_bytes: int) -> None:
         try:
             usage = shutil.disk_usage(existing(self.path))
             free = usage.free + sum(file.stat().st_size for file in written_in(self.path))
         except OSError as error:
-            raise MachineError(f"{self.path}: cannot be made into a run folder ({error.strerror})") from None
+            raise MachineError(f"{self.path}: the run folder cannot be created ({error.strerror})") from None
         if usage.total and free < needed_bytes:  # some file systems, such as /proc, report no size
             raise MachineError(
                 f"{self.path}: the checkpoints need {needed_bytes >> 20} MiB, the disk has only {free >> 20} MiB free"
