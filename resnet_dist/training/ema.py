@@ -13,8 +13,8 @@ class Ema:
     min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage, so that short runs are not
     dominated by the starting point.
 
-    The tensors of both networks are looked up once, so the model must stay on its device: nothing may replace its
-    parameters and buffers (loading a state dict writes into them).
+    The tensors of the model are looked up by `follow`, again in every phase, because wrapping the model for several
+    processes replaces its buffers. Loading a state dict writes into them.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -22,6 +22,10 @@ class Ema:
         self.decay = decay
         self.steps = 0
         self._averages, self._counters = _floats_and_counters(self.module)
+        self.follow(model)
+
+    def follow(self, model: nn.Module) -> None:
+        """Average the tensors that this model has now; call it after the model was wrapped."""
         self._values, self._counted = _floats_and_counters(model)
 
     @torch.no_grad()

@@ -111,6 +111,8 @@ def begin_phase(job: Job, phase: PlannedPhase) -> Learner:
     share_statistics(job.accelerator, job.model)
     chosen = source(job, phase)
     net, optimizer = wrap(job.accelerator, chosen.train_module, built, plan.share.accumulate)
+    if job.ema is not None:
+        job.ema.follow(job.model)
     forward = compiled(net) if plan.cfg.system.compile == "on" else net
     device = job.accelerator.device
     tally, skipped = Tally(device), torch.zeros((), device=device)
