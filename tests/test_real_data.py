@@ -48,25 +48,17 @@ def test_feature_extractor_and_discriminative(shared: Path, weights: list[str], 
 
 @pytest.mark.matrix
 def test_fruits(shared: Path, weights: list[str], tmp_path: Path) -> None:
-    options = ["--recipe", "fruits360", "--batch-size", "32", "--epochs", "2"]
+    options = ["--recipe", "fruits360", "--batch-size", "16", "--epochs", "1"]
     assert trained(tmp_path / "run", shared / "fruits", *weights, *options) >= 0.95
 
 
 @pytest.mark.matrix
-def test_cats_and_dogs_through_split(shared: Path, weights: list[str], tmp_path: Path) -> None:
-    manifest = tmp_path / "split.csv"
-    assert main(["split", str(shared / "cats_dogs"), str(manifest)]) == 0
-    options = ["--recipe", "feature-extractor-bn-eval", "--batch-size", "32", "--epochs", "1"]
-    assert trained(tmp_path / "run", manifest, *weights, *options) >= 0.93
-
-
-@pytest.mark.matrix
 def test_cifar10_from_scratch_learns(shared: Path, tmp_path: Path) -> None:
-    """Two epochs of 900 images of three classes: far above chance, which is 0.33 with a standard error of 0.03."""
-    for split, images in (("train", 300), ("test", 100)):
+    """Two epochs of 600 images of three classes: far above chance, which is 0.33 with a standard error of 0.04."""
+    for split, images in (("train", 200), ("test", 60)):
         for name in ("airplane", "automobile", "frog"):
             (tmp_path / "data" / split / name).mkdir(parents=True)
             for file in sorted((shared / "cifar10" / split / name).iterdir())[:images]:
                 (tmp_path / "data" / split / name / file.name).symlink_to(file)
-    options = ["--recipe", "cifar10-from-scratch", "--epochs", "2", "--lr", "0.02", "-b", "32"]
+    options = ["--recipe", "cifar10-from-scratch", "--epochs", "2", "--lr", "0.02", "-b", "16"]
     assert trained(tmp_path / "run", tmp_path / "data", *options) > 0.5

@@ -275,13 +275,19 @@ def wrong_labels(data: Path, file: Path, share: float = 0.05) -> dict[str, set[s
 
 @pytest.mark.matrix
 def test_wrong_labels_among_photographs(shared: Path, tmp_path: Path) -> None:
-    """Of 5 % wrong labels at least 70 % are in the first tenth: of the network's rank, and of the one out of fold."""
+    """Of 5 % wrong labels at least 70 % are in the first tenth: of the network's rank, and of the one out of fold.
+
+    They hardly harm the network: by the right labels it is right on more than nine tenths.
+    """
     wrong = wrong_labels(shared / "cats_dogs", tmp_path / "wrong.csv")
-    recipe = ["--recipe", "feature-extractor-bn-eval", "--lr", "1e-2", "-b", "32", "--epochs", "1"]
+    recipe = ["--recipe", "feature-extractor-bn-eval", "-b", "32", "--epochs", "5"]
+    recipe += ["--img-size", "128", "--resize", "146", "--aug", "none"]  # from kept features
     weights = ["--model", "resnet18", "--weights", str(shared / "weights/resnet18.safetensors")]
     run = tmp_path / "run"
     assert main(["train", str(tmp_path / "wrong.csv"), "-o", str(run), *recipe, *weights, "--no-report"]) == 0
     evaluation = read_run_evaluation(run, ("Cat", "Dog"), Preprocessing())
+    is_wrong = [path in wrong["val"] for path in evaluation.paths]
+    assert np.mean((evaluation.records.prediction == evaluation.records.target) != is_wrong) >= 0.9
     found = confident_learning.find_in_records(evaluation.records, 2)
     ranked = {"val": [evaluation.paths[i] for i in found.order]}
     assert main(["label-errors", str(run)]) == 0
