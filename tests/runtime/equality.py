@@ -137,15 +137,31 @@ def evaluations(data: Path) -> dict[str, Any]:
 
 
 def statistics(out: Path, data: Path) -> dict[str, Any]:
-    """BatchNorm's statistics: own while training, means within `averaged_statistics`, own again after it."""
-    options = ["--epochs", "2", "--lr", "0.01", "--batch-norm-stats", "update"]
+    """BatchNorm's statistics: own while training, means within `averaged_statistics`, own again after it.
+
+    And those of the average of the weights: how far the largest is from the average that is computed here.
+    """
+    options = ["--epochs", "2", "--lr", "0.01", "--batch-norm-stats", "update", "--ema"]
     job = job_of(out / "run-statistics", data, *COMMON, *options)
+    assert job.ema is not None
+    ema, update = job.ema, job.ema.update
+    by_hand = {name: value.clone() for name, value in running_statistics(job.model).items()}
+
+    def watched() -> None:
+        update()
+        decay = min(ema.decay, (1 + ema.steps) / (10 + ema.steps))
+        for name, value in running_statistics(job.model).items():
+            by_hand[name] = decay * by_hand[name] + (1 - decay) * value
+
+    ema.update = watched  # type: ignore[method-assign]
     loop.train(job)
+    averages = running_statistics(ema.module)
+    off = max(float((averages[name] - by_hand[name]).abs().max()) for name in averages)
     flat = [torch.cat([b.flatten() for b in running_statistics(job.model).values()])]
     with averaged_statistics(job.accelerator, job.model):
         flat.append(torch.cat([b.flatten() for b in running_statistics(job.model).values()]))
     flat.append(torch.cat([b.flatten() for b in running_statistics(job.model).values()]))
-    return dict(zip(("own", "mean", "after"), flat, strict=True))
+    return {"off": off, **dict(zip(("own", "mean", "after"), flat, strict=True))}
 
 
 def phases(out: Path, data: Path) -> dict[str, Any]:

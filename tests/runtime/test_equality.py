@@ -114,6 +114,12 @@ def test_scores_of_the_best_checkpoint_are_equal_on_every_process(one: Result, m
         assert best["epoch"] == expected["epoch"] and best["score"]["top1"] == expected["score"]["top1"]
 
 
+def test_average_of_the_weights_follows_the_statistics_of_its_process(one: Result, many: Result) -> None:
+    """Against the formula: wrapping for several processes must not leave the average with old buffers."""
+    for result in (*one[1], *many[1]):
+        assert result["statistics"]["off"] < 1e-6
+
+
 def test_statistics_are_averaged_inside_the_context_and_restored_after_it(many: Result) -> None:
     own = [result["statistics"]["own"] for result in many[1]]
     assert not torch.equal(own[0], own[1]), "each process was to see other images"
