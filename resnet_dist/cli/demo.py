@@ -10,7 +10,7 @@ from resnet_dist.config.fields import option, out_of_range
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train a resnet18 on handwritten digits, export it and predict: offline, in two minutes on two cores."""
+    """Train a resnet18 on handwritten digits, export it and predict: offline, in a few minutes on two cores."""
 
     output_dir: str = option("resnet-dist-demo", "-o", "--output")
     """Folder for the images and the run."""

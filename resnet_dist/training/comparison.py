@@ -216,7 +216,7 @@ def prepare(folder: Path, configs: Sequence[CompareConfig], others: Sequence[Pat
         for place in (folder, *(folder / str(config.recipe) for config in configs)):
             place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MachineError(f"{folder}: cannot be made into a folder ({error.strerror})") from None
+        raise MachineError(f"{folder}: cannot be created ({error.strerror})") from None
     for config in configs:
         file, asked = folder / str(config.recipe) / "asked.toml", asked_for(config)
         changed = differences(read_toml(file), asked) if file.exists() else []
