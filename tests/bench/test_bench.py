@@ -65,7 +65,7 @@ def test_report_has_all_parts(made: dict[str, Any]) -> None:
     assert list(made["regimes"]) == ["full", "layer4+head", "head"]
     for regime in made["regimes"].values():
         assert set(regime) >= {"work", "compute", "limits", "training", "peak_memory", "features_are_kept"}
-        assert set(regime["compute"]) == {"forward", "forward_backward", "step"}
+        assert set(regime["compute"]) == {"forward", "forward_backward", "step", "gradient_bytes"}
     assert made["settings"] | {"precision": "no", "training_images": 24, "data": "synthetic"} == made["settings"]
 
 

@@ -8,7 +8,7 @@ import torch
 from resnet_dist.config.schema import Phase
 from resnet_dist.model.batch_norm import counted_together, counting_batch_norms
 from resnet_dist.model.resnet import Architecture, build
-from resnet_dist.model.trainable import train_mode
+from resnet_dist.model.trainable import train_mode, updating_batch_norms
 
 NETWORK = Architecture(name="resnet18", stem="small", head="mlp", head_hidden=(8,), dropout=0.0, num_classes=3)
 
@@ -16,7 +16,8 @@ NETWORK = Architecture(name="resnet18", stem="small", head="mlp", head_hidden=(8
 @pytest.mark.parametrize("trainable", ["all", "layer4 head", "all -batchnorm"])
 def test_counters_and_statistics_are_torchs(trainable: str) -> None:
     model = build(NETWORK)
-    train_mode(model, Phase(trainable=trainable, epochs=1, batch_norm_stats="frozen" if "-" in trainable else None))
+    phase = Phase(trainable=trainable, epochs=1, batch_norm_stats="frozen" if "-" in trainable else None)
+    train_mode(model, updating_batch_norms(model, phase))
     plain, layers = copy.deepcopy(model), counting_batch_norms(model)
     for seed in range(3):
         images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
