@@ -374,11 +374,10 @@ def test_cache_dir_must_be_a_folder_and_needs_cache_disk(
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_two_processes_share_the_cache(few: Path, tmp_path: Path, workers: str) -> None:
-    """The same bits as without a cache."""
+def test_two_processes_share_the_cache(few: Path, tmp_path: Path) -> None:
+    """The same bits as without a cache, with and without loader processes."""
     found = []
-    for cache in ("none", "ram", "disk"):
+    for cache, workers in (("none", "0"), ("ram", "1"), ("disk", "0")):
         folder = ["--cache-dir", str(tmp_path / "kept")] if cache == "disk" else []
         options = [*run(few, tmp_path / cache, "--cache", cache, *folder), "--workers", workers]
         done = program(ACCELERATE, *options)
