@@ -50,15 +50,19 @@ def start_marked(arguments: list[str], mark: str) -> subprocess.Popen[str]:
     return Command([*LAUNCHED, "resnet_dist", *arguments], {MARK: mark}).start()
 
 
-def kill_and_resume(arguments: list[str], run: Path, moments: random.Random, kills: int, duration: float) -> list[str]:
-    """Start the run, kill the launcher, and so on; let it end at last. Returns a line about every kill.
+def kill_and_resume(
+    arguments: list[str], place: Path, moments: random.Random, kills: int, duration: float
+) -> tuple[list[str], list[Path]]:
+    """Start a run in `place`, kill its launcher, start it again, and so on; if a run ends first, another one follows.
 
     Every second kill comes at any moment from the first millisecond on, the others after the processes were started.
+    Returns a line about every kill, and the runs, all of which are complete.
     """
-    lines = []
+    lines: list[str] = []
+    runs = [place / "run-0"]
     while len(lines) < kills:
         mark = uuid.uuid4().hex
-        launcher = start_marked(arguments, mark)
+        launcher = start_marked([*arguments, "-o", str(runs[-1])], mark)
         after_ranks = len(lines) % 2 == 1
         try:
             while after_ranks and launcher.poll() is None and not psutil.Process(launcher.pid).children():
@@ -69,20 +73,21 @@ def kill_and_resume(arguments: list[str], run: Path, moments: random.Random, kil
                 time.sleep(0.002)
             if launcher.poll() is not None:
                 assert launcher.returncode == 0, launcher.communicate()[0]
-                break  # the run is complete
+                runs.append(place / f"run-{len(runs)}")
+                continue
             launcher.send_signal(signal.SIGKILL)
             launcher.wait()
             gone = seconds_until_gone(mark)
         finally:
             end(launcher)
-        status = facts(run)["status"] if (run / "run.json").exists() else "not begun"
+        status = facts(runs[-1])["status"] if (runs[-1] / "run.json").exists() else "not begun"
         lines.append(
             f"{wait:5.1f} s after {'the ranks' if after_ranks else 'the launcher'}: gone {gone:.1f} s, {status}"
         )
-    launcher = start_marked(arguments, "whole")
+    launcher = start_marked([*arguments, "-o", str(runs[-1])], "whole")
     said = launcher.communicate(timeout=300)[0]
     assert launcher.returncode == 0, said
-    return lines
+    return lines, runs
 
 
 @pytest.mark.matrix
@@ -93,11 +98,12 @@ def test_a_killed_launcher_leaves_no_process(
 ) -> None:
     whole = uninterrupted(2)
     duration = float(whole.with_name("seconds").read_text())
-    run = tmp_path / "run"
-    arguments = ["train", str(folder), *EVERYTHING, "--workers", "1", "-o", str(run), "--resume", "auto"]
-    for line in kill_and_resume(arguments, run, random.Random(0), KILLS, duration):
-        print(line)
-    assert outcome(run) == outcome(whole)
+    arguments = ["train", str(folder), *EVERYTHING, "--workers", "1", "--resume", "auto"]
+    lines, runs = kill_and_resume(arguments, tmp_path, random.Random(0), KILLS, duration)
+    print("\n".join([*lines, f"{len(lines)} kills, {len(runs)} runs"]))
+    assert len(lines) == KILLS
+    for run in runs:
+        assert outcome(run) == outcome(whole)
 
 
 @pytest.mark.matrix
