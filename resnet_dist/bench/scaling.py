@@ -113,11 +113,9 @@ def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 def with_estimate(result: Result, cfg: ScalingConfig) -> Result:
     """The result with an estimate for larger clusters, from the report of one process without a launcher."""
     compute = result.values["reports"][0]["regimes"]["full"]["compute"]
-    seconds, backward = (
-        compute["step"]["seconds"],
-        compute["forward_backward"]["seconds"] - compute["forward"]["seconds"],
-    )
-    step = Step(seconds, compute["gradient_bytes"], backward=min(max(backward / seconds, 0.0), 1.0))
+    seconds = compute["step"]["seconds"]
+    backward = (compute["forward_backward"]["seconds"] - compute["forward"]["seconds"]) / seconds
+    step = Step(seconds, compute["gradient_bytes"], backward=min(max(backward, 0.0), 1.0))
     cluster = Cluster(Link(cfg.link_gbits * 1e9 / 8, cfg.link_latency * 1e-6))
     found = [estimate(step, cluster, gpus) for gpus in GPUS]
     images = compute["step"]["images"]

@@ -19,15 +19,16 @@ from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.accelerate import on_main
 from resnet_dist.training.plan import Plan
 
-SECONDS = 2.0  # for each thing that is tried: ten in all at most, with what it takes to begin
+SECONDS = 2.0  # per trial; at most ten in all, with their start-up
 LARGEST_BATCH_ON_CPU = 8
-HEADROOM = 1.2  # loading is to be that much faster than computing
+HEADROOM = 1.2  # loading should be faster than computing by this factor
 
 
 def autotune(accelerator: Accelerator, plan: Plan) -> tuple[Plan, list[str]]:
-    """The plan with --mixed-precision and --workers decided by a trial, and a line for each with what was measured.
+    """The plan with --mixed-precision and --workers decided by a trial, and a line with the measurements for each.
 
-    What was typed stays. Every process must call this: all try at once, as they will train, and the main one decides.
+    What the user typed stays. Every process must call this: all measure at the same time, as in training, and the main
+    process decides.
     """
     cfg = plan.cfg
     lines: list[str] = []
@@ -52,7 +53,9 @@ def autotune(accelerator: Accelerator, plan: Plan) -> tuple[Plan, list[str]]:
 
 
 def workers_for(computing: float, loading: float) -> tuple[int, str]:
-    """How many loader processes of `loading` images/s keep up with `computing` images/s, within the cores there are."""
+    """The number of loader processes that keep up with computing, at most the available cores, and the reason.
+    `computing` and `loading` (of one core) are in images/s.
+    """
     share = max(1, launcher.cores() // launcher.local_world_size())
     needed = max(1, math.ceil(HEADROOM * computing / loading))
     why = f"computing takes {computing:.0f} images/s, one core loads {loading:.0f}"
@@ -79,7 +82,7 @@ def _speeds(accelerator: Accelerator, plan: Plan, precisions: list[str]) -> dict
 
 
 def _step(model: nn.Module, images: torch.Tensor, precision: str) -> None:
-    """A whole step that moves nothing; fp16's has to look whether the gradients are finite, and to unscale them."""
+    """A whole step that changes no parameter. With fp16 it includes unscaling and the check that gradients are finite."""
     device = images.device.type
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.0)
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
@@ -109,7 +112,7 @@ def _loading(plan: Plan) -> Callable[[], None]:
 
 
 def _rate(action: Callable[[], None], images: int) -> float:
-    """Images per second of an action on so many, its first call apart; at least one call counts."""
+    """Images per second of an action that handles `images` images. The first call is not timed; at least one is."""
     action()
     started, calls = time.monotonic(), 0
     while calls == 0 or (time.monotonic() - started < SECONDS and calls < 20):

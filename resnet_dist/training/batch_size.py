@@ -16,16 +16,17 @@ from resnet_dist.training.ema import Ema
 from resnet_dist.training.optim import PlannedOptimizer, build_optimizer
 
 FIRST = 8
-# Of the free memory: the rest is for the fragments that a longer training leaves. Cached images take up to a half.
+# Shares of the free memory that a step may take. The rest is for fragmentation, and with --cache device for the images,
+# which take up to half of it.
 SHARE, SHARE_WITH_IMAGES = 0.9, 0.45
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
     """The largest even number up to `most` (even, at least 2) for which `fits` is true; 0 if it is false for 2.
 
-    It doubles until one does not fit, then halves the distance: the result is at most an eighth too low, or 2, or 8 for
-    64 and more, where it is a multiple of 8 because GPUs compute those fastest. `fits` must be true for all numbers up
-    to a limit and false above it.
+    `fits` must be true for all numbers up to a limit and false above it. The search doubles the number until it does
+    not fit, then bisects. The result is at most an eighth too low. From 64 on it is a multiple of 8, for the tensor
+    cores of GPUs, and at most 8 or an eighth too low. `most` itself is returned if it fits.
     """
     size, good = min(FIRST, most), 0
     while fits(size):
@@ -53,8 +54,8 @@ def find_batch_size(
 ) -> tuple[int, str]:
     """The batch size per process for `--batch-size auto`, and the reason. `images` is the size of the training set.
 
-    Every process must call this: each tries on its own GPU, and the smallest result counts. On a CPU nothing is tried,
-    as larger batches are not faster there. Raises MachineError if not even two images fit.
+    Every process must call this: each tries on its own GPU, and the smallest result is used by all. On a CPU nothing is
+    tried: the default is used. Raises MachineError if not even two images fit.
     """
     device = accelerator.device
     if device.type != "cuda":
@@ -90,8 +91,8 @@ def takes_steps(
 ) -> bool:
     """Whether a training step of every phase fits in memory, with images of `shape` (B, 3, S, S).
 
-    The network, its average, the optimizer's state and the buffers of DDP are there as in training; the network is
-    thrown away, and nothing is communicated.
+    As in training, the network, its moving average, the optimizer's state and DDP's buffers are in memory. The network
+    is a copy that is discarded, and the processes do not communicate.
     """
     try:
         with torch.random.fork_rng(devices=[]):

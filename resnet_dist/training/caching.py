@@ -1,4 +1,4 @@
-"""Where the decoded images of a run are kept: decided once, and opened by every process."""
+"""Where the decoded images of a run are cached: one decision, then every process opens the cache."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -19,9 +19,10 @@ from resnet_dist.runtime.faults import memory_for
 
 
 def cache_images(accelerator: Accelerator, cfg: TrainConfig, samples: Sequence[TrainImages | EvalImages]) -> str:
-    """Let samples keep what they decode, and return a line that says where and why; every process must call this.
+    """Let samples cache what they decode, and return a line that says where and why.
 
-    Raises MachineError where what --cache asks for does not fit or cannot be opened.
+    Every process must call this. Raises MachineError if the cache that --cache asks for does not fit or cannot be
+    opened.
     """
     readers = [one.reader for one in samples]
     folder = Path(cfg.data.cache_dir) if cfg.data.cache_dir else default_folder()
@@ -34,7 +35,7 @@ def cache_images(accelerator: Accelerator, cfg: TrainConfig, samples: Sequence[T
     else:
         if accelerator.is_local_main_process:
             own = [os.memfd_create("resnet-dist") for _ in readers]
-        # Files without a name, gone with the last process of the machine that has them open, however it ends.
+        # Files without a name: they disappear when the last process of the machine that has them open ends.
         names = gather_object([[f"/proc/{os.getpid()}/fd/{number}" for number in own]])
         files = [Path(name) for name in names[accelerator.process_index - accelerator.local_process_index]]
     for one, file, room in zip(samples, files, shares(readers, tier.room), strict=True):
@@ -54,10 +55,10 @@ def place_samples(
     workers: int,
     say: Callable[[str], None],
 ) -> tuple[Samples, Samples, AugmentOnDevice | None]:
-    """Where training and validation get their samples from, as --cache and --augment-on say, and what augments there.
+    """Where training and validation get their samples, by --cache and --augment-on, and what augments on the device.
 
-    Every process must call this. Raises MachineError where what --cache asks for does not fit, and DataError where an
-    image that is to be kept on the device cannot be decoded.
+    Every process must call this. Raises MachineError if the cache that --cache asks for does not fit, and DataError if
+    an image that is to be kept on the device cannot be decoded.
     """
     wanted = cfg.augment.augment_on == "device" and not train.is_fixed
     kept = keep_for_augmenting(accelerator, train, workers, say) if wanted else None
@@ -71,9 +72,9 @@ def place_samples(
 def keep_for_augmenting(
     accelerator: Accelerator, images: TrainImages, workers: int, say: Callable[[str], None]
 ) -> KeptImages | None:
-    """The training images on this process's device, or None where they would take more than half of its free memory.
+    """The training images on this process's device, or None if they would take more than half of its free memory.
 
-    A line says which. All processes decide alike.
+    A printed line says which. All processes decide alike.
     """
     device, short = accelerator.device, short_side(images.spec)
     needed, free = bytes_needed(images.reader, short), _free_memory(device)
@@ -94,10 +95,10 @@ def _free_memory(device: torch.device) -> int:
 
 
 def on_device(accelerator: Accelerator, cfg: TrainConfig, samples: TrainImages | EvalImages, workers: int) -> Samples:
-    """The samples, with --cache device kept on this process's GPU where they are the same in every epoch.
+    """The samples; with --cache device they are kept on this process's GPU if they are the same in every epoch.
 
-    On a CPU, --cache device is --cache ram. Raises MachineError where they take more than half of the free memory of
-    the GPU, and DataError where one cannot be decoded.
+    On a CPU, --cache device is --cache ram. Raises MachineError if they take more than half of the free memory of the
+    GPU, and DataError if one cannot be decoded.
     """
     is_fixed = isinstance(samples, EvalImages) or samples.is_fixed
     if cfg.data.cache != "device" or accelerator.device.type != "cuda" or not is_fixed:

@@ -1,4 +1,4 @@
-"""Compare techniques: train several recipes on the same data, and say which differences are real."""
+"""Compare techniques: train several recipes on the same data, and say which differences are significant."""
 
 import dataclasses
 import os
@@ -167,7 +167,7 @@ def _train_all(
 
 
 def training(cfg: CompareConfig, number: int, folder: Path) -> TrainConfig:
-    """What `train` is given for one run: its own folder, its seed, and to go on with what is there."""
+    """The `train` config of one run: its own folder, its seed, and `resume` if the run has started."""
     seed = cfg.run.seed + number
     run = dataclasses.replace(
         cfg.run, seed=seed, output_dir=str(folder / str(cfg.recipe) / f"seed-{seed}"), resume="auto"
@@ -177,7 +177,9 @@ def training(cfg: CompareConfig, number: int, folder: Path) -> TrainConfig:
 
 
 def as_begun(accelerator: "Accelerator", cfg: TrainConfig) -> TrainConfig:
-    """With the random stream of the run that is there, if there is one: an older version may have begun it."""
+    """The config with the random stream of the run in its folder, if there is one: an older version may have started
+    it.
+    """
     from resnet_dist.runtime.accelerate import on_main
 
     where = {"resume": "auto", "output_dir": cfg.run.output_dir}
@@ -189,7 +191,7 @@ def as_begun(accelerator: "Accelerator", cfg: TrainConfig) -> TrainConfig:
 
 
 def check_distinct(runs: Sequence[Path]) -> None:
-    """Raises UsageError where one run folder is named twice, in whatever spelling: it would count as two seeds."""
+    """Raise UsageError if a run folder is named twice, even in two spellings: it would count as two seeds."""
     first: dict[Path, Path] = {}
     for run in runs:
         other = first.setdefault(run.resolve(), run)
@@ -198,9 +200,9 @@ def check_distinct(runs: Sequence[Path]) -> None:
 
 
 def prepare(folder: Path, configs: Sequence[CompareConfig], others: Sequence[Path]) -> None:
-    """Make the folder, and see that what it holds was asked for with the same options, and that others are done.
+    """Create the folder. Check that earlier runs in it had the same options, and that given runs are done.
 
-    What was asked for stands in <recipe>/asked.toml. Raises UsageError, ArtifactError, MachineError.
+    The options are stored in <recipe>/asked.toml. Raises UsageError, ArtifactError, MachineError.
     """
     import tomli_w
 
@@ -243,7 +245,7 @@ def _flat(config: Layer) -> Layer:
 
 
 def asked_for(cfg: CompareConfig) -> Layer:
-    """What decides the result of a recipe's runs, apart from the seed."""
+    """The settings that decide the result of a recipe's runs, apart from the seed."""
     values = kept(training(cfg, 0, Path()))
     values["run"] = {name: value for name, value in values["run"].items() if name != "seed"}
     values["data"] = {name: value for name, value in values["data"].items() if name != "workers"}

@@ -12,7 +12,7 @@ GAIN = 0.2
 
 
 def pays(device: torch.device, steps_left: int, step_seconds: float) -> bool:
-    """Whether compiling now is taken to shorten the run.
+    """Whether compiling now is expected to shorten the run.
 
     Never on a CPU: there the compiled step of resnet18 is slower (29 against 32 images/s in bf16, 13 against 17 in
     float32; two cores of an EPYC Zen 4, torch 2.15).
@@ -21,6 +21,6 @@ def pays(device: torch.device, steps_left: int, step_seconds: float) -> bool:
 
 
 def compiled(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The network compiled for the one shape that training has; evaluation goes on with the plain one."""
+    """The network compiled for the one input shape of training; evaluation uses the plain network."""
     forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(net, dynamic=False)
     return forward

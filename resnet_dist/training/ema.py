@@ -25,12 +25,12 @@ class Ema:
         self.follow(model)
 
     def follow(self, model: nn.Module) -> None:
-        """Average the tensors that this model has now; call it after the model was wrapped."""
+        """Average the tensors that this model has now. Call it after the model was wrapped."""
         self._values, self._counted = _floats_and_counters(model)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model's weights after a step. It takes two operations on the device, whatever the network."""
+        """Add the model's weights after a step to the average. It takes two operations on the device for any network."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self._averages, self._values, 1 - decay)

@@ -1,4 +1,4 @@
-"""What run.json says of a run beside its status: what is trained, on what data, by which launches."""
+"""What run.json says of a run in addition to its status: what is trained, on what data, by which launches."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def what_is_trained(plan: Plan) -> dict[str, Any]:
 
 
 def described(transform: Transform) -> str:
-    """A transform of the user as it is recorded: the name of a function, else what it shows of itself."""
+    """A user's transform as it is recorded: the name of a function, otherwise its repr."""
     name = getattr(transform, "__qualname__", None)
     return f"{getattr(transform, '__module__', '')}.{name}" if name else repr(transform)[:2000]
 
@@ -55,7 +55,7 @@ def this_launch(command: str) -> dict[str, Any]:
 
 
 def largest_peak_memory(accelerator: Accelerator) -> dict[str, int]:
-    """The peak memory of the process that held most, in MiB, on the host and on its GPU."""
+    """The peak memory of the process that used most, in MiB, on the host and on its GPU."""
     own = peak_memory()
     peaks = torch.tensor([list(own.values())], device=accelerator.device)
     largest = accelerator.gather(peaks).amax(dim=0).tolist()

@@ -1,4 +1,4 @@
-"""The frozen first part of a network costs one pass: its outputs are kept, and the rest trains from them."""
+"""Cached features: the frozen first part of a network runs once, and the rest trains from its stored outputs."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -21,19 +21,21 @@ from resnet_dist.runtime.faults import memory_for
 from resnet_dist.training.job import Job, eval_loader
 from resnet_dist.training.plan import PlannedPhase
 
-Input = Callable[[Batch], torch.Tensor]  # what a network, or its rest, takes of a batch
-SHARE_OF_MEMORY = 0.5  # of what is free when the phase begins: the rest is for training itself
+Input = Callable[[Batch], torch.Tensor]  # from a batch to the input of the network, or of its trained part
+SHARE_OF_MEMORY = 0.5  # of the memory that is free when the phase begins; the rest is for training
 
 
 class KnownSamples(Dataset[Batch]):
-    """The samples of a table without their pixels, for feeds that have features instead."""
+    """The samples of a table without pixels, for training and validation from cached features."""
 
     def __init__(self, table: ImageTable, seed: int = 0, views: int = 1) -> None:
         self.table, self.seed, self.views = table, seed, views
         self._none = torch.empty(0, dtype=torch.uint8)
 
     def __getitems__(self, keys: Sequence[Key | int]) -> Batch:
-        """By (epoch, position) in training, by position in evaluation; `index` counts view after view."""
+        """The batch of these keys: (epoch, position) in training, position in evaluation. `index` is the row of the
+        features.
+        """
         epochs, positions, sample_keys = unpacked(keys, self.seed)
         views = torch.from_numpy(epochs % self.views)
         targets = torch.from_numpy(self.table.targets)[positions]
@@ -41,22 +43,22 @@ class KnownSamples(Dataset[Batch]):
 
 
 class View(Dataset[Batch]):
-    """The training images by position, each with the random changes of one epoch."""
+    """One augmented view of the training images, by position: the random changes of one epoch."""
 
     def __init__(self, images: TrainImages, epoch: int) -> None:
         self.images, self.table, self.epoch = images, images.table, epoch
 
     def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
-        """The batch, or the error instead of it."""
+        """The batch, or the error that prevents it."""
         return self.images.__getitems__([(self.epoch, position) for position in positions])
 
 
 @dataclass
 class Features:
-    """What the frozen part makes of every sample, view after view.
+    """Backbone activations of every sample, concatenated over views.
 
-    `example` is what it makes of one, (1, F), or (1, H, W, C) before a stage of convolutions, in the dtype in which
-    the network computes; `values`, once filled, has views * samples such rows.
+    `example` is the activation of one sample, (1, F), or (1, H, W, C) before a convolutional stage, in the dtype in
+    which the network computes. `values` is filled when the phase begins and has views * samples such rows.
     """
 
     prefix: nn.Module
@@ -66,7 +68,7 @@ class Features:
 
     @property
     def bytes(self) -> int:
-        """Memory that the values take."""
+        """The memory of the values."""
         rows = sum(len(view.table) for view in self.views)
         return rows * self.example.numel() * self.example.element_size()
 
@@ -77,11 +79,11 @@ class Features:
         return found.permute(0, 3, 1, 2) if found.ndim == 4 else found
 
     def fill(self, job: Job) -> None:
-        """Compute them, each process a part, into memory that is taken once. Raises StopRequested, DataError."""
+        """Compute the values, each process a part, in memory that is allocated once. Raises StopRequested, DataError."""
         if self.values is not None:
             return
         samples, world = len(self.views[0].table), job.accelerator.num_processes
-        rows = -(-samples // world) * world  # that all processes write for a view; the next one overwrites the rest
+        rows = -(-samples // world) * world  # padded to equal parts; the next view overwrites the padding
         with memory_for(job.accelerator, "the kept features", "take --cache-features off"):
             values = self.example.new_empty((len(self.views) - 1) * samples + rows, *self.example.shape[1:])
             for number, view in enumerate(self.views):
@@ -90,7 +92,7 @@ class Features:
 
     @torch.no_grad()
     def _compute(self, job: Job, view: EvalImages | View, whole: torch.Tensor) -> None:
-        """Write the features of a view into `whole`, as many rows for each process."""
+        """Compute the features of one view into `whole`. Every process computes the same number of rows."""
         loader, done = eval_loader(job.accelerator, job.plan.eval_batch_size, view, job.plan.workers), 0
         own = whole if job.accelerator.num_processes == 1 else torch.zeros_like(whole[: loader.per_process])
         self.prefix.eval()
@@ -114,7 +116,7 @@ def _stored(values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """What a phase works on, in training and in validation: images and the whole network, or features and the rest.
+    """The inputs of a phase in training and validation: images and the whole network, or features and the rest of it.
 
     The modules share the parameters of the job's model.
     """
@@ -127,18 +129,18 @@ class Source:
     val_input: Input
 
     def fill(self, job: Job) -> None:
-        """Compute the features that there are to be. Raises StopRequested, DataError."""
+        """Compute the features that the phase uses. Raises StopRequested, DataError."""
         for known in (self.train_input, self.val_input):
             if isinstance(known, Features):
                 known.fill(job)
 
 
 def source(job: Job, phase: PlannedPhase) -> Source:
-    """Decide what of a phase works on kept features, and say so; every process must call this.
+    """Decide whether a phase uses cached features, and print it. Every process must call this.
 
-    Training does where the frozen part of the network sees the same image in every epoch, because the augmentation is
-    off or because so many views were asked for; validation always does. Not where it would save nothing (one epoch, no
-    frozen part) or takes more than half of the free memory.
+    Training uses them if the frozen part of the network sees the same image in every epoch: without augmentation, or
+    with a fixed number of views (--cache-features N). Validation always does. Neither does if it would save nothing
+    (one epoch, no frozen part), or if the features take more than half of the free memory.
     """
     images = Source(job.model, job.train_loader, job.to_input, job.model, job.val_loader, job.to_input)
     stage, asked = first_changing_stage(phase.trainable, phase.updating), job.plan.cfg.system.cache_features
@@ -188,7 +190,7 @@ def _example(accelerator: Accelerator, prefix: nn.Module, size: int) -> torch.Te
 
 
 def _room(device: torch.device) -> int:
-    """Bytes that features may take per process."""
+    """Bytes of memory that features may take in each process."""
     if device.type == "cuda":
         return int(SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0])
     return int(SHARE_OF_MEMORY * launcher.available_memory() / launcher.local_world_size())

@@ -49,7 +49,7 @@ def finish(job: Job, state: State) -> dict[str, Measured]:
 def write_run(
     job: Job, best: Best, model: nn.Module, description: Description, records: Records
 ) -> dict[str, Measured]:
-    """Write the evaluation, the result, the model card and, if asked for, plots and page. On the main process."""
+    """Write the evaluation, the result, the model card and, unless --no-report, plots and page. On the main process."""
     folder, index = inside(job.run.path, "eval", "val"), job.plan.index
     evaluation = evaluation_of(records, index.val, "val", index.classes, job.plan.spec, job.run.best, folder)
     write_evaluation(folder, evaluation)
@@ -67,7 +67,7 @@ def write_run(
 def write_report(job: Job, model: nn.Module, evaluation: Evaluation) -> None:
     """Draw the plots of a finished run and write its report.html. On the main process.
 
-    Near duplicates are listed if the run has so few images that all of them are read quickly.
+    Near duplicates are searched for if the data set is small enough to read every image quickly.
     """
     from resnet_dist.report.on_disk import read_run_record
     from resnet_dist.report.training import write_run_report  # it imports matplotlib, which takes a second
@@ -83,9 +83,9 @@ def write_report(job: Job, model: nn.Module, evaluation: Evaluation) -> None:
 def first_samples(
     images: TrainImages, classes: tuple[str, ...], spec: Preprocessing
 ) -> tuple[list[np.ndarray], list[str]]:
-    """The first training samples as the network sees them: augmented, normalised, mixed, and made visible again.
+    """The first training samples as the network sees them: augmented, mixed and converted back to visible pixels.
 
-    uint8 (S, S, 3) each, and their titles. Raises DataError if one cannot be read.
+    Returns images, uint8 (S, S, 3) each, and their titles. Raises DataError if one cannot be read.
     """
     order = epoch_order(len(images.table), images.seed, 0, 2, drop_last=False)[:SAMPLES]
     batch = images.__getitems__([(0, int(index)) for index in order])

@@ -1,4 +1,4 @@
-"""The run folder of a training: which one, claimed, opened or reopened, and why the run in it ended."""
+"""The run folder of a training: choose, lock, create or reopen it, and record why the run ended."""
 
 import shlex
 import sys
@@ -91,7 +91,7 @@ def completeness(path: Path) -> str:
 
 
 def open_run(run: RunFolder, plan: Plan, replace: Replace, command: str) -> None:
-    """Make the run folder and write down all that is known before training. On the main process."""
+    """Create the run folder and write what is known before training. On the main process."""
     cfg, index = plan.cfg, plan.index
     weights = sum(p.numel() * p.element_size() for p in empty(plan.architecture).parameters())
     # The best checkpoint, its successor while it is written, and the checkpoints to resume from: weights, two
@@ -131,7 +131,7 @@ def reopen(accelerator: Accelerator, run: RunFolder, plan: Plan, display: Displa
         f"resuming {run.path} in epoch {state.epochs_done + 1} after {counted(state.steps_done, 'optimizer step')}"
     )
     if on_main(accelerator, lambda: write_reopened(run, plan, state.steps_done, state.epochs_done, command)):
-        state.stopped_by = None  # it was done, and gets more epochs
+        state.stopped_by = None  # the run was done and gets more epochs
     return resumed
 
 
@@ -153,7 +153,7 @@ def record_end(accelerator: Accelerator, run: RunFolder, error: BaseException) -
     If all stop by request, no process leaves before it is written: the launcher would end the others.
     """
     if isinstance(error, Stopped) or not run.is_open:
-        return  # recorded by who catches it; or refused, and what the folder says of an earlier launch stays true
+        return  # a stop is recorded where it is caught; a refused run leaves the record of an earlier launch as it is
     if isinstance(error, Preempted):
         facts = {"status": "preempted", "exit_code": error.exit_code, "reason": str(error)}
         on_main(accelerator, lambda: run.update(**facts))
@@ -163,9 +163,9 @@ def record_end(accelerator: Accelerator, run: RunFolder, error: BaseException) -
 
 
 def record_stop(run: RunFolder, code: int, reason: str, resuming: bool) -> None:
-    """If run.json says "running", write there that a signal ended the run before it trained.
+    """If run.json says "running", record there that a signal ended the run before it trained.
 
-    A run that resumes has a checkpoint, so it can be resumed again.
+    A run that was being resumed has a checkpoint, so it can be resumed again.
     """
     if (run.path / "run.json").exists():
         status, code = ("preempted", Preempted.exit_code) if resuming else ("failed", code)
