@@ -48,7 +48,7 @@ def kept(config: TrainConfig) -> Layer:
     values: Layer = plain(config)
     passing = ("output_dir", "overwrite", "resume", "dry_run")
     run = {name: value for name, value in values["run"].items() if name not in passing}
-    *earlier, last = values["phase"]  # the last takes the rest of the epochs, whatever --epochs becomes
+    *earlier, last = values["phase"]  # not of the last phase: it takes the rest of --epochs, which may change
     return {**values, "run": run, "phase": [*earlier, {k: v for k, v in last.items() if k != "epochs"}]}
 
 

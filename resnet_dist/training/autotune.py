@@ -82,7 +82,7 @@ def _speeds(accelerator: Accelerator, plan: Plan, precisions: list[str]) -> dict
 
 
 def _step(model: nn.Module, images: torch.Tensor, precision: str) -> None:
-    """A whole step that changes no parameter. With fp16 it includes unscaling and the check that gradients are finite."""
+    """A step that changes no parameter. With fp16 it includes unscaling and the check that gradients are finite."""
     device = images.device.type
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.0)
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")

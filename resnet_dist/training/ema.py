@@ -30,7 +30,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the model's weights after a step to the average. It takes two operations on the device for any network."""
+        """Add the model's weights after a step to the average. It takes two operations on the device."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self._averages, self._values, 1 - decay)

@@ -79,7 +79,7 @@ class Features:
         return found.permute(0, 3, 1, 2) if found.ndim == 4 else found
 
     def fill(self, job: Job) -> None:
-        """Compute the values, each process a part, in memory that is allocated once. Raises StopRequested, DataError."""
+        """Compute the values, each process a part, in memory allocated once. Raises StopRequested, DataError."""
         if self.values is not None:
             return
         samples, world = len(self.views[0].table), job.accelerator.num_processes

@@ -1,4 +1,4 @@
-"""What a run works with, built from its plan: model, loaders, loss, run folder."""
+"""A job: what a training works with, built from its plan (network, loaders, loss, run folder)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from resnet_dist.training.plan import Plan, start_of
 
 @dataclass
 class Job:
-    """What a run works with; none of it changes but the weights of `model` and `ema`."""
+    """What a training works with. Only the weights of `model` and `ema` change."""
 
     accelerator: Accelerator
     plan: Plan
@@ -43,9 +43,9 @@ class Job:
 
 
 def check_weights(plan: Plan) -> None:
-    """Look at names, shapes and types in the weights file of a new run, if it has one, before anything is made.
+    """Check names, shapes and types in the weights file of a new run, if it has one, before anything is created.
 
-    Raises ArtifactError where it is missing, damaged or of another network.
+    Raises ArtifactError if it is missing, damaged or of another network.
     """
     file = start_of(plan.cfg).file
     if file is not None:
@@ -60,9 +60,9 @@ def build_job(
     stop: StopRequests,
     resumed: bool = False,
 ) -> Job:
-    """Build the network, load its weights (a resumed run has its own) and open the data.
+    """Build the network, load its weights (those of a resumed run come later) and open the data.
 
-    Raises what reading weights can raise.
+    Raises the errors of reading weights.
     """
     cfg, index, device = plan.cfg, plan.index, accelerator.device
     torch.manual_seed(cfg.run.seed)
@@ -97,7 +97,7 @@ def build_job(
 
 
 def eval_loader(accelerator: Accelerator, batch_size: int, samples: Samples, workers: int) -> EvalLoader:
-    """This process's part of the samples, in the order of their table."""
+    """The loader of this process's part of the samples, in the order of their table."""
     return EvalLoader(
         samples,
         batch_size,
@@ -109,7 +109,7 @@ def eval_loader(accelerator: Accelerator, batch_size: int, samples: Samples, wor
 
 
 def _load_weights(model: nn.Module, cfg: TrainConfig, architecture: Architecture, classes: Sequence[str]) -> str:
-    """Put the weights that the config names into the network. Returns a line that says which."""
+    """Load the weights that the settings name into the network. Returns a line that names them."""
     start = start_of(cfg)
     if not start.pretrained:
         return "weights: random"

@@ -45,12 +45,12 @@ from resnet_dist.training.tally import Sums, Tally
 
 @dataclass
 class Learner:
-    """What a phase has of its own: where its samples come from, the wrapped network, the optimizer and the schedule.
+    """What belongs to one phase: the source of samples, the wrapped network, the optimizer and the schedule.
 
-    `net` is the wrapped network: no_sync, clipping and unwrapping need it. `forward` is the same, or its compiled form,
-    which only the forward pass of training uses. `tally` is what this process adds up between two polls. `skipped`,
-    float32 () on the device, counts the steps of the phase that fp16 skipped because a gradient overflowed; it is the
-    same on every process. `batch_norms` are the layers whose counters a step raises together.
+    `net` is the wrapped network: no_sync, clipping and unwrapping need it. `forward` is the same or its compiled form,
+    for the forward pass of training only. `tally` has the sums of this process since the last poll. `skipped`, float32
+    () on the device, counts the steps of the phase that fp16 skipped because a gradient overflowed; it is equal on all
+    processes. `batch_norms` are the layers whose counters are raised together.
     """
 
     phase: PlannedPhase
@@ -64,16 +64,16 @@ class Learner:
     batch_norms: Sequence[BatchNorm]
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """What the network makes of a batch in training, (B, num_classes)."""
+        """The logits of a batch in training, (B, num_classes)."""
         values = self.source.train_input(batch)
         with counted_together(self.batch_norms):
             return self.forward(values)
 
 
 def train(job: Job, resumed: Resumed | None = None) -> State:
-    """Run every phase in order, from the start or from where a run was interrupted, and keep the best checkpoint.
+    """Run every phase in order, from the start or from the resumed state, and keep the best checkpoint.
 
-    Raises Preempted where a signal asked to stop: the state is then saved, and this function goes on from it.
+    Raises Preempted if a signal asked to stop. The state is then saved, and a resumed run continues from it.
     """
     state = resumed.state if resumed else State()
     while True:
@@ -102,7 +102,7 @@ def train(job: Job, resumed: Resumed | None = None) -> State:
 
 
 def begin_phase(job: Job, phase: PlannedPhase) -> Learner:
-    """Let the right parameters learn, with a fresh optimizer and schedule, in a fresh DDP wrapper."""
+    """Select the parameters that learn, and create optimizer, schedule and DDP wrapper for the phase."""
     plan = job.plan
     set_trainable(job.model, phase.trainable)
     schedule = Schedule(plan.cfg.schedule, job.train_loader.steps_per_epoch, phase.epochs)
@@ -121,14 +121,14 @@ def begin_phase(job: Job, phase: PlannedPhase) -> Learner:
 
 
 def end_phase(job: Job, learner: Learner) -> None:
-    """Unwrap the network: a wrapper that stayed would be wrapped again by the next phase."""
+    """Unwrap the network: otherwise the next phase would wrap the wrapper."""
     check_in_step(job.accelerator, job.model)
     job.accelerator.unwrap_model(learner.net, keep_fp32_wrapper=False)
     job.accelerator.free_memory(learner.net, learner.optimizer)
 
 
 def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
-    """The optimizer steps of one epoch, from the step where the state stands."""
+    """The optimizer steps of one epoch, from the step that the state has reached."""
     cfg, steps = job.plan.cfg, job.train_loader.steps_per_epoch
     started = time.monotonic() - state.epoch_seconds
     train_mode(job.model, learner.phase.updating)
@@ -153,7 +153,9 @@ def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
 
 
 def save(job: Job, learner: Learner, state: State) -> None:
-    """Write a checkpoint to resume from; every process must call this. Raises NonFiniteError if it would be spoilt."""
+    """Write a checkpoint to resume from. Every process must call this. Raises NonFiniteError instead of saving such
+    values.
+    """
     check_finite(job, learner, state)
     save_state(job, learner.optimizer, learner.schedule, learner.tally, state)
 
@@ -161,8 +163,8 @@ def save(job: Job, learner: Learner, state: State) -> None:
 def train_step(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
     """One optimizer step over the micro-batches of this process.
 
-    The loss is the mean over the global batch, all micro-batches and processes together, whatever the weights of its
-    samples. Adds what there is to know of the step to the learner's tally.
+    The loss is the weighted mean over the global batch: all micro-batches of all processes. The sums of the step are
+    added to the learner's tally.
     """
     accelerator = job.accelerator
     batches = [batch.to(accelerator.device) for batch in batches]
@@ -174,7 +176,7 @@ def train_step(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
         with nullcontext() if is_last else accelerator.no_sync(learner.net):
             logits = learner.logits(batch)
             numerator = job.loss.numerators(logits, batch).sum()
-            # DDP averages gradients over the processes, so each brings its part times their number.
+            # DDP averages gradients over the processes, so each process multiplies its part by their number.
             accelerator.backward(numerator * (accelerator.num_processes / total))
         tally.loss += numerator.detach()
         tally.correct += (logits.detach().argmax(1) == batch.targets).sum()
@@ -184,10 +186,10 @@ def train_step(job: Job, learner: Learner, batches: Sequence[Batch]) -> None:
 
 
 def update(job: Job, learner: Learner) -> None:
-    """Take the step, unless the gradient is not finite: then the parameters stay as they are until the next poll.
+    """Take the step if the gradient is finite. Otherwise the parameters stay as they are until the next poll.
 
-    DDP has averaged the gradients, so all processes decide alike, and nobody waits for the device. Under fp16, where
-    an overflow is part of the method, GradScaler decides; only where no scale helps it counts as not finite.
+    DDP has averaged the gradients, so all processes decide alike and no process waits for the device. Under fp16, where
+    overflows are expected, GradScaler decides; the gradient counts as not finite only if no scale helps.
     """
     accelerator, optimizer, clip = job.accelerator, learner.optimizer, job.plan.optimizer.clip_grad
     if accelerator.scaler is not None:
@@ -220,7 +222,7 @@ def denominator(
 
 
 def compile_if_it_pays(job: Job, learner: Learner, state: State, started: float) -> None:
-    """With --compile auto, compile the network once enough of the phase is left to win the time back."""
+    """With --compile auto, compile the network once the rest of the phase is long enough to gain from it."""
     if job.plan.cfg.system.compile != "auto" or learner.forward is not learner.net:
         return
     steps_per_epoch = job.train_loader.steps_per_epoch
@@ -232,13 +234,13 @@ def compile_if_it_pays(job: Job, learner: Learner, state: State, started: float)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Every group's learning rate: its base rate times the factor of the schedule."""
+    """Set every group's learning rate: its base rate times the factor of the schedule."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 
 def poll(job: Job, learner: Learner, state: State) -> None:
-    """Read the sums of the steps since the last poll, over all processes; show them and write them down.
+    """Read the sums of the steps since the last poll, over all processes; display and record them.
 
     This is the only wait for the device within an epoch. Raises NonFiniteError.
     """
@@ -265,7 +267,7 @@ def poll(job: Job, learner: Learner, state: State) -> None:
 def check_finite(job: Job, learner: Learner, state: State) -> Sums:
     """The tally summed over all processes. Raises NonFiniteError on all of them if something is not finite.
 
-    Also lets the state know how many steps of the phase fp16 has skipped.
+    It also sets the state's number of steps that fp16 skipped in the phase.
     """
     on_device = job.accelerator.reduce(learner.tally.values.clone(), "sum")
     *values, skipped = read_values(torch.cat([on_device, learner.skipped[None]]), job.stop)  # one wait for the device
@@ -282,7 +284,7 @@ def check_finite(job: Job, learner: Learner, state: State) -> Sums:
 
 
 def check_that_a_step_was_taken(job: Job, state: State) -> None:
-    """Raises NonFiniteError where fp16 skipped every step of the phase that ends: nothing was learnt in it."""
+    """Raise NonFiniteError if fp16 skipped every step of the phase that ends: nothing was learned in it."""
     steps = state.epoch_in_phase * job.train_loader.steps_per_epoch + state.step_in_epoch
     if 0 < steps == state.skipped:
         raise NonFiniteError(
@@ -298,7 +300,7 @@ def way_out(accelerator: Accelerator) -> str:
 
 
 def finish_epoch(job: Job, learner: Learner, state: State) -> None:
-    """Validate, keep the best, write the epoch down, and save what is needed to go on from here."""
+    """Validate, keep the best checkpoint, record the epoch, and save a checkpoint to resume from if one is due."""
     own = learner.source
     scores = {"raw": validate(job, own.val_module, own.val_loader, own.val_input)}
     if job.ema is not None:
@@ -322,7 +324,7 @@ def finish_epoch(job: Job, learner: Learner, state: State) -> None:
 
 
 def validate(job: Job, model: nn.Module, loader: EvalLoader, to_input: Input) -> dict[str, float]:
-    """The headline metrics on the validation images, under the run's precision; computed once, the same everywhere."""
+    """The headline metrics on the validation images, at the run's precision; the same on every process."""
     classes = job.plan.architecture.num_classes
     with averaged_statistics(job.accelerator, model):
         records = collect_records(job.accelerator, model, loader, to_input, classes, False, job.stop.check)
@@ -330,14 +332,14 @@ def validate(job: Job, model: nn.Module, loader: EvalLoader, to_input: Input) ->
 
 
 def keep_best(job: Job, best: Best) -> None:
-    """Write the weights that scored best, raw or averaged, with BatchNorm's statistics as they were scored."""
+    """Write the best weights, raw or averaged, with the BatchNorm statistics with which they were scored."""
     source = job.ema.module if job.ema is not None and best.weights_kind == "ema" else job.model
     with averaged_statistics(job.accelerator, source):
         on_main(job.accelerator, lambda: save_best(job.run.best, source, job.plan.description(best)))
 
 
 def goodness(metric: str, score: Mapping[str, float]) -> float:
-    """Higher is better, whatever the metric's direction; a NaN is never better than anything."""
+    """The value of the metric, negated if lower is better; -inf if it is not finite, so that it is never the best."""
     value = score[metric] if BEST_METRICS[metric] == "max" else -score[metric]
     return value if math.isfinite(value) else -math.inf
 
@@ -345,7 +347,7 @@ def goodness(metric: str, score: Mapping[str, float]) -> float:
 def report_epoch(
     job: Job, state: State, learned: Mapping[str, float], scores: Mapping[str, Mapping[str, float]], is_best: bool
 ) -> None:
-    """A line for the user, a row for metrics.csv."""
+    """Print the epoch in one line, and add a row to metrics.csv."""
     names = {"raw": "val", "ema": "ema"}
     parts = [f"epoch {state.epochs_done}/{job.plan.cfg.run.epochs}"]
     parts.append(f"train loss {learned['loss']:.4f} top1 {learned['top1']:.4f}")

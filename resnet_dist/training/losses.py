@@ -1,4 +1,4 @@
-"""Losses as a numerator and a denominator per sample: the mean over many batches and processes is the true mean."""
+"""Losses as a numerator and a denominator per sample, so that the mean over batches and processes is exact."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +16,8 @@ from resnet_dist.errors import DataError
 class Loss:
     """Cross-entropy or focal loss, with class weights and label smoothing.
 
-    The loss of a set of samples is sum(numerators) / sum(denominators): torch's weighted mean, in which each sample
-    counts with the weight of its class. A mean of the means of batches would be another number wherever the weights of
-    the batches differ.
+    The loss of a set of samples is sum(numerators) / sum(denominators), torch's weighted mean: each sample counts with
+    the weight of its class. A mean over the means of batches would differ if the batches have different weights.
     """
 
     def __init__(self, cfg: LossConfig, weights: torch.Tensor | None) -> None:
@@ -27,7 +26,7 @@ class Loss:
         self.weights = weights
 
     def numerators(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """float32 (B,), differentiable; of mixed samples, the two labels in their shares."""
+        """float32 (B,), differentiable. For mixed samples, the losses of both labels, weighted by their shares."""
         values = self._of(logits.float(), batch.targets)
         if batch.mix is None:
             return values
@@ -35,7 +34,7 @@ class Loss:
         return share * values + (1 - share) * self._of(logits.float(), batch.partners)
 
     def denominators(self, batch: Batch) -> torch.Tensor | None:
-        """float32 (B,), the weights of the samples' classes; None where each counts as one."""
+        """float32 (B,), the class weights of the samples; None if there are no class weights."""
         if self.weights is None:
             return None
         if batch.mix is None:
@@ -55,9 +54,10 @@ class Loss:
 
 
 def class_weights(cfg: LossConfig, classes: Sequence[str], targets: np.ndarray) -> torch.Tensor | None:
-    """float32 (classes,), or None: `balanced` is n / (classes * count), as in scikit-learn; else from a TOML file.
+    """float32 (classes,), or None for --class-weights none.
 
-    Raises DataError where the file does not give a positive number to every class.
+    `balanced` is n / (classes * count), as in scikit-learn; otherwise the weights are read from a TOML file. Raises
+    DataError if the file does not give a positive number for every class.
     """
     if cfg.class_weights == "none":
         return None

@@ -1,4 +1,4 @@
-"""Find a learning rate: the range test of a recipe on the user's data, its table, its picture and its suggestions."""
+"""Find a learning rate: the range test of a recipe on the user's data, with a table, a plot and suggestions."""
 
 import math
 import os
@@ -141,7 +141,7 @@ def _find(cfg: LrFindConfig, stop: StopRequests, verbose: bool) -> LearningRates
 
 
 def result_folder(given: str | None) -> Path:
-    """The folder for the results, made before the work is done. Raises UsageError, MachineError."""
+    """Create the folder of the results, before the test starts. Raises UsageError, MachineError."""
     folder = Path(given or f"runs/lr-find-{time.strftime('%Y%m%d-%H%M%S')}")
     make_folder(folder, RANGE_TEST)
     return folder
@@ -159,7 +159,7 @@ def write(found: LearningRates) -> None:
 
 
 def lines(found: LearningRates) -> list[str]:
-    """What the test suggests, as options of train, and what was written."""
+    """The suggestions as options of train, and the files that were written."""
     from resnet_dist.training.lr_range import typed
 
     suggestions = [f"{name + ':':<10} {typed(settings)}" for name, settings in found.settings.items()]

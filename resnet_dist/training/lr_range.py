@@ -1,6 +1,6 @@
-"""The learning-rate range test (Smith 2015, arXiv:1506.01186): the rate rises from step to step until the loss does.
+"""The learning-rate range test (Smith 2015, arXiv:1506.01186): raise the rate at every step until the loss diverges.
 
-It takes its steps with the loop's own `train_step`, on a network that is then thrown away.
+The steps are those of the loop's `train_step`, on a network that is then discarded.
 """
 
 import math
@@ -38,7 +38,7 @@ class RangeTest:
 
 
 def rising(start: float, end: float, steps: int) -> list[float]:
-    """`steps` > 1 rates from start to end, each the same multiple of the one before."""
+    """`steps` > 1 rates from start to end, at equal ratios."""
     return [start * (end / start) ** (step / (steps - 1)) for step in range(steps)]
 
 
@@ -76,7 +76,7 @@ def range_test(job: Job, phase: PlannedPhase, start: float, end: float, steps: i
 
 
 def _endless(job: Job, learner: Learner) -> Iterator[list[Batch]]:
-    """The batches of one epoch after the other."""
+    """The batches of all epochs, without end."""
     epoch = 0
     while True:
         yield from learner.source.train_loader.epoch(epoch)
@@ -84,7 +84,7 @@ def _endless(job: Job, learner: Learner) -> Iterator[list[Batch]]:
 
 
 def _global_loss(job: Job, learner: Learner) -> tuple[float, int]:
-    """The mean loss of the step over all processes, and its images; NaN if a gradient was not finite."""
+    """The mean loss of the step over all processes, and its number of images; NaN if a gradient was not finite."""
     sums = Sums(*job.accelerator.reduce(learner.tally.values.clone(), "sum").tolist())
     learner.tally.values.zero_()
     return math.nan if sums.nonfinite else sums.mean_loss, int(sums.images)
@@ -114,7 +114,7 @@ def valley(test: RangeTest) -> float | None:
 
 
 def longest_decrease(values: Sequence[float]) -> list[int]:
-    """The places of a longest strictly decreasing subsequence, in order; of several, the one that ends first."""
+    """The positions of a longest strictly decreasing subsequence, in order; of several, the one that ends first."""
     lengths, before = [1] * len(values), [-1] * len(values)
     for i, value in enumerate(values):
         for j in range(i):
@@ -129,15 +129,14 @@ def longest_decrease(values: Sequence[float]) -> list[int]:
 
 
 def _trimmed(steps: int) -> tuple[int, int]:
-    """The steps that the suggestions look at: not the first tenth, where the average has no history yet."""
+    """The range of steps for the suggestions: without the first tenth, where the average has too little history."""
     return steps // 10, steps
 
 
 def rates_for(asked: OptimConfig, base_lr: float, rate: float) -> dict[str, Any]:
-    """The settings that make --lr `rate` and every other rate that was set proportional: lr, and if they were set
-    lr_backbone and lr_groups.
+    """The settings for --lr `rate`, with the other rates that were set in proportion (lr_backbone, lr_groups).
 
-    `base_lr` above 0 is the value of --lr, typed or automatic, with which these rates were set.
+    `base_lr`, above 0, is the value of --lr with which these rates were set.
     """
     new = scaled(asked, rate / base_lr)
     others = {"lr_backbone": new.lr_backbone, "lr_groups": new.lr_groups}

@@ -1,4 +1,4 @@
-"""Parameter groups with a learning rate per stage, the optimizers, and what lr is taken where none is given."""
+"""Parameter groups with a learning rate per stage, the optimizers, and the default learning rates."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ DEFAULT_LR = {
 }
 DEFAULT_WEIGHT_DECAY = {"sgd": 1e-4, "adamw": 1e-2}
 DEFAULT_MOMENTUM = {"sgd": 0.9}
-# GradScaler starts at 2^16 and halves its scale for every step that it skips. 21 skipped steps more than it recovers
-# from (it doubles after 2,000 good ones) mean that no scale helps: the gradients themselves are not finite.
+# GradScaler starts at 2^16, halves its scale for every skipped step and doubles it after 2,000 good steps. If it has
+# halved 21 times more often than doubled, no scale helps: the gradients themselves are not finite.
 LOWEST_SCALE = 2.0**-4
 
 
@@ -55,7 +55,7 @@ class PlannedOptimizer:
 
 
 def default_lr(opt: str, only_head: bool, pretrained: bool) -> tuple[float, str]:
-    """The base learning rate for an optimizer and what learns first, and the reason in words."""
+    """The default base learning rate for an optimizer and what learns in the first phase, and the reason in words."""
     head, fine_tune, scratch = DEFAULT_LR[opt]
     if not pretrained:
         return scratch, f"{opt} from random weights"
@@ -110,13 +110,15 @@ def param_groups(model: nn.Module, planned: PlannedOptimizer, rates: Mapping[str
 
 
 def rates_now(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The learning rate that every stage that learns has at the moment, from the stem to the head."""
+    """The current learning rate of every stage that learns, from the stem to the head."""
     rates = {stage: group["lr"] for group in optimizer.param_groups for stage in group["stages"]}
     return {stage: rates[stage] for stage in STAGES if stage in rates}
 
 
 def build_optimizer(groups: list[dict[str, Any]], planned: PlannedOptimizer) -> torch.optim.Optimizer:
-    """torch's optimizer of that name over the groups; fused where there is such a one, for it can skip a bad step."""
+    """The torch optimizer over the groups. It is fused if torch has that, because fused ones can skip a step on the
+    device.
+    """
     device = groups[0]["params"][0].device.type
     fused = True if device in ("cpu", "cuda") else None
     if planned.name == "sgd":
@@ -132,7 +134,9 @@ def build_optimizer(groups: list[dict[str, Any]], planned: PlannedOptimizer) -> 
 
 
 def has_fused_adagrad(device: str) -> bool:
-    """Whether this torch has a fused Adagrad for a kind of device: torch 2.11 has none for CUDA, torch 2.15 has."""
+    """Whether this torch has a fused Adagrad for a type of device: for CUDA, torch 2.11 has none and torch 2.15 has
+    one.
+    """
     parameter = torch.zeros(1, device=device, requires_grad=True)
     parameter.grad = torch.zeros_like(parameter)
     try:
@@ -143,10 +147,10 @@ def has_fused_adagrad(device: str) -> bool:
 
 
 def start_momentum_at_zero(optimizer: torch.optim.SGD) -> None:
-    """Give every parameter a momentum buffer of zeros; the first step then is what it is without one.
+    """Give every parameter a momentum buffer of zeros. The first step is the same as without a buffer.
 
-    torch makes the buffers of fused SGD in its first step, uninitialised. If that step is skipped because a gradient
-    is not finite, they stay so, and the second step would apply them.
+    torch creates the buffers of fused SGD in its first step, uninitialised. If that step is skipped because a gradient
+    is not finite, they stay uninitialised, and the second step would apply them.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -154,9 +158,9 @@ def start_momentum_at_zero(optimizer: torch.optim.SGD) -> None:
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
-    """An optimizer step, unless `bad`, a float32 on the device, is 1: then nothing changes, counters included.
+    """Take an optimizer step unless `bad`, a float32 on the device, is 1: then nothing changes, counters included.
 
-    Fused optimizers look at it on the device (the protocol that GradScaler uses); for the others the host looks.
+    Fused optimizers read it on the device (the protocol of GradScaler); for the others the host reads it.
     """
     plain: Any = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     if not plain.defaults.get("fused"):
@@ -171,10 +175,10 @@ def step_if_finite(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
 def scaled_step(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, skipped: torch.Tensor, bad: torch.Tensor
 ) -> None:
-    """An optimizer step under fp16, which GradScaler skips, lowering its scale, if a gradient is not finite.
+    """Take an optimizer step under fp16. GradScaler skips it and lowers its scale if a gradient is not finite.
 
-    `skipped`, float32 on the device, counts the skipped steps. `bad`, also float32 there, becomes 1 where the scale
-    falls below `LOWEST_SCALE`. Both are found without waiting for the device. Needs a backward pass before it.
+    `skipped`, float32 on the device, counts the skipped steps. `bad`, also float32 there, becomes 1 if the scale falls
+    below `LOWEST_SCALE`. Neither waits for the device. Needs a backward pass before it.
     """
     scale = scaler._scale  # on the device; get_scale() would wait for it
     assert scale is not None, "set by the first backward pass"

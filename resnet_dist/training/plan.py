@@ -1,4 +1,4 @@
-"""The plan of a training: what was decided, with the reasons, before memory is taken; and the plan in words."""
+"""The plan of a training: what was decided and why, before memory is allocated; and the plan as text."""
 
 import dataclasses
 import math
@@ -98,7 +98,7 @@ class Plan:
         return phase.epochs * self.batches.steps_per_epoch
 
     def description(self, best: Best) -> Description:
-        """What the best checkpoint says of itself."""
+        """The description that is stored in the best checkpoint."""
         return Description(
             architecture=self.architecture,
             classes=self.index.classes,
@@ -110,7 +110,7 @@ class Plan:
         )
 
     def lines(self) -> list[str]:
-        """The plan in words: data, phases, learning rates."""
+        """The plan as text: data, phases, learning rates."""
         index, share = self.index, self.share
         images = f"{len(index.train)} training and {counted(len(index.val), 'validation image')}"
         data = f"{counted(len(index.classes), 'class')}, {images}"
@@ -183,7 +183,10 @@ def make_plan(accelerator: Accelerator, cfg: TrainConfig, train_transform: Trans
 def plan_batch_size(
     accelerator: Accelerator, cfg: TrainConfig, architecture: Architecture, img_size: int, images: int
 ) -> tuple[int, list[str]]:
-    """--batch-size as it is, or, for `auto`, the size that a trial finds and the reason. Raises MachineError."""
+    """The batch size per process: --batch-size, or for `auto` the size found by a trial, with the reason.
+
+    Raises MachineError.
+    """
     asked = cfg.data.batch_size
     if asked != "auto":
         return asked, []
@@ -211,7 +214,7 @@ def share_of(cfg: TrainConfig, accelerator: Accelerator, batch_size: int) -> Sha
 
 
 def random_stream(accelerator: Accelerator, cfg: TrainConfig) -> tuple[int, list[str]]:
-    """The random stream, and the reason if it is automatic: a run that starts from an old one must not repeat its
+    """The random stream, and the reason if it is automatic: a run with --init-from must not repeat the old run's
     samples.
 
     Raises ArtifactError if the old checkpoint cannot be read.
@@ -292,7 +295,7 @@ def with_decisions(cfg: TrainConfig, share: Share, stream: int, optimizer: Plann
 
 
 def check_batch_norm(plan: Plan) -> None:
-    """Raises UsageError if a BatchNorm would train on one value per channel in a phase: torch cannot."""
+    """Raise UsageError if a BatchNorm would get one value per channel in training: torch cannot compute a variance."""
     batch, size = plan.share.batch_size, plan.spec.img_size
     if batch > 1 or (plan.sync_bn.on and plan.share.world > 1):
         return

@@ -1,4 +1,4 @@
-"""Repeat a run from what its folder says, and compare both runs."""
+"""Repeat a run from its folder, and compare both runs."""
 
 import dataclasses
 import hashlib
@@ -39,12 +39,12 @@ class Reproduction:
 
     @property
     def same_bytes(self) -> bool:
-        """Whether both best checkpoints are the same file to the byte."""
+        """Whether the best checkpoints of both runs are byte for byte the same file."""
         return self.digests[0] == self.digests[1]
 
     @property
     def furthest(self) -> float:
-        """The largest difference of the metrics in COMPARED; NaN if one of them is."""
+        """The largest difference of the metrics in COMPARED; NaN if one of them is NaN."""
         changes = [abs(value - was) for was, value in (self.metrics[name] for name in COMPARED)]
         return math.nan if any(map(math.isnan, changes)) else max(changes)
 
@@ -65,10 +65,10 @@ class Reproduction:
 
 
 def reproduce(old: Path, new: Path, tolerance: float, *, verbose: bool = True) -> Reproduction:
-    """Repeat the run `old` in the folder `new`, or resume there, and compare both; with `verbose`, print.
+    """Repeat the run `old` in the folder `new`, or resume it there, and compare both; with `verbose`, print.
 
     Every process of a launch must call this. Raises UsageError if the run is not done, DataError if its data has
-    changed, ArtifactError, after the comparison is written, if a metric differs by more than the tolerance.
+    changed, and ArtifactError, after the comparison is written, if a metric differs by more than the tolerance.
     """
     if old.resolve() == new.resolve():
         raise UsageError(f"--output-dir {new}: that is the run itself; choose another folder")

@@ -1,4 +1,4 @@
-"""Going on with an interrupted run: what is saved, what is put back, and what may have changed in between."""
+"""Resuming an interrupted run: what is saved, what is restored, and which settings may have changed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,9 +29,14 @@ from resnet_dist.training.state import (
 )
 from resnet_dist.training.tally import Tally
 
-# Settings that make another run of it, by section: they decide what the saved numbers mean.
+# Settings that a resumed run must keep, by section: they decide what the saved numbers mean.
 FIXED = {
-    "data": {"val_split", "split_seed", "group_by", "drop_last"},  # where the images lie is left to their fingerprint
+    "data": {
+        "val_split",
+        "split_seed",
+        "group_by",
+        "drop_last",
+    },  # the location of the images may change: their fingerprint is compared
     "preprocess": None,  # all of them
     "model": {"model", "head", "head_hidden", "stem"},
     "run": {"seed", "random_stream", "ema", "init_from"},
@@ -41,7 +46,7 @@ FIXED = {
 
 @dataclass(frozen=True)
 class Resumed:
-    """A saved state: where the run stood, its tensors and everything else that was written with them."""
+    """A saved state: the progress of the run, its tensors and the other values saved with them."""
 
     state: State
     tensors: Mapping[str, torch.Tensor]
@@ -93,7 +98,7 @@ def statistics_of_all(accelerator: Accelerator, statistics: Mapping[str, torch.T
 
 
 def read_resumed(accelerator: Accelerator, run: RunFolder) -> tuple[Resumed, list[str]]:
-    """The newest state of a run that verifies, and warnings; read by the main process. Raises ArtifactError."""
+    """The newest state of a run that verifies, and warnings. The main process reads it. Raises ArtifactError."""
     read: dict[str, torch.Tensor] = {}
 
     def facts_and_warnings() -> tuple[dict[str, Any], list[str]]:
@@ -108,7 +113,7 @@ def read_resumed(accelerator: Accelerator, run: RunFolder) -> tuple[Resumed, lis
 
 
 def restore_model(resumed: Resumed, job: Job) -> None:
-    """Put the weights, and their average, back. Raises ArtifactError where they are those of another network."""
+    """Restore the weights and their moving average. Raises ArtifactError if they are of another network."""
     with fitting(job.run.path):
         job.model.load_state_dict(_under("model/", resumed.tensors))
         if job.ema is not None:
@@ -119,10 +124,10 @@ def restore_model(resumed: Resumed, job: Job) -> None:
 def restore_learner(
     resumed: Resumed, job: Job, optimizer: torch.optim.Optimizer, schedule: Schedule, tally: Tally
 ) -> None:
-    """Put the state of the optimizer, the schedule and fp16's scaler back, into those of the phase where the run stood.
+    """Restore the state of the optimizer, the schedule and the GradScaler in the phase that was interrupted.
 
-    Each process also gets its own running statistics again, now that wrapping has made them equal; with another number
-    of processes, all keep those of the first. Raises ArtifactError where the state is not one of this run.
+    Each process also gets its own running statistics again, because wrapping made them equal. With another number of
+    processes, all keep those of the first. Raises ArtifactError if the state does not belong to this run.
     """
     with fitting(job.run.path):
         windows, process = torch.tensor(resumed.facts["windows"]), job.accelerator.process_index
@@ -148,9 +153,9 @@ def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
 def changes(
     run: Path, resumed: Resumed, cfg: TrainConfig, fingerprint: Mapping[str, Any], global_batch: int
 ) -> list[str]:
-    """What differs from the run in this folder, which is resumed, as lines `old -> new`.
+    """What differs from the run that is resumed, as lines `old -> new`.
 
-    Raises UsageError where the difference would make it another run: other data, classes, network or preprocessing.
+    Raises UsageError if a difference would make it another run: other data, classes, network or preprocessing.
     """
     facts = resumed.facts
     with fitting(run):
@@ -180,7 +185,7 @@ def changes(
 
 
 def _complete(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A stored config with the settings that runs of older versions do not name."""
+    """A stored config, completed by the settings that older versions did not store."""
     return {**config, "run": {"random_stream": 0, "report": True, **config["run"]}}
 
 

@@ -1,4 +1,4 @@
-"""Train: from a config to a finished run folder. `resnet-dist train` and `resnet_dist.train` are thin layers above."""
+"""Train: from a config to a finished run folder. `resnet-dist train` and `resnet_dist.train` call this."""
 
 import dataclasses
 import os
@@ -113,7 +113,7 @@ def run_training(
                 return on_main(accelerator, lambda: load_run(path))
             try:
                 resuming = on_main(accelerator, lambda: folder.claim(run, cfg))
-                if not cfg.run.dry_run:  # that holds no lock: what it would record may be another process's run
+                if not cfg.run.dry_run:  # it holds no lock, and the run in the folder may belong to another process
                     stop.on_exit = lambda code, reason: folder.record_stop(run, code, reason, resuming)
                 display.say(line)
                 session = Session(accelerator, run, display, stop, command or folder.typed_command())
@@ -131,7 +131,7 @@ def run_training(
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What a training works with, whatever it trains."""
+    """What a process works with, whatever it trains: its accelerator, the run folder, the display and stop requests."""
 
     accelerator: "Accelerator"
     run: "RunFolder"

@@ -11,9 +11,9 @@ ONECYCLE_START, ONECYCLE_FIRST, ONECYCLE_LAST = 0.3, 1 / 25, 1 / 25e4  # torch's
 class Schedule:
     """The factor on every group's base learning rate.
 
-    It counts optimizer steps of one process group, so the number of processes does not enter. A warm-up, if any, comes
-    first; the schedule then starts at its own step 0, as with torch's SequentialLR. All but `plateau` are functions of
-    the step; `plateau` also keeps how often the validation loss failed to fall (`state`).
+    It counts optimizer steps, so the number of processes has no influence. A warmup comes first; the schedule then
+    starts at its own step 0, as in torch's SequentialLR. All but `plateau` are functions of the step; for `plateau`,
+    `state` counts the epochs in which the validation loss did not fall.
     """
 
     def __init__(self, cfg: ScheduleConfig, steps_per_epoch: int, epochs: int) -> None:
@@ -45,7 +45,9 @@ class Schedule:
         return 1.0
 
     def end_epoch(self, val_loss: float) -> None:
-        """Tell `plateau` the validation loss of an epoch: a fall of under 0.01 % does not count (torch's threshold)."""
+        """Give `plateau` the validation loss of an epoch. A decrease of less than 0.01 % does not count (torch's
+        threshold).
+        """
         state = self.state
         if self.cfg.sched != "plateau":
             return

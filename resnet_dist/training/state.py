@@ -1,4 +1,4 @@
-"""Where a run stands, and how that is kept on disk: whole, verified, never unpickled."""
+"""The progress of a run, and its checkpoints on disk: complete, verified, without pickle."""
 
 import dataclasses
 import hashlib
@@ -23,8 +23,8 @@ from resnet_dist.files.run import MANIFEST, STATE_NAME, is_written, sync_folder,
 
 MAX_FACTS, MAX_STATE = 1 << 24, 1 << 34  # bytes
 TENSORS, FACTS = "state.safetensors", "state.json"
-UNFINISHED = re.compile(r"\.tmp-\d+")  # a state that a writer, named by its process, had not finished
-REPLACED = ".replaced"  # ends the name of a state while another of the same step takes its place
+UNFINISHED = re.compile(r"\.tmp-\d+")  # an unfinished state, with the number of the process that writes it
+REPLACED = ".replaced"  # suffix of a state while another of the same step replaces it
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Best:
 
 @dataclass
 class State:
-    """Where a run stands: enough, with the weights and the optimizer, to go on from here.
+    """The progress of a run: with the weights and the optimizer, enough to continue.
 
-    `sums` are the training sums of the epoch so far (loss, weight, correct, samples, over all processes), `seconds`
-    what the run has taken before this process started, `skipped` the steps of the phase that fp16 skipped.
+    `sums` are the training sums of the epoch so far (loss, weight, correct, samples, over all processes). `seconds` is
+    the time of the run before this process started. `skipped` counts the steps of the phase that fp16 skipped.
     """
 
     phase: int = 0
@@ -59,16 +59,16 @@ class State:
     started: float = field(default_factory=time.monotonic)
 
     def elapsed(self) -> float:
-        """Seconds of training so far, those before an interruption included."""
+        """Seconds of training so far, including those before an interruption."""
         return self.seconds + time.monotonic() - self.started
 
     def begin_phase(self, number: int) -> None:
-        """Stand at the start of a phase; early stopping ends a phase only, so it begins anew too."""
+        """Move to the start of a phase. Early stopping ends only a phase, so its count starts again."""
         self.phase, self.epoch_in_phase, self.epochs_since_best, self.stopped_by = number, 0, 0, None
         self.skipped = 0
 
     def end_epoch(self) -> dict[str, float]:
-        """Stand after the epoch; returns its mean loss, top1 and speed over all processes."""
+        """Move to the next epoch. Returns the mean loss, top1 and speed of the one that ended, over all processes."""
         loss, weight, correct, count = self.sums
         seconds = self.epoch_seconds
         self.sums, self.epoch_seconds = [0.0] * 4, 0.0
@@ -90,7 +90,7 @@ class State:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "State":
-        """From the stored form. Raises KeyError, TypeError or ValueError where it is not one."""
+        """From the stored form. Raises KeyError, TypeError or ValueError if it is malformed."""
         best = values["best"]
         state = cls(**{**values, "best": Best(**best) if best else None})
         counters = (state.phase, state.epoch_in_phase, state.step_in_epoch, state.epochs_done, state.steps_done)
@@ -112,7 +112,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Restore the tensors that `optimizer_tensors` returned."""
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")
@@ -120,7 +120,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
             entry, _, name = rest.partition("/")
             parameter = parameters[name]
             if value.shape == parameter.shape:
-                # In the parameter's memory layout: fused optimizers go through both side by side.
+                # In the parameter's memory layout, which fused optimizers assume.
                 restored = torch.empty_like(parameter).copy_(value)
             else:  # a counter of steps: fused optimizers keep it on the device, the others on the CPU
                 restored = value.to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
@@ -130,7 +130,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
 def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], keep: int) -> Path:
     """Write one state into `folder` (the run's checkpoints), then remove all but the newest `keep`.
 
-    It appears under its name only once everything is on the disk. Raises MachineError; older states are then as before.
+    It gets its name only when everything is on disk. Raises MachineError; older states are then unchanged.
     """
     final = folder / f"step-{facts['state']['steps_done']:09d}"
     temporary = folder / f".tmp-{os.getpid()}"
@@ -149,7 +149,7 @@ def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
                 stream.flush()
                 os.fsync(stream.fileno())
         sync_folder(temporary)
-        if final.exists():  # of the same step: aside, not away, until the new one stands there
+        if final.exists():  # of the same step: renamed, and removed only when the new one is in place
             final.rename(_aside(final))
         temporary.rename(final)
         sync_folder(folder)
@@ -164,13 +164,13 @@ def write_state(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
 
 
 def _aside(final: Path) -> Path:
-    """A free name for a state while another of the same step takes its place."""
+    """A free name for a state while another of the same step replaces it."""
     names = (final.with_name(f"{final.name}{REPLACED}{number or ''}") for number in itertools.count())
     return next(path for path in names if not os.path.lexists(path))
 
 
 def _remove(state: Path) -> None:
-    """Remove a state as far as that is allowed; a file in it that is not of a state stays, and so does its folder."""
+    """Remove the files of a state, as far as permitted. Other files in its folder stay, and so does the folder."""
     with suppress(OSError):
         for name in (MANIFEST, TENSORS, FACTS):
             (state / name).unlink(missing_ok=True)
@@ -185,19 +185,19 @@ def _state_folders(folder: Path) -> list[Path]:
 
 
 def _states(folder: Path) -> list[Path]:
-    """The states in a folder, the newest first. Without a manifest it is none: others' files kept the folder alive."""
+    """The states in a folder, the newest first. A folder without a manifest is not a state."""
     return [path for path in _state_folders(folder) if (path / MANIFEST).exists()]
 
 
 def newest_state(folder: Path) -> Path | None:
-    """The newest state in a folder, by its name and that it has a manifest."""
+    """The newest state in a folder, by name; it must have a manifest."""
     return next(iter(_states(folder)), None)
 
 
 def read_newest_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[str]]:
-    """The newest state that verifies: tensors, facts, and a warning for each newer one that was passed over.
+    """The newest state that verifies: tensors, facts, and a warning for each newer one that does not.
 
-    Raises ArtifactError where there is none.
+    Raises ArtifactError if there is none.
     """
     warnings = []
     for path in _state_folders(folder):
@@ -225,7 +225,9 @@ def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 @contextmanager
 def fitting(run: Path) -> Iterator[None]:
-    """Within it, a saved state that is whole but not of this run raises ArtifactError instead of what torch says."""
+    """In this context, a saved state that does not belong to this run raises ArtifactError instead of an error of
+    torch.
+    """
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -234,9 +236,9 @@ def fitting(run: Path) -> Iterator[None]:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove what a writer of a run that was killed left in it. Raises MachineError where that is not allowed.
+    """Remove the temporary files of a killed process from a run. Raises MachineError if that is not allowed.
 
-    Files that the program does not write stay, and so do the folders that they are in.
+    Files that the program does not write stay, and so do their folders.
     """
     checkpoints = run / "checkpoints"
     try:
@@ -249,7 +251,7 @@ def remove_leftovers(run: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the states in a folder that a writer that was killed had not finished."""
+    """Remove the states in a folder that a killed process had not finished."""
     for path in folder.glob(".tmp-*"):
         if UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             _remove(path)

@@ -1,4 +1,4 @@
-"""What training adds up on the device between two reads by the host."""
+"""What training sums up on the device between two polls."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Sums:
-    """A tally that was read by the host, summed over all processes."""
+    """A tally that the host has read, summed over all processes."""
 
     loss: float
     weight: float
