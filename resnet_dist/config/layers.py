@@ -63,6 +63,7 @@ class Option:
 
     @property
     def flag(self) -> str:
+        """The option on the command line, such as `--batch-size`."""
         return "--" + self.name.replace("_", "-")
 
 
