@@ -892,7 +892,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "predict.py") ->
 
 def _run(arguments: Sequence[str] | None, program: str) -> int:
     try:
-        options = _parser(program).parse_intermixed_args(arguments)
+        options = parser_for(program).parse_intermixed_args(arguments)
     except SystemExit:  # --help was printed
         return 0
     predictor = Predictor(options.model, options.threads, options.providers)
@@ -957,7 +957,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def parser_for(program: str) -> argparse.ArgumentParser:
     parser = _Parser(program, description="Predict the classes of images with an exported model.", allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="a .onnx file, or an exported run folder")
     parser.add_argument("inputs", metavar="INPUT", nargs="*", help="files, folders, patterns; - reads paths from stdin")

@@ -50,7 +50,7 @@ def help_text(cls: type, program: str, given: Mapping[str, Any], everything: boo
 
     Raises UsageError if there is no such recipe, or the file cannot be read.
     """
-    groups = dict(_groups(cls, given))
+    groups = dict(groups_of(cls, given))
     count = sum(map(len, groups.values()))
     short = not everything and (has_recipes(cls) or count > MANY)
     lines = [f"usage: {program} [OPTIONS]" + "".join(_positions(cls)), "", *_paragraphs(inspect.getdoc(cls) or "")]
@@ -69,8 +69,8 @@ def _positions(cls: type) -> Iterator[str]:
             yield f" [{option.name.upper()}{' ...' if typing.get_origin(option.kind) is tuple else ''}]"
 
 
-def _groups(cls: type, given: Mapping[str, Any]) -> Iterator[tuple[str, list[Entry]]]:
-    """(title, entries) of every section."""
+def groups_of(cls: type, given: Mapping[str, Any]) -> Iterator[tuple[str, list[Entry]]]:
+    """(title, entries) of every section, as `--help-all` shows them. Raises UsageError as `help_text` does."""
     if has_recipes(cls):
         yield "settings (recipe < file < command line)", _layer_entries()
     values = _values(cls, given)
