@@ -352,6 +352,21 @@ def _check_replaceable(path: Path, replace: Replace) -> None:
         )
 
 
+def identity(facts: Mapping[str, Any]) -> str:
+    """Model, recipe, data and date of a run, from its run.json: `resnet18, recipe bn-only, data photos, 2026-05-31`.
+
+    The date is that of the last launch in UTC; runs of older versions have none.
+    """
+    launch = (facts.get("launches") or [{}])[-1]
+    parts = [
+        str(facts.get("model") or ""),
+        f"recipe {facts.get('recipe') or 'none'}",
+        f"data {Path(str(facts.get('data_root', ''))).name}",
+        str(launch.get("started", ""))[:10],
+    ]
+    return ", ".join(part for part in parts if part)
+
+
 def read_facts(path: Path) -> dict[str, Any]:
     """The content of run.json. Raises UsageError if it is missing or damaged."""
     file = path / "run.json"

@@ -10,7 +10,7 @@ from typing import Any
 from export.predict import Preprocessing
 from resnet_dist.errors import ArtifactError
 from resnet_dist.files.header import best_of, description_in
-from resnet_dist.files.run import read_facts
+from resnet_dist.files.run import identity, read_facts
 from resnet_dist.model.checkpoint import Description
 from resnet_dist.model.resnet import Architecture
 from resnet_dist.model.start import StartingPoint
@@ -73,7 +73,8 @@ def card(run: CardFacts, weights: str, how_to_load: Sequence[str]) -> str:
     )
     if architecture.stem != "standard":
         what += ", stem for small images (3x3, no pooling)"
-    lines = [f"# {plain_text(_name_of_data(run))}: an image classifier", "", f"{what}. Weights: `{weights}`."]
+    what += f". Trained: {plain_text(identity(run.facts))}. Weights: `{weights}`."
+    lines = [f"# {plain_text(_name_of_data(run))}: an image classifier", "", what]
     for title, text in sections.items():
         lines += ["", f"## {title}", "", *text]
     return "\n".join(lines) + "\n"

@@ -5,6 +5,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from resnet_dist.evaluation import confident_learning
 from resnet_dist.evaluation.records import Records
 from resnet_dist.evaluation.result import Evaluation
+from resnet_dist.files.run import identity
 from resnet_dist.report.on_disk import RunRecord, understood
 from resnet_dist.report.pictures import pictures
 from resnet_dist.runtime.wording import counted
@@ -25,7 +27,7 @@ MOST_PICTURED = 150  # labels per ranking that get a picture before other images
 MOST_PAIRS = 200
 MOST_POINTS = 400  # per curve
 MOST_DOTS = 2_000  # on the map
-MATRIX = 100  # classes that the confusion matrix shows
+MATRIX = 120  # classes that the confusion matrix shows
 CLASS_COLUMNS = ("class", "images", "precision", "recall", "F1", "most often confused with")
 PER_CELL = 6  # pictures per cell of the confusion matrix before other images get one
 
@@ -92,6 +94,7 @@ def evaluation_content(
         "images": images.with_pictures(needed, evaluation.pictures.thumbnails),
         "confusion": [[int(t), int(p), int(counts[t, p])] for t, p in np.argwhere(counts > 0)],
         "matrix": _matrix_classes(counts),
+        "matrix_note": _matrix_note(counts),
         "class_columns": [*CLASS_COLUMNS, *(["training images"] if training else [])],
         "class_rows": _class_rows(evaluation, training),
         "top_losses": worst,
@@ -141,6 +144,20 @@ def _matrix_classes(counts: np.ndarray) -> list[int]:
     """The classes of the matrix in class order: all, or those with the most mistakes."""
     mistakes = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
     return sorted(np.argsort(-mistakes, kind="stable")[:MATRIX].tolist())
+
+
+def _matrix_note(counts: np.ndarray) -> str:
+    """Which classes the matrix leaves out, and how many images with them; "" if it has all classes."""
+    within = _matrix_classes(counts)
+    left_out = len(counts) - len(within)
+    if not left_out:
+        return ""
+    total, inside = int(counts.sum()), int(counts[np.ix_(within, within)].sum())
+    return (
+        f"The matrix has the {len(within)} of {len(counts):,} classes with the most mistakes. The other "
+        f"{counted(left_out, 'class')} are listed below it: {total - inside:,} of {total:,} images have such a label "
+        "or prediction. plots/confusion_matrix.png has all classes in a run, confused.csv every confusion. "
+    )
 
 
 def _class_rows(evaluation: Evaluation, training: Mapping[str, int]) -> list[list[Any]]:
@@ -282,13 +299,16 @@ def _of_epochs(epochs: Sequence[Mapping[str, float]]) -> Iterator[dict[str, Any]
 
 
 def _about(evaluation: Evaluation, run: RunRecord | None) -> list[str]:
-    """Sentences about what was evaluated."""
+    """Sentences about what was evaluated: the model, the data and the date first."""
     split = {"train": "training", "val": "validation", "test": "test"}[evaluation.split]
     images = counted(len(evaluation.paths), f"{split} image")
     lines = [f"{images} of {counted(len(evaluation.classes), 'class')}, evaluated in float32."]
     if run:
+        lines.insert(0, f"{identity(run.facts)}.")
         images = run.facts.get("images", {})
         lines.append("Images of the run: " + ", ".join(f"{count} {name}" for name, count in images.items()) + ".")
+    else:
+        lines.insert(0, f"{evaluation.model}, data {evaluation.root.name}, {datetime.now(UTC).date()}.")
     return lines
 
 

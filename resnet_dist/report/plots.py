@@ -18,6 +18,7 @@ from resnet_dist.files.run import write_atomically
 from resnet_dist.runtime.wording import shortened
 
 GREEN, RED = "#1a7f37", "#cf222e"
+NAMED = 150  # classes that the axes of the confusion matrix name; above, a name would be too small to read
 
 
 def _figure(
@@ -119,23 +120,35 @@ def compared_curves(file: Path, techniques: Mapping[str, Sequence[Sequence[Mappi
 
 
 def confusion_matrix(file: Path, counts: np.ndarray, classes: Sequence[str]) -> None:
-    """Rows are true classes, columns are predictions. Colours show the share of the row, numbers count images."""
+    """Rows are true classes, columns are predictions. Colours show the share of the row, numbers count images.
+
+    Every class has a row and a column. Above 150 classes, the axes have class numbers in place of names.
+    """
     n = len(classes)
     side = min(4 + 0.35 * n, 24)
     figure, (axes,) = _figure(1, 1, side + 1, side)
     figure.set_layout_engine("compressed")  # "constrained" cuts off a label if the aspect of the axes is fixed
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if n <= 60:
+    # The default blends neighbours if a cell is about one pixel, which hides a single mistake among 1,000 classes.
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    size = float(np.clip(side / 2 + 4, 10, 16))
+    if n <= NAMED:
         names = [shortened(name, 24) for name in classes]
-        axes.set_xticks(range(n), names, rotation=90 if n > 4 else 0, parse_math=False)
-        axes.set_yticks(range(n), names, parse_math=False)
+        letters = float(np.clip(900 / n, 6, 10))
+        axes.set_xticks(range(n), names, rotation=90 if n > 4 else 0, parse_math=False, fontsize=letters)
+        axes.set_yticks(range(n), names, parse_math=False, fontsize=letters)
+    else:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(20, integer=True))
+        axes.set_title(f"{n:,} classes, numbered from 0 in the order of per_class.csv", fontsize=size)
     if n <= 30:
         for row, column in np.argwhere(counts > 0):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
-    axes.set(xlabel="predicted", ylabel="true")
-    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    axes.set_xlabel("predicted class", fontsize=size)
+    axes.set_ylabel("true class", fontsize=size)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.set_label("share of the images of the true class", fontsize=size)
     _save(figure, file, 100)
 
 
@@ -162,27 +175,25 @@ def image_grid(
 
 def reliability_diagram(file: Path, measured: Reliability) -> None:
     """Accuracy over confidence in 15 bins, with the gap to the diagonal, above the number of images of each bin."""
-    figure, (above, below) = _figure(2, 1, 5.5, 6.5, heights=(3, 1))
+    figure, (above, below) = _figure(2, 1, 5.5, 7.5, heights=(3, 1))
     edges = np.arange(BINS + 1) / BINS
     middle, width = (edges[1:] + edges[:-1]) / 2, 1 / BINS
     used = measured.images > 0
     accuracy, confidence = measured.accuracy[used], measured.confidence[used]
     above.bar(middle[used], accuracy, 0.94 * width, color="#5b8fd9", label="accuracy")
-    above.bar(
-        middle[used],
-        confidence - accuracy,
-        0.94 * width,
-        bottom=accuracy,
-        facecolor="none",
-        edgecolor=RED,
-        hatch="///",
-        label="gap to the confidence",
-    )
-    above.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
+    low, high = np.minimum(accuracy, confidence), np.maximum(accuracy, confidence)
+    for kind, bins, colour, hatch in (
+        ("overconfident: accuracy below confidence", accuracy < confidence, RED, "///"),
+        ("underconfident: accuracy above confidence", accuracy > confidence, GREEN, "\\\\\\"),
+    ):
+        if bins.any():  # the legend has only what is drawn
+            style: dict[str, Any] = {"facecolor": "none", "edgecolor": colour, "hatch": hatch, "label": kind}
+            above.bar(middle[used][bins], (high - low)[bins], 0.94 * width, bottom=low[bins], **style)
+    above.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="accuracy = confidence")
     above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"expected calibration error {measured.error:.4f}")
-    above.legend(loc="upper left")
     below.bar(middle, measured.images, 0.94 * width, color="grey")
     below.set(xlim=(0, 1), xlabel="confidence of the best class", ylabel="images")
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center")  # it would hide bars in the plot
     _save(figure, file, 100)
 
 
@@ -199,7 +210,9 @@ def embedding_map(file: Path, features: np.ndarray, targets: np.ndarray, classes
         axes.scatter(places[rows, 0], places[rows, 1], s=14, color=colours(number), label=name, alpha=0.8, linewidths=0)
     x, y = (f"principal axis {n}: {100 * share:.0f} % of the variance" for n, share in enumerate(shares, 1))
     axes.set(xlabel=x, ylabel=y)
-    if len(present) <= 30:
+    if len(present) > 30:
+        axes.set_title(f"{len(present)} classes, too many for a key; report.html names the class of each point")
+    else:
         legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
         for text in legend.get_texts():
             text.set_parse_math(False)

@@ -1,5 +1,6 @@
 """What run.json says of a run in addition to its status: what is trained, on what data, by which launches."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def this_launch(command: str) -> dict[str, Any]:
     state = AcceleratorState()
     return {
         "command": command,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "processes": state.num_processes,
         "device": state.device.type,
         "precision": state.mixed_precision,

@@ -216,7 +216,8 @@ def _train_and_report(session: Session, plan: "Plan", resumed: "Resumed | None")
         raise Preempted(
             "stopped by a signal while the best checkpoint was evaluated; resume to do that again"
         ) from None
-    session.display.table(f"{len(job.plan.index.val)} validation images, float32", summary(job, state, metrics))
+    if accelerator.is_main_process:
+        session.display.table(f"{len(job.plan.index.val)} validation images, float32", summary(job, state, metrics))
     return metrics
 
 
@@ -229,9 +230,11 @@ def _plot_samples(job: "Job") -> None:
 
 
 def summary(job: "Job", state: "State", metrics: "Mapping[str, Measured]") -> list[tuple[str, str]]:
-    """The rows of the table at the end of a training."""
+    """The rows of the table at the end of a training, on the main process."""
+    from resnet_dist.files.run import identity, read_facts
+
     run = job.run
-    rows = [("run folder", str(run.path))]
+    rows = [("trained", identity(read_facts(run.path))), ("run folder", str(run.path))]
     if job.plan.cfg.run.report:
         rows.append(("report", str(run.path / "report.html")))
     rows += [(name, str(metric)) for name, metric in metrics.items()]

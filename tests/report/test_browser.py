@@ -296,6 +296,18 @@ def test_colours_follow_the_system_theme_and_have_contrast(page: webdriver.Chrom
             assert (bright + 0.05) / (dark + 0.05) >= 4.5, (name, ground)
 
 
+@pytest.mark.matrix
+def test_classes_that_the_matrix_leaves_out_are_listed(page: webdriver.Chrome, tmp_path: Path) -> None:
+    classes = tuple(f"class {i:03d}" for i in range(130))
+    evaluation = made_evaluation(tmp_path / "many", classes, 130, side=8)
+    file = put(evaluation, tmp_path / "report.html")  # the page that the fixture expects
+    page.get(file.as_uri())
+    headings = page.find_elements(By.CSS_SELECTOR, ".matrix tbody th")
+    in_matrix = [heading.get_attribute("textContent") for heading in headings]
+    listed = page.find_element(By.CSS_SELECTOR, "#left-out p").get_attribute("textContent") or ""
+    assert len(in_matrix) == 120 and sorted([*in_matrix, *listed.split(", ")]) == list(classes)
+
+
 def luminance(colour: str) -> float:
     """Relative luminance of #rrggbb, as WCAG defines it."""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -313,7 +325,11 @@ def test_a_hundred_classes_and_five_thousand_images(browser: webdriver.Chrome, t
     browser.get(file.as_uri())
     took = time.perf_counter() - start
     print(f"{file.stat().st_size / 1e6:.1f} MB, open in {took:.2f} s")
-    assert len(browser.find_elements(By.CSS_SELECTOR, ".matrix tbody tr")) == 100
+    for axis in ("thead", "tbody"):
+        headings = browser.find_elements(By.CSS_SELECTOR, f".matrix {axis} th:not(.corner)")
+        assert [heading.get_attribute("textContent") for heading in headings] == list(classes)
+    assert browser.find_element(By.CSS_SELECTOR, ".matrix .corner").text.split() == ["label", "↓", "predicted", "→"]
+    assert browser.find_elements(By.ID, "left-out") == []
     assert len(browser.find_elements(By.TAG_NAME, "img")) < 200
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -214,12 +215,23 @@ def test_more_images_than_can_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_matrix_of_many_classes_shows_those_with_mistakes(tmp_path: Path) -> None:
     classes = tuple(f"class {i}" for i in range(130))
-    content = evaluation_content(made_evaluation(tmp_path / "a", classes, 260, side=8), None, None, {})
-    assert len(content["matrix"]) == 100 and content["matrix"] == sorted(content["matrix"])
+    evaluation = made_evaluation(tmp_path / "a", classes, 260, side=8)
+    content = evaluation_content(evaluation, None, None, {})
+    assert len(content["matrix"]) == 120 and content["matrix"] == sorted(content["matrix"])
     mistakes = Counter(c for t, p, n in content["confusion"] if t != p for c in (t, p) for _ in range(n))
     assert min(mistakes[c] for c in content["matrix"]) >= max(
         mistakes[c] for c in set(range(130)) - set(content["matrix"])
     )
+    records = evaluation.records
+    outside = ~(np.isin(records.target, content["matrix"]) & np.isin(records.prediction, content["matrix"]))
+    assert "has the 120 of 130 classes with the most mistakes. The other 10 classes" in content["matrix_note"]
+    assert f"{outside.sum()} of 260 images" in content["matrix_note"]
+
+
+def test_matrix_of_102_classes_is_complete(tmp_path: Path) -> None:
+    classes = tuple(f"class {i}" for i in range(102))
+    content = evaluation_content(made_evaluation(tmp_path / "a", classes, 102, side=8), None, None, {})
+    assert content["matrix"] == list(range(102)) and content["matrix_note"] == ""
 
 
 def test_missing_or_foreign_evaluation_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -286,6 +298,11 @@ def test_a_run_ends_with_its_page(run: Path) -> None:
     assert len(content["overlays"]) == min(24, 16) and len(content["top_losses"]) == 16
     assert all(picture_of(address).size == (16, 16) for address in content["overlays"].values())
     assert ["status", "done"] in content["facts"]
+    started = json.loads((run / "run.json").read_text())["launches"][0]["started"]
+    assert timedelta(0) <= datetime.now(UTC) - datetime.fromisoformat(started) < timedelta(hours=1)
+    about = f"resnet18, recipe discriminative, data data, {started[:10]}"
+    assert content["about"][0] == f"{about}."
+    assert about.replace("-", "\\-") in (run / "README.md").read_text()
     assert [row[6] for row in content["class_rows"]] == [8, 8, 8]
     assert ["images in train", "24 of 3 classes, 8 to 8 each"] in content["data"]
     assert ["short side", "20 to 20 pixels, median 20"] in content["data"]
@@ -351,6 +368,7 @@ def test_eval_writes_a_page_too(run: Path, tmp_path: Path) -> None:
     options = ["-o", str(tmp_path / "out"), "--workers", "0", "--threads", "1", "--embeddings"]
     assert main(["eval", str(run), str(data), *options]) == 0
     content = content_of(tmp_path / "out" / "report.html")
+    assert content["about"][0].endswith(f"best.safetensors, data more, {datetime.now(UTC).date()}.")
     assert content["listed"] == 24 and content["near_duplicates"] is None and content["curves"] == []
     assert len(content["map"]) == 24 and {int(row) for row, *_ in content["map"]} == set(range(24))
     assert len(content["overlays"]) == 24

@@ -92,9 +92,10 @@ function pointMap(points, open) {
   const rowOf = (event) => event.target.dataset.row;
   drawing.addEventListener("pointerover", (event) => { if (rowOf(event)) reading.textContent = words(Number(rowOf(event))); });
   drawing.addEventListener("click", (event) => { if (rowOf(event)) open(null, null, images.path[rowOf(event)]); });
-  const names = [...new Set(points.map((point) => images.target[point[0]]))].sort((a, b) => a - b).slice(0, 20);
-  const legend = el("div", { class: "legend", "aria-hidden": "true" }, ...names.map((number) =>
-    el("span", {}, svg("svg", { viewBox: "0 0 26 10" }, svg("circle", { cx: 13, cy: 5, r: 5, fill: hue(number) })), nameOf(number))));
+  const names = [...new Set(points.map((point) => images.target[point[0]]))].sort((a, b) => a - b);
+  const more = names.length > 20 ? el("span", { class: "dim" }, `and ${names.length - 20} more classes: point at a dot to see its class`) : null;
+  const legend = el("div", { class: "legend", "aria-hidden": "true" }, ...names.slice(0, 20).map((number) =>
+    el("span", {}, svg("svg", { viewBox: "0 0 26 10" }, svg("circle", { cx: 13, cy: 5, r: 5, fill: hue(number) })), nameOf(number))), more);
   return el("figure", {}, el("figcaption", {}, "Principal components of the features, a dot per image, mistakes larger and ringed"), legend, drawing, reading);
 }
 

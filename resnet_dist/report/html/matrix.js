@@ -23,11 +23,13 @@ function confusionMatrix(open) {
     if (count) cell.style.setProperty("--share", `${12 + Math.round((48 * count) / total)}%`);
     return cell;
   }));
-  const many = size > 30; // then columns bear numbers, and rows those numbers and names
-  const heading = (number, scope) => el("th", { scope, title: nameOf(number) },
-    many ? (scope === "col" ? String(number) : `${number} ${nameOf(number)}`) : nameOf(number));
-  const table = el("table", { class: `matrix ${many ? "large" : size > 12 ? "" : "small"}`, role: "grid", "aria-label": "Confusion matrix, rows are labels, columns predictions" },
-    el("thead", {}, el("tr", {}, el("th", {}, "label \\ predicted"), ...shownClasses.map((number) => heading(number, "col")))),
+  const heading = (number, scope) => el("th", { scope, title: nameOf(number) }, el("span", {}, nameOf(number)));
+  const longest = Math.max(...shownClasses.map((number) => nameOf(number).length));
+  const turned = size > 12 || (size > 4 && longest > 12); // the names of the columns, which would be cut off otherwise
+  const kind = (size > 30 ? "large" : size > 12 ? "" : "small") + (turned ? " turned" : "");
+  const corner = el("th", { class: "corner" }, el("span", {}, "label ↓"), " ", el("span", {}, "predicted →"));
+  const table = el("table", { class: `matrix ${kind}`, role: "grid", "aria-label": "Confusion matrix, rows are labels, columns predictions" },
+    el("thead", {}, el("tr", {}, corner, ...shownClasses.map((number) => heading(number, "col")))),
     el("tbody", {}, ...cells.map((line, row) => el("tr", {}, heading(shownClasses[row], "row"), ...line))));
   const cellOf = (event) => event.target.closest("td");
   const choose = (cell) => { if (counts[cell.dataset.row][cell.dataset.column]) open(shownClasses[cell.dataset.row], shownClasses[cell.dataset.column]); };

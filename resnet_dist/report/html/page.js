@@ -7,14 +7,17 @@ function summary() {
 }
 
 function confusion(open) {
-  const pairs = content.confusion.filter(([label, prediction]) => label !== prediction).sort((a, b) => b[2] - a[2]).slice(0, 20);
-  const list = pairs.map(([label, prediction, count]) => el("li", {}, el("button", { type: "button", class: "plain", onclick: () => open(label, prediction) },
+  const pairs = content.confusion.filter(([label, prediction]) => label !== prediction).sort((a, b) => b[2] - a[2]);
+  const list = pairs.slice(0, 20).map(([label, prediction, count]) => el("li", {}, el("button", { type: "button", class: "plain", onclick: () => open(label, prediction) },
     `${nameOf(label)}, predicted ${nameOf(prediction)}: ${count}`)));
-  const part = content.matrix.length < content.classes.length ? `The ${content.matrix.length} of ${content.classes.length} classes with the most mistakes. ` : "";
+  const inside = new Set(content.matrix);
+  const outside = content.classes.filter((_, number) => !inside.has(number));
   section("confusion", "Confusion matrix",
-    el("p", { class: "dim" }, `${part}Rows are labels, columns predictions. Click a cell, or press Enter, to see its images; the arrow keys move between cells.`),
+    el("p", { class: "dim" }, `${content.matrix_note}Rows are labels, columns predictions; a stronger colour is a larger share of the label, green if the prediction is right, red if wrong. Click a cell, or press Enter, to see its images; the arrow keys move between cells.`),
     ...confusionMatrix(open),
-    el("h3", {}, "Most confused"), list.length ? el("ol", {}, ...list) : el("p", {}, "All images were predicted correctly."));
+    outside.length ? el("details", { id: "left-out" }, el("summary", {}, `Classes that the matrix leaves out (${outside.length})`), el("p", {}, outside.join(", "))) : null,
+    el("h3", {}, pairs.length > list.length ? `Most confused: ${list.length} of ${pairs.length} pairs` : "Most confused"),
+    list.length ? el("ol", {}, ...list) : el("p", {}, "All images were predicted correctly."));
 }
 
 function classes(open) {
