@@ -44,4 +44,12 @@ def commands(page: Path) -> Iterator[Command]:
                 yield Command(str(page.relative_to(DOCS)), tuple(kept), after)
 
 
-ALL = [command for page in PAGES for command in commands(page)]
+def inline_commands(page: Path) -> Iterator[Command]:
+    """The commands with an option that are in code font in the text of a page."""
+    text = FENCE.sub("", page.read_text())
+    for code in re.findall(r"`(resnet-dist [^`]+)`", text):
+        if " --" in code and "COMMAND" not in code:
+            yield Command(str(page.relative_to(DOCS)), tuple(shlex.split(code)))
+
+
+ALL = [command for page in PAGES for command in (*commands(page), *inline_commands(page))]

@@ -20,6 +20,7 @@ from resnet_dist.cli.main import VERBS, module_of
 from resnet_dist.cli.parser import flags_of, read
 from tests.docs.markdown import ALL, DOCS, PAGES, ROOT, Command, blocks
 
+OTHER_OPTIONS = {"--debug", "--help", "--help-all", "--shm-size"}  # of all commands; of containers
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -82,6 +83,11 @@ def test_every_command_is_understood(command: Command) -> None:
     understood(command.words)
 
 
+def test_every_verb_is_shown_in_the_pages() -> None:
+    shown = {" ".join(command.words[1:3]) for command in ALL} | {command.words[1] for command in ALL}
+    assert set(VERBS) - shown == set()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_python_blocks_use_names_and_keywords_that_exist(page: Path) -> None:
     for block in blocks(page, "python"):
@@ -103,10 +109,9 @@ def check_keywords(call: ast.Call) -> None:
 def test_options_in_the_text_exist(page: Path) -> None:
     """An option in code font, such as `--lr`, belongs to one of our commands, to a launcher, or to another tool."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    named = {
-        option for code in re.findall(r"`([^`]+)`", text) for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
-    }
-    assert {option for option in named if option.partition("=")[0] not in known_options()} == set()
+    spans = re.findall(r"`([^`]+)`", text)
+    named = {word.replace("_", "-") for span in spans for word in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
+    assert named - known_options() == set()
 
 
 @functools.cache
@@ -119,5 +124,5 @@ def known_options() -> frozenset[str]:
         for flag in flags_of(importlib.import_module(module_of(verb)).Config)
     }
     parsers = (predict.parser_for("predict"), launch_command_parser(), get_args_parser())
-    theirs = {flag for parser in parsers for flag in parser._option_string_actions}
-    return frozenset(ours | theirs | set(spellings.OPTIONS) | {"--debug", "--help", "--help-all"})
+    theirs = {flag.replace("_", "-") for parser in parsers for flag in parser._option_string_actions}
+    return frozenset(ours | theirs | set(spellings.OPTIONS) | OTHER_OPTIONS)
