@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import resize_image
 
 from export.predict import Preprocessing
-from resnet_dist.data.loader import EvalLoader, Key, TrainImages, mix_of_batch, unpacked
+from resnet_dist.data.loader import EvalLoader, Keys, TrainImages, mix_of_batch, unpacked
 from resnet_dist.data.transforms import Batch
 from resnet_dist.errors import DataError
 
@@ -116,10 +116,10 @@ class DrawnImages(Dataset[Batch]):
         self.steps, self.sizes = steps_of(images.transform), sizes
         self._none = torch.empty(0, dtype=torch.uint8)
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+    def __getitems__(self, keys: Keys) -> Batch:
         """The batch of these keys, with `changes`."""
-        _, index, sample_keys = unpacked(keys, self.seed)
-        sizes, hashed = self.sizes[index.numpy()], sample_keys.tolist()
+        _, positions, sample_keys = unpacked(keys, self.seed)
+        sizes, hashed = self.sizes[positions], sample_keys.tolist()
         drawn = [
             draw(key, self.steps, self.cfg.hflip, int(height), int(width), self.size)
             for key, (height, width) in zip(hashed, sizes[:, :2], strict=True)
@@ -129,9 +129,9 @@ class DrawnImages(Dataset[Batch]):
         flips = [changes.flip for changes in drawn]
         return Batch(
             self._none,
-            torch.from_numpy(self.table.targets)[index],
-            index,
-            sample_keys,
+            torch.from_numpy(self.table.targets[positions]),
+            torch.from_numpy(positions.copy()),
+            torch.from_numpy(sample_keys),
             torch.tensor(flips) if any(flips) else None,
             mix_of_batch(hashed, self.cfg, self.size),
             torch.tensor(rows, dtype=torch.float32),
@@ -161,16 +161,16 @@ class _ShrunkImages(Dataset[Batch]):
         self.table, self.reader, self.short = images.table, images.reader, short
         self.filter = v2.InterpolationMode(images.spec.interpolation)
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
+    def __getitems__(self, positions: np.ndarray) -> Batch | DataError:
         """The batch, or the error that prevents it (see TrainImages)."""
         try:
-            decoded = [self.reader(index) for index in positions]
+            decoded = [self.reader(index) for index in positions.tolist()]
         except DataError as error:
             return error
         shrunk = [self._shrink(pixels) for pixels in decoded]
         sizes = np.array([(*one.shape[:2], *other.shape[:2]) for one, other in zip(decoded, shrunk, strict=True)])
         pixels = np.concatenate([image.reshape(-1, 3) for image in shrunk])
-        index = torch.tensor(positions, dtype=torch.int64)
+        index = torch.from_numpy(positions)
         return _Shrunk(torch.from_numpy(pixels), index, index, index, sizes=sizes)
 
     def _shrink(self, pixels: np.ndarray) -> np.ndarray:

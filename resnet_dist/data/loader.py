@@ -3,7 +3,7 @@
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from typing import Any, Protocol
@@ -34,7 +34,9 @@ from resnet_dist.runtime.signals import shield_loader
 
 Read = Callable[[int], np.ndarray]  # the decoded image at a position, uint8 (H, W, 3)
 _loaders: "weakref.WeakSet[DataLoader[Batch]]" = weakref.WeakSet()  # all loaders, for `close_loaders`
-Key = tuple[int, int]  # (epoch, position in the table), sent from the sampler to the loader processes
+Key = tuple[int, int]  # (epoch, position in the table)
+AT_ONCE = 64  # batches of samples without pixels that are looked up together
+Keys = np.ndarray | Sequence[Key]  # those of a batch: the sampler sends int64 (n, 2) to the loader processes
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,11 @@ def epoch_order(samples: int, seed: int, epoch: int, global_batch: int, drop_las
     return np.resize(order, steps * global_batch)
 
 
-class TrainBatches(Sampler[list[Key]]):
-    """The batches of one process in the epochs from `epoch` to below `until`, starting at any optimizer step."""
+class TrainBatches(Sampler[np.ndarray]):
+    """The batches of one process in the epochs from `epoch` to below `until`, starting at any optimizer step.
+
+    A batch is int64 (batch_size, 2), the epoch and the position in the table of each sample.
+    """
 
     def __init__(self, samples: int, seed: int, share: Share, drop_last: bool) -> None:
         self.samples, self.seed, self.share, self.drop_last = samples, seed, share, drop_last
@@ -81,15 +86,15 @@ class TrainBatches(Sampler[list[Key]]):
         size = self.share.global_batch
         return self.samples // size if self.drop_last else -(-self.samples // size)
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[np.ndarray]:
         epochs, first_steps = range(self.epoch, self.until), chain([self.first_step], repeat(0))
         return chain.from_iterable(map(self._of_epoch, epochs, first_steps))  # one epoch's order at a time
 
-    def _of_epoch(self, epoch: int, first_step: int) -> Iterator[list[Key]]:
+    def _of_epoch(self, epoch: int, first_step: int) -> Iterator[np.ndarray]:
         share = self.share
         order = epoch_order(self.samples, self.seed, epoch, share.global_batch, self.drop_last)
         blocks = order.reshape(-1, share.accumulate, share.world, share.batch_size)[first_step:, :, share.rank]
-        return ([(epoch, index) for index in block.tolist()] for block in blocks.reshape(-1, share.batch_size))
+        return iter(np.stack([np.full_like(blocks, epoch), blocks], -1).reshape(-1, share.batch_size, 2))
 
     def __len__(self) -> int:
         return ((self.until - self.epoch) * self.steps_per_epoch - self.first_step) * self.share.accumulate
@@ -122,10 +127,10 @@ class TrainImages(Dataset[Batch]):
         """Whether a sample is the same in every epoch."""
         return self.cfg.aug == "none" and not (self.cfg.mixup or self.cfg.cutmix)
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch | DataError:
+    def __getitems__(self, keys: Keys) -> Batch | DataError:
         """The batch, or the error as a value: if it were raised, the loader would wrap it in a traceback."""
         try:
-            return self._batch(keys)
+            return self._batch(np.asarray(keys).tolist())
         except DataError as error:
             return error
 
@@ -163,33 +168,51 @@ class EvalImages(Dataset[Batch]):
         self.reader = Reader(table, spec)
         self.read: Read = self.reader  # may be replaced by a cache
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
+    def __getitems__(self, positions: np.ndarray | Sequence[int]) -> Batch | DataError:
         """The batch, or the error that prevents it (see TrainImages)."""
         try:
-            images = np.stack([self.read(index) for index in positions])
+            images = np.stack([self.read(index) for index in np.asarray(positions).tolist()])
         except DataError as error:
             return error
         return _batch_of(self.table, images, positions, [0] * len(positions))
 
 
-def _batch_of(table: ImageTable, images: np.ndarray, positions: Sequence[int], keys: Sequence[int]) -> Batch:
-    index = torch.tensor(positions, dtype=torch.int64)
+def _batch_of(
+    table: ImageTable, images: np.ndarray, positions: np.ndarray | Sequence[int], keys: Sequence[int]
+) -> Batch:
+    index = torch.from_numpy(np.array(positions, np.int64))
     targets = torch.from_numpy(table.targets)[index]
     return Batch(torch.from_numpy(images), targets, index, torch.tensor(keys, dtype=torch.int64))
 
 
-def unpacked(keys: Sequence[Key | int], seed: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+def unpacked(keys: Keys | Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The epochs, positions and sample keys of a batch, int64 (n,) each.
 
     In evaluation the keys are only positions; epochs and sample keys are then 0. All samples are unpacked at once,
     because this is most of the work of a batch if nothing is decoded.
     """
-    if isinstance(keys[0], tuple):
-        epochs, positions = map(list, zip(*keys, strict=True))
-        hashed = sample_keys(seed, epochs, positions)
-    else:
-        epochs, positions, hashed = [0] * len(keys), list(keys), np.zeros(len(keys), np.int64)
-    return np.array(epochs), torch.from_numpy(np.array(positions, np.int64)), torch.from_numpy(hashed)
+    numbers = np.asarray(keys, np.int64)
+    if numbers.ndim == 1:
+        zeros = np.zeros_like(numbers)
+        return zeros, numbers, zeros
+    epochs, positions = numbers.T
+    return epochs, positions, sample_keys(seed, epochs, positions)
+
+
+class KnownSamples(Dataset[Batch]):
+    """The samples of a table without pixels, for training and validation from cached features."""
+
+    def __init__(self, table: ImageTable, seed: int = 0, views: int = 1) -> None:
+        self.table, self.seed, self.views = table, seed, views
+        self._none = torch.empty(0, dtype=torch.uint8)
+
+    def __getitems__(self, keys: Keys | Sequence[int]) -> Batch:
+        """The batch of these keys: (epoch, position) in training, position in evaluation. `index` is the row of the
+        features.
+        """
+        epochs, positions, sample_keys = unpacked(keys, self.seed)
+        rows = epochs % self.views * len(self.table) + positions
+        return Batch(self._none, *map(torch.from_numpy, (self.table.targets[positions], rows, sample_keys)))
 
 
 class DeviceImages(Dataset[Batch]):
@@ -204,12 +227,12 @@ class DeviceImages(Dataset[Batch]):
         for batch in EvalLoader(EvalImages(images.table, images.spec), 32, workers, pin_memory=False):
             self.pixels[batch.index.to(device)] = batch.images.to(device)
 
-    def __getitems__(self, keys: Sequence[Key | int]) -> Batch:
+    def __getitems__(self, keys: Keys | Sequence[int]) -> Batch:
         """The batch, with its images on the device. Keys: (epoch, position) in training, positions in evaluation."""
-        _, index, sample_keys = unpacked(keys, self.seed)
-        targets = torch.from_numpy(self.table.targets)[index]
+        _, positions, sample_keys = unpacked(keys, self.seed)
+        index = torch.from_numpy(positions.copy())
         pixels = self.pixels[index.to(self.pixels.device, non_blocking=True)]
-        return Batch(pixels, targets, index, sample_keys)
+        return Batch(pixels, torch.from_numpy(self.table.targets[positions]), index, torch.from_numpy(sample_keys))
 
 
 class TrainLoader:
@@ -226,7 +249,7 @@ class TrainLoader:
                 f"of {batches.share.global_batch}"
             )
         self.batches, self.samples = batches, samples
-        self._loader = _loader(samples, workers, pin_memory, batch_sampler=batches)
+        self._loader = _loader(samples, workers, pin_memory, batches)
         self._arriving: Iterator[Batch] = iter(())
         self._next: tuple[int, int] | None = None  # the epoch and step that arrive next
         self._until = 0  # the epoch before which the stream ends
@@ -261,27 +284,52 @@ class EvalLoader:
         self.samples = len(samples.table)
         self.per_process = -(-self.samples // world)
         self.rounds = -(-self.per_process // batch_size)  # batches of the process with the most
-        positions = range(self.samples)[rank * self.per_process : (rank + 1) * self.per_process]
+        positions = np.arange(self.samples)[rank * self.per_process : (rank + 1) * self.per_process]
         batches = [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
-        self._loader = _loader(samples, min(workers, len(batches)), pin_memory, batch_sampler=batches)
+        self._loader = _loader(samples, min(workers, len(batches)), pin_memory, batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return _checked(self._loader)
 
 
-def _loader(samples: Samples, workers: int, pin_memory: bool, batch_sampler: Any) -> DataLoader[Batch]:
-    if isinstance(samples, DeviceImages):  # nothing to load, and device memory cannot be pinned
-        workers, pin_memory = 0, False
+class LoadedHere:
+    """Batches that this process loads itself, when they are asked for: the loader without loader processes.
+
+    With `at_once`, so many batches are looked up together and then split, which takes less time.
+    """
+
+    def __init__(self, samples: Samples, batches: Iterable[np.ndarray], pin_memory: bool, at_once: int) -> None:
+        self.samples, self.batches, self.at_once = samples, batches, at_once
+        self.pin_memory = pin_memory and torch.cuda.is_available()
+
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        keys = iter(self.batches)
+        while some := list(islice(keys, self.at_once)):
+            loaded = self.samples.__getitems__(np.concatenate(some))
+            if isinstance(loaded, DataError):
+                yield loaded
+            else:
+                batch = loaded.pin_memory() if self.pin_memory else loaded
+                yield from batch.split(len(some[0])) if len(some) > 1 else [batch]
+
+
+def _loader(samples: Samples, workers: int, pin_memory: bool, batches: Any) -> Iterable[Batch | DataError]:
+    if isinstance(samples, KnownSamples):
+        return LoadedHere(samples, batches, pin_memory, at_once=AT_ONCE)
+    if isinstance(samples, DeviceImages):  # device memory cannot be pinned
+        return LoadedHere(samples, batches, pin_memory=False, at_once=1)
+    if workers == 0:
+        return LoadedHere(samples, batches, pin_memory, at_once=1)
     loader: DataLoader[Batch] = DataLoader(
         samples,  # type: ignore[arg-type]
-        batch_sampler=batch_sampler,
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        persistent_workers=workers > 0,
+        persistent_workers=True,
         worker_init_fn=shield_loader,
         # A forked process ignores signals from its start, which a spawned one cannot, and shares the index.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context="fork" if sys.platform == "linux" else None,
     )
     _loaders.add(loader)
     return loader
@@ -294,7 +342,7 @@ def close_loaders() -> None:
     """
     for loader in list(_loaders):
         batches = getattr(loader, "_iterator", None)
-        if loader.num_workers and batches is not None:
+        if batches is not None:
             batches._shutdown_workers()
             loader._iterator = None
 
@@ -303,7 +351,7 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _checked(loader: DataLoader[Batch]) -> Iterator[Batch]:
+def _checked(loader: Iterable[Batch | DataError]) -> Iterator[Batch]:
     with warnings.catch_warnings():  # Python 3.12 warns of forks of processes with threads; ours only wait
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         batches = iter(loader)

@@ -6,8 +6,9 @@ processes and interruptions do not change it.
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,10 @@ def sample_key(seed: int, epoch: int, index: int) -> int:
     return key >> 1
 
 
-def sample_keys(seed: int, epochs: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """The keys of many samples at once, int64 (n,): bit for bit those of `sample_key`."""
+def sample_keys(seed: int, epochs: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The keys of many samples at once, int64 (n,) of int64 (n,) each: bit for bit those of `sample_key`."""
     key = np.zeros(len(positions), np.uint64)
-    for part in (np.uint64(seed & _MASK), np.array(epochs, np.uint64), np.array(positions, np.uint64)):
+    for part in (np.uint64(seed & _MASK), epochs.astype(np.uint64), positions.astype(np.uint64)):
         key = (key ^ part) + np.uint64(0x9E3779B97F4A7C15)
         key = (key ^ key >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
         key = (key ^ key >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -185,6 +186,12 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device, copied without waiting."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def split(self, size: int) -> "Iterator[Batch]":
+        """The samples in batches of `size`, the last with the rest; they share the memory of this one."""
+        fields = vars(self).values()
+        parts = [repeat(t) if t is None or not len(t) else torch.split(t, size) for t in fields]
+        return map(Batch, *parts)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         values: dict[str, Any] = {name: None if t is None else change(t) for name, t in vars(self).items()}

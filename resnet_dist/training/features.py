@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
 from resnet_dist.config.schema import TrainConfig
-from resnet_dist.data.index import ImageTable
-from resnet_dist.data.loader import EvalImages, EvalLoader, Key, TrainImages, TrainLoader, unpacked
+from resnet_dist.data.loader import EvalImages, EvalLoader, KnownSamples, TrainImages, TrainLoader
 from resnet_dist.data.transforms import Batch
 from resnet_dist.errors import DataError
 from resnet_dist.model.parts import cut, first_changing_stage
@@ -25,32 +25,15 @@ Input = Callable[[Batch], torch.Tensor]  # from a batch to the input of the netw
 SHARE_OF_MEMORY = 0.5  # of the memory that is free when the phase begins; the rest is for training
 
 
-class KnownSamples(Dataset[Batch]):
-    """The samples of a table without pixels, for training and validation from cached features."""
-
-    def __init__(self, table: ImageTable, seed: int = 0, views: int = 1) -> None:
-        self.table, self.seed, self.views = table, seed, views
-        self._none = torch.empty(0, dtype=torch.uint8)
-
-    def __getitems__(self, keys: Sequence[Key | int]) -> Batch:
-        """The batch of these keys: (epoch, position) in training, position in evaluation. `index` is the row of the
-        features.
-        """
-        epochs, positions, sample_keys = unpacked(keys, self.seed)
-        views = torch.from_numpy(epochs % self.views)
-        targets = torch.from_numpy(self.table.targets)[positions]
-        return Batch(self._none, targets, views * len(self.table) + positions, sample_keys)
-
-
 class View(Dataset[Batch]):
     """One augmented view of the training images, by position: the random changes of one epoch."""
 
     def __init__(self, images: TrainImages, epoch: int) -> None:
         self.images, self.table, self.epoch = images, images.table, epoch
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch | DataError:
+    def __getitems__(self, positions: np.ndarray) -> Batch | DataError:
         """The batch, or the error that prevents it."""
-        return self.images.__getitems__([(self.epoch, position) for position in positions])
+        return self.images.__getitems__(np.stack([np.full_like(positions, self.epoch), positions], 1))
 
 
 @dataclass
@@ -75,7 +58,7 @@ class Features:
     def __call__(self, batch: Batch) -> torch.Tensor:
         """The features of a batch: (B, F), or (B, C, H, W) in channels_last order."""
         assert self.values is not None, "filled when the phase begins"
-        found = self.values[batch.index]
+        found = self.values.index_select(0, batch.index)
         return found.permute(0, 3, 1, 2) if found.ndim == 4 else found
 
     def fill(self, job: Job) -> None:
@@ -161,7 +144,8 @@ def source(job: Job, phase: PlannedPhase) -> Source:
         job.display.say(f"features before {stage} are computed once, for {' and '.join(names)}, {size:.1f} MiB{why}")
     if train is not None and train in fits:
         known = KnownSamples(job.plan.index.train, job.train_images.seed, len(train.views))
-        loader = TrainLoader(known, job.train_loader.batches, 0, pin_memory=False)
+        on_gpu = job.accelerator.device.type == "cuda"
+        loader = TrainLoader(known, job.train_loader.batches, 0, pin_memory=on_gpu)
         images = dataclasses.replace(images, train_module=rest, train_loader=loader, train_input=train)
     if val in fits:
         images = dataclasses.replace(

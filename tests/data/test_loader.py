@@ -21,6 +21,7 @@ from resnet_dist.data.loader import (
     EvalImages,
     EvalLoader,
     Key,
+    KnownSamples,
     Share,
     TrainBatches,
     TrainImages,
@@ -119,7 +120,7 @@ def test_an_epoch_can_begin_at_any_step(first_step: int, batch_size: int, accumu
     assert {epoch for batch in whole for epoch, _ in batch} == {2}
     assert (len(whole), batches.steps_per_epoch) == (6 * accumulate, 6)
     batches.first_step = first_step
-    assert list(batches) == whole[first_step * accumulate :]
+    assert np.array_equal(list(batches), whole[first_step * accumulate :])
     assert len(batches) == len(list(batches))
 
 
@@ -215,6 +216,28 @@ def test_both_samples_of_a_pair_have_the_same_mix(table: ImageTable) -> None:
         assert not torch.equal(batch.mix[0], batch.mix[2])
 
 
+@pytest.mark.parametrize("share", [Share(4), Share(2, accumulate=2, world=3, rank=1), Share(25)])
+@pytest.mark.parametrize("at_once", [1, 4, 64])
+def test_samples_without_pixels_are_those_of_the_order(
+    table: ImageTable, share: Share, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the features (view after view), targets and keys, however many batches are looked up together."""
+    monkeypatch.setattr(loader_module, "AT_ONCE", at_once)
+    batches = TrainBatches(len(table), 3, share, drop_last=False)
+    loader = TrainLoader(KnownSamples(table, 3, views=2), batches, 0, pin_memory=False)
+    for epoch, first_step, until in ((0, 0, 3), (1, 0, 3), (2, 0, 3), (2, batches.steps_per_epoch - 1, 9), (3, 0, 9)):
+        steps = list(loader.epoch(epoch, first_step, until))
+        order = epoch_order(24, 3, epoch, share.global_batch, False)
+        blocks = order.reshape(-1, share.accumulate, share.world, share.batch_size)[first_step:, :, share.rank]
+        sizes = [[len(batch.targets) for batch in step] for step in steps]
+        assert sizes == [[share.batch_size] * share.accumulate] * len(blocks)
+        seen = [torch.cat([getattr(b, name) for b in chain(*steps)]) for name in ("index", "targets", "keys")]
+        expected = blocks.ravel().tolist()
+        assert seen[0].tolist() == [epoch % 2 * 24 + position for position in expected]
+        assert seen[1].tolist() == [int(table.targets[position]) for position in expected]
+        assert seen[2].tolist() == [sample_key(3, epoch, position) for position in expected]
+
+
 def test_no_flip_and_no_mix_without_their_options(table: ImageTable) -> None:
     (batch,) = next(train_loader(table, Share(24), cfg=AugmentConfig(hflip=0.0)).epoch(0))
     assert batch.flip is None
@@ -243,6 +266,11 @@ def test_every_sample_is_evaluated_once(table: ImageTable, samples: int, world: 
     assert max(len(batch.images) for own in batches for batch in own) <= batch_size
     assert max(sum(len(batch.images) for batch in own) for own in batches) <= loaders[0].per_process
     assert sorted(positions(chain(*batches))) == list(range(samples))
+    known = KnownSamples(images.table)
+    for rank, own in enumerate(batches):
+        looked_up = list(EvalLoader(known, batch_size, 0, False, world, rank))
+        for name in ("index", "targets", "keys"):
+            assert [getattr(b, name).tolist() for b in looked_up] == [getattr(b, name).tolist() for b in own]
 
 
 def test_evaluation_batches_have_the_evaluation_geometry(table: ImageTable) -> None:

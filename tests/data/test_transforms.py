@@ -316,6 +316,6 @@ def test_flips_equal_numpy_and_do_not_change_the_batch() -> None:
 def test_keys_of_many_samples_are_those_of_each() -> None:
     random = np.random.default_rng(0)
     for seed in (0, 7, 2**63 - 1, sample_key(3, -2, -1)):
-        epochs, positions = random.integers(0, 1000, 200).tolist(), random.integers(0, 2**40, 200).tolist()
-        expected = [sample_key(seed, epoch, position) for epoch, position in zip(epochs, positions, strict=True)]
+        epochs, positions = random.integers(0, 1000, 200), random.integers(0, 2**40, 200)
+        expected = [sample_key(seed, *pair) for pair in zip(epochs.tolist(), positions.tolist(), strict=True)]
         assert sample_keys(seed, epochs, positions).tolist() == expected
