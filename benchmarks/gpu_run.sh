@@ -81,7 +81,7 @@ save_file(resnet18().state_dict(), root.with_name("random-resnet18.safetensors")
 P
 }
 
-for name in "${@:-facts tests steps profile ddp peers bench-ram bench-device bench-augment compile18 compile50 bench-files regimes}"; do
+for name in "${@:-facts tests steps profile ddp peers bench-ram bench-device bench-augment compile18 graphs compile50 bench-files regimes}"; do
     for wanted in $name; do
         case $wanted in
         facts)
@@ -103,6 +103,7 @@ for name in "${@:-facts tests steps profile ddp peers bench-ram bench-device ben
             --json "$LOGS/ddp.json" "${SIZE[@]}" "${SIZES[@]}" ;;
         profile) stage 70 profile "$PY" benchmarks/gpu_profile.py --json "$LOGS/profile.json" --trace "$LOGS" "${CASES[@]}" ;;
         compile18) steps 120 compile18 --models resnet18 --batch-sizes "$BATCH" --options "--compile on" ;;
+        graphs) steps 120 graphs --models resnet18 --batch-sizes 32 --options "--compile graphs" ;;
         compile50) steps 150 compile50 --models resnet50 --batch-sizes "$BATCH" --options "--compile on" ;;
         bench-ram) have_photographs && bench 100 bench-ram --cache ram ;;
         bench-files) have_photographs && bench 100 bench-files --cache none ;;

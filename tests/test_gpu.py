@@ -278,6 +278,17 @@ def test_compiled_in_the_middle_of_a_run(folder: Path, tmp_path: Path, monkeypat
     assert found == pytest.approx(expected, rel=1e-2)
 
 
+@pytest.mark.parametrize("options", [[], ["--trainable", "layer4 head", "--dropout", "0.5", "--ema"]])
+def test_replayed_graphs_equal_plain_steps(folder: Path, tmp_path: Path, options: list[str]) -> None:
+    """Twelve steps: the first are recorded, the others replayed. The masks of dropout differ from step to step."""
+    arguments = [folder, *OPTIONS, *STANDARD, "--epochs", "4", *options]
+    expected = losses(tmp_path / "eager", *arguments, "--compile", "off")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # inductor's advice about TF32
+        found = losses(tmp_path / "graphs", *arguments, "--compile", "graphs")
+    assert found == pytest.approx(expected, rel=1e-2)
+
+
 # What is kept on the GPU
 
 
@@ -286,7 +297,7 @@ def test_images_kept_on_the_gpu_are_those_that_are_decoded(folder: Path, tmp_pat
     for cache in ("none", "device"):
         job = job_of(tmp_path / cache, folder, *OPTIONS, "--aug", "none", "--cache", cache)
         images = [batch.images for step in job.train_loader.epoch(0) for batch in step]
-        assert isinstance(job.val_loader._loader.dataset, DeviceImages) == (cache == "device")
+        assert isinstance(job.val_loader._loader.samples, DeviceImages) == (cache == "device")
         assert {image.device.type for image in images} == {GPU.type if cache == "device" else "cpu"}
         loop.train(job)
         found[cache] = torch.cat([image.cpu() for image in images]), logged(tmp_path / cache)

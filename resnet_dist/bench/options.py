@@ -58,6 +58,7 @@ class MeasuredTraining:
 
         It is compiled from the first step or not at all: `--compile auto` would mix both in one table.
         """
+        compile_ = "off" if self.system.compile == "auto" else self.system.compile
         return TrainConfig(
             data=replace(self.data, data=self.data.data or data),
             preprocess=self.preprocess,
@@ -65,7 +66,7 @@ class MeasuredTraining:
             model=self.model,
             optim=self.optim,
             run=RunConfig(epochs=2),
-            system=replace(self.system, compile="on" if self.system.compile == "on" else "off"),
+            system=replace(self.system, compile=compile_),
         )
 
     def problems(self) -> Iterator[str]:

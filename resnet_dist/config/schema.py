@@ -197,7 +197,8 @@ class OptimConfig:
     """The optimizer and the learning rate of every parameter group."""
 
     opt: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"] = option("sgd", "--optimizer")
-    """Optimizer."""
+    """Optimizer. On a GPU, rmsprop makes the program wait for the device once in every step (torch has no fused form);
+    so does adagrad before torch 2.15, once per parameter."""
     lr: float | None = option(None, "--learning-rate")
     """Base learning rate, used for the head (default: depends on the optimizer and on what learns)."""
     lr_base_size: int | None = None
@@ -368,15 +369,15 @@ class SystemConfig:
     keep_memory: bool = True
     """On a CPU, reuse the memory of freed tensors: faster, but the peak is up to a fifth higher."""
     sync_bn: Literal["auto", "on", "off"] = "auto"
-    """Synchronise BatchNorm over all processes; auto: on GPUs, if BatchNorm trains on fewer than 16 images per
-    process."""
+    """Synchronise BatchNorm over all processes, with a wait for the device in every BatchNorm layer; auto: on GPUs, if
+    BatchNorm trains on fewer than 16 images per process."""
     ddp_comm_hook: Literal["none", "bf16"] = "none"
     """bf16: exchange gradients between processes in 16 bits, for slow networks."""
     autotune: bool = False
     """Before training, measure for some seconds which precision and how many loading processes are fastest here."""
-    compile: Literal["auto", "on", "off"] = option("auto", "--torchcompile")
-    """torch.compile the network for training; auto: on GPUs, if enough steps are left to make up for the compile
-    time."""
+    compile: Literal["auto", "on", "graphs", "off"] = option("auto", "--torchcompile")
+    """torch.compile the network for training; auto: on GPUs, if enough steps are left to make up for the compile time;
+    graphs: also replay it as CUDA graphs, for small batches on one GPU (not yet timed on one)."""
     cache_features: str = "auto"
     """Cache the output of the frozen stages: auto (if no augmentation changes the images), off, or a number of
     augmented views per image."""
@@ -459,6 +460,8 @@ class TrainConfig:
             yield f"phase {len(self.phase)}: {counted(last.epochs, 'epoch')}, but {rest}"
         if self.system.cache_features.isdecimal() and (self.augment.mixup or self.augment.cutmix):
             yield f"--cache-features {self.system.cache_features} does not work with MixUp and CutMix, which mix pixels"
+        if self.system.compile == "graphs" and self.optim.grad_accum > 1:
+            yield "--compile graphs does not work with --grad-accum, as a replayed graph overwrites the last gradients"
         if self.augment.augment_on == "device":
             if self.data.cache != "device":
                 yield f"--augment-on device needs --cache device, not {self.data.cache}"

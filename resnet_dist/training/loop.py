@@ -113,7 +113,8 @@ def begin_phase(job: Job, phase: PlannedPhase) -> Learner:
     net, optimizer = wrap(job.accelerator, chosen.train_module, built, plan.share.accumulate)
     if job.ema is not None:
         job.ema.follow(job.model)
-    forward = compiled(net) if plan.cfg.system.compile == "on" else net
+    compile_ = plan.cfg.system.compile
+    forward = compiled(net, compile_ == "graphs") if compile_ in ("on", "graphs") else net
     device = job.accelerator.device
     tally, skipped = Tally(device), torch.zeros((), device=device)
     layers = counting_batch_norms(chosen.train_module)

@@ -28,6 +28,7 @@ from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.accelerate import on_main
 from resnet_dist.runtime.wording import counted
 from resnet_dist.training.batch_size import find_batch_size
+from resnet_dist.training.compile import check_graphs
 from resnet_dist.training.optim import (
     DEFAULT_MOMENTUM,
     DEFAULT_WEIGHT_DECAY,
@@ -148,6 +149,8 @@ def make_plan(accelerator: Accelerator, cfg: TrainConfig, train_transform: Trans
         raise UsageError(
             "--aug custom needs a transform that is given in Python: resnet_dist.train(..., train_transform=...)"
         )
+    if cfg.system.compile == "graphs":
+        check_graphs(accelerator)
     index, bad = on_main(accelerator, lambda: usable(read_index(cfg.data), cfg.data))
     architecture = Architecture.of(cfg.model, len(index.classes))
     spec = on_main(accelerator, lambda: preprocessing(cfg.preprocess, _weights_preprocessing(cfg)))
