@@ -56,6 +56,37 @@ def test_weights_are_checked_before_training(refused: Refused, own: Path) -> Non
             assert len(said) == 1 and name in said[0] and not (own / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "meant"),
+    [
+        (("train", "own", "--weights", "resnte18.safetensors"), 6, "resnet18.safetensors"),
+        (("train", "own", "--weights", "resnte18.pth"), 6, "resnet18.pth"),
+        (("train", "--resume", "runs/fotos"), 2, "runs/photos"),
+        (("eval", "runs/fotos"), 6, "runs/photos"),
+        (("export", "runs/fotos"), 6, "runs/photos"),
+    ],
+)
+def test_missing_files_and_runs_name_the_closest(
+    refused: Refused, own: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, meant: str
+) -> None:
+    monkeypatch.chdir(own.parent)
+    (own.parent / "runs" / "photos").mkdir(parents=True)
+    for name in ("resnet18.safetensors", "resnet18.pth"):
+        (own.parent / name).touch()
+    options = TINY if arguments[:2] == ("train", "own") else []
+    (said,) = lines(refused(code, arguments[0], *options, *arguments[1:]))
+    assert said.endswith(f"; did you mean '{meant}'?")
+
+
+def test_a_folder_that_is_no_run_says_so(refused: Refused, own: Path) -> None:
+    assert refused(6, "eval", own).rstrip().endswith(f"there is no such checkpoint, because {own} is not a run folder")
+    assert f"--resume {own}: not a run folder" in refused(2, "train", "--resume", own)
+
+
+def test_a_recipe_that_is_a_file_names_the_option(refused: Refused, own: Path) -> None:
+    assert "; a file is given with -c my.toml" in refused(2, "train", own, *TINY, "--recipe", "my.toml")
+
+
 def test_no_images(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     assert "no images found" in refused(3, "train", tmp_path, *TINY)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from resnet_dist import __version__
-from resnet_dist.cli.parser import named_as_typed, parse
+from resnet_dist.cli.parser import named_as_typed, parse, read
 from resnet_dist.cli.spellings import hint_for_verb
 from resnet_dist.errors import ResnetDistError, UsageError, disk_error
 from resnet_dist.runtime import environment as launcher
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_error(verb, error)
         return error.exit_code
     except Stopped as stopped:
-        print(f"resnet-dist {verb}: {stopped}", file=sys.stderr)
+        print(f"resnet-dist {verb}: {stopped}{_again(verb, arguments[words:])}", file=sys.stderr)
         return 128 + stopped.number
     except KeyboardInterrupt:
         print(f"resnet-dist {verb}: interrupted", file=sys.stderr)
@@ -103,6 +104,20 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         if verb == "compare":  # each recipe has a config of its own
             return int(module.main(module.read(arguments)))
         return int(module.main(parse(module.Config, arguments, f"resnet-dist {verb}")))
+
+
+def _again(verb: str, arguments: Sequence[str]) -> str:
+    """How to start a training again that was stopped before its first step, as the end of the message.
+
+    A run folder that was named may exist by now; `--resume auto` also starts a run there that has no checkpoint.
+    """
+    if verb != "train" or launcher.is_distributed():
+        return ""
+    from resnet_dist.config.schema import TrainConfig
+
+    typed = read(TrainConfig, arguments).given
+    more = ["--resume", "auto"] if "output_dir" in typed and not {"resume", "overwrite"} & set(typed) else []
+    return f"; start again with `{shlex.join(['resnet-dist', verb, *arguments, *more])}`"
 
 
 def module_of(verb: str) -> str:

@@ -338,7 +338,9 @@ def below(cls: type, typed: dict[str, Any]) -> tuple[Layer, list[str]]:
     if isinstance(name, str) and name in recipes:
         layer = {**merge(recipes[name], layer), "recipe": name}
     elif name is not None:
-        near = suggestion(str(name), list(recipes)) or "; `resnet-dist recipes` lists them"
+        is_file = str(name).endswith(".toml")
+        hint = f"; a file is given with -c {name}" if is_file else "; `resnet-dist recipes` lists them"
+        near = suggestion(str(name), list(recipes)) or hint
         problems.append(f"--recipe: there is no recipe '{name}'{near}")
     if isinstance(old, str):  # the old run knows its network
         layer = merge({"model": network_of(old)}, layer)

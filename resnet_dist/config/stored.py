@@ -13,6 +13,7 @@ from resnet_dist.config.schema import TrainConfig
 from resnet_dist.errors import UsageError
 from resnet_dist.files.reading import read_bounded
 from resnet_dist.files.run import read_facts
+from resnet_dist.runtime.wording import similar_path
 
 MAX_TOML_BYTES = 1 << 20
 Layer = dict[str, Any]
@@ -85,6 +86,8 @@ def stored_config(typed: Mapping[str, Any]) -> Layer:
     file = Path(folder) / "config.toml"
     if typed.get("resume") == "auto" and not file.exists():
         return {}
+    if not file.exists():
+        raise UsageError(f"--resume {folder}: not a run folder (it has no config.toml){similar_path(Path(folder))}")
     stored = found_again(read_toml(file), Path(folder))
     run = stored.get("run")
     if isinstance(run, dict) and "init_from" in run:  # versions without random_stream used stream 0 in every run

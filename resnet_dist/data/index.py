@@ -14,13 +14,14 @@ import numpy as np
 from export.predict import EXTENSIONS, entries_of, ignored_text, images_below, is_folder
 from resnet_dist.config.fields import required
 from resnet_dist.config.schema import DataConfig
+from resnet_dist.data import meant
 from resnet_dist.data.exclude import leave_out
 from resnet_dist.data.manifest import SPLIT_NAMES, Row, appearance, lookalikes, read_manifest, stripped
 from resnet_dist.data.same_file import refuse_links
 from resnet_dist.data.split import assign, groups_note
 from resnet_dist.errors import DataError, UsageError
 from resnet_dist.files.run import read_facts, to_csv, write_atomically
-from resnet_dist.runtime.wording import counted, listed
+from resnet_dist.runtime.wording import counted, listed, similar_path
 
 
 class PathTable:
@@ -121,21 +122,51 @@ def read_index(cfg: DataConfig) -> ImageIndex:
     Raises DataError, which names the folder, file or class, if the data cannot be trained on.
     """
     data = Path(required(cfg.data, "DATA"))
-    if not data.exists():
-        raise DataError(f"{data}: there is no such folder or manifest")
-    root, listing = (
-        (data.parent, _Listing(*read_manifest(data, data.parent))) if data.is_file() else (data, _read_folder(data))
-    )
+    root, listing = _listing_of(data)
     if cfg.val_dir is not None:
         root, listing = _with_val_dir(root, listing, Path(cfg.val_dir))
     if not listing.rows:
         raise DataError(
-            f"{data}: no images found{ignored_text(listing.ignored)}; one sub-folder per class is expected{_flat(data)}"
+            f"{data}: no images found{_ignored(data, listing)}; one sub-folder per class is expected{_flat(data)}"
         )
+    if data.is_dir():
+        _refuse_other_folders(data, listing, cfg)
     if cfg.exclude_list is not None:
         before, listing.rows = len(listing.rows), leave_out(listing.rows, Path(cfg.exclude_list), root)
         listing.notes.append(f"{before - len(listing.rows)} of {counted(before, 'image')} left out (--exclude-list)")
     return _index(root, listing, cfg)
+
+
+def _listing_of(data: Path) -> tuple[Path, _Listing]:
+    """The rows of a folder or a manifest, and the folder to which their paths are relative. Raises DataError."""
+    if not data.exists():
+        raise DataError(meant.missing(data))
+    if not data.is_file():
+        return data, _read_folder(data)
+    if reason := meant.not_a_manifest(data):
+        raise DataError(reason)
+    return data.parent, _Listing(*read_manifest(data, data.parent))
+
+
+def _refuse_other_folders(data: Path, listing: _Listing, cfg: DataConfig) -> None:
+    """Raise DataError for a folder above or below the one that was meant; a warning if other splits are next to it."""
+    labels = sorted({label for _, label, _ in listing.rows})
+    is_split = any(split is not None for _, _, split in listing.rows)  # then a class may be called "train"
+    if not is_split and (hint := meant.without_classes(data, labels)):
+        raise DataError(f"{data}: no class folders found{hint}")
+    if len(labels) < 2:
+        raise DataError(f"{_one_class(labels)}{meant.did_you_mean(data)}")
+    others = meant.other_splits(data) if cfg.val_dir is None else []
+    if others:
+        listing.notes.append(
+            f"WARNING: {data} is only a training folder: {listed(others)} next to it is not used; give "
+            f"{data.parent} to use all"
+        )
+
+
+def _one_class(classes: Sequence[str]) -> str:
+    names = f"only one, '{classes[0]}'" if classes else "none"
+    return f"at least two classes with training images are needed, but there is {names}"
 
 
 def _index(root: Path, listing: _Listing, cfg: DataConfig) -> ImageIndex:
@@ -180,8 +211,7 @@ def _split_here(rows: list[Row], cfg: DataConfig) -> tuple[list[Row], list[str]]
 
 def _check_classes(rows: list[Row], classes: tuple[str, ...]) -> None:
     if len(classes) < 2:
-        names = f"only one, '{classes[0]}'" if classes else "none"
-        raise DataError(f"at least two classes with training images are needed, but there is {names}")
+        raise DataError(_one_class(classes))
     for split in ("val", "test"):
         unknown = {label for _, label, part in rows if part == split} - set(classes)
         if unknown:
@@ -208,8 +238,17 @@ def _table(root: Path, rows: Sequence[Row], classes: tuple[str, ...], split: str
     return ImageTable(root, PathTable([path for path, _ in ours]), targets)
 
 
+def _ignored(folder: Path, listing: _Listing) -> str:
+    """The files that are not read, by extension; images that lie directly in the folder are named as such."""
+    images = Counter({kind: count for kind, count in listing.ignored.items() if kind in EXTENSIONS})
+    others = ignored_text(listing.ignored - images)
+    return f" in sub-folders, but {counted(images.total(), 'image')} directly in it{others}" if images else others
+
+
 def _flat(folder: Path) -> str:
-    """A hint if images lie directly in a folder."""
+    """A hint about the folder that was meant, or about class names in file names if images lie directly in it."""
+    if hint := meant.did_you_mean(folder):
+        return hint
     if folder.is_dir() and any(Path(entry.name).suffix.lower() in EXTENSIONS for entry in _entries(folder)):
         return ", or use `resnet-dist split --label-by` if the class is in the file names"
     return ""
@@ -283,7 +322,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _with_val_dir(root: Path, listing: _Listing, val_dir: Path) -> tuple[Path, _Listing]:
     """The training rows of a listing and, as validation, the class folders of `val_dir`."""
     if not val_dir.is_dir():
-        raise DataError(f"{val_dir}: there is no such folder (--val-dir)")
+        raise DataError(f"{val_dir}: there is no such folder (--val-dir){similar_path(val_dir)}")
     common = Path(os.path.commonpath([root.absolute(), val_dir.absolute()]))
     joined = _Listing(ignored=listing.ignored, notes=listing.notes)
     for path, label, split in listing.rows:
@@ -314,7 +353,7 @@ def read_part(data: Path, split: str, classes: Sequence[str], root: Path | None 
     of the manifest). Raises DataError for a class that the model does not have.
     """
     if not data.exists():
-        raise DataError(f"{data}: there is no such folder or manifest")
+        raise DataError(meant.missing(data))
     start = root or (data.parent if data.is_file() else data)
     listing = _Listing(*read_manifest(data, start, exact=root is not None)) if data.is_file() else _read_folder(data)
     rows = sorted((row for row in listing.rows if row[2] in (split, None)), key=lambda row: row[0])
@@ -324,6 +363,7 @@ def read_part(data: Path, split: str, classes: Sequence[str], root: Path | None 
     if unknown:
         raise DataError(
             f"{data}: the model does not have class {listed(sorted(unknown))}; it has {listed(list(classes))}"
+            f"{meant.did_you_mean(data) if data.is_dir() else ''}"
         )
     marked: list[Row] = [(path, label, split) for path, label, _ in rows]
     table = replace(_table(start, marked, tuple(classes), split), notes=tuple(listing.notes))

@@ -7,6 +7,7 @@ from typing import Any
 
 from resnet_dist.errors import ArtifactError
 from resnet_dist.files.reading import parse_json
+from resnet_dist.runtime.wording import similar_path
 
 METADATA_KEY = "resnet_dist"
 MAX_HEADER = 1 << 25  # enough for 100,000 class names; the header of a ResNet without them has 30 KB
@@ -30,7 +31,7 @@ def description_in(file: Path) -> dict[str, Any] | None:
         if not isinstance(metadata, dict):
             raise ValueError("its header must be a JSON object")
     except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from None
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror}){similar_path(file)}") from None
     except ValueError as error:
         raise ArtifactError(f"{file}: not a safetensors file ({error})") from None
     text = metadata.get(METADATA_KEY)

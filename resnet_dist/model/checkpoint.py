@@ -17,6 +17,7 @@ from resnet_dist.files.header import METADATA_KEY, description_in
 from resnet_dist.files.run import FORMAT_VERSION, write_atomically
 from resnet_dist.model.resnet import Architecture, build, empty
 from resnet_dist.model.weights import load_backbone
+from resnet_dist.runtime.wording import similar_path
 
 MAX_CLASSES, MAX_NAME = 100_000, 1024  # the predictor has the same limits
 
@@ -86,6 +87,16 @@ def save_best(file: Path, model: nn.Module, description: Description) -> None:
     write_atomically(file, save(plain, metadata={METADATA_KEY: description.to_json()}))
 
 
+def _hint(file: Path) -> str:
+    """Why there is no such checkpoint: there is no such run, or the folder is not a run."""
+    run = file.parent.parent
+    if file.parent.name != "checkpoints":
+        return similar_path(file)
+    if not run.exists():
+        return similar_path(run) or f", because there is no folder {run}"
+    return "" if (run / "run.json").exists() else f", because {run} is not a run folder"
+
+
 def load_checkpoint(file: Path) -> tuple[nn.Module, Description]:
     """The model of a checkpoint, in evaluation mode on the CPU, and its description.
 
@@ -93,7 +104,7 @@ def load_checkpoint(file: Path) -> tuple[nn.Module, Description]:
     raises ArtifactError.
     """
     if not file.is_file():
-        raise ArtifactError(f"{file}: there is no such checkpoint")
+        raise ArtifactError(f"{file}: there is no such checkpoint{_hint(file)}")
     values = description_in(file)
     if values is None:
         raise ArtifactError(f"{file}: not written by resnet-dist (no '{METADATA_KEY}' in its metadata)")

@@ -22,6 +22,7 @@ from resnet_dist.config.schema import ARCHITECTURES, ModelConfig
 from resnet_dist.errors import ArtifactError, MachineError, UsageError
 from resnet_dist.files.header import description_in
 from resnet_dist.model.resnet import Architecture, empty, stage_of
+from resnet_dist.runtime.wording import similar_path
 
 MAX_WEIGHTS = 1 << 32  # bytes; four times a resnet152 with its optimizer state
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
@@ -129,7 +130,7 @@ def read_tensors(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     Names may have prefixes of WRAPPERS. Raises ArtifactError.
     """
     if not file.is_file():
-        raise ArtifactError(f"{file}: there is no such weights file")
+        raise ArtifactError(f"{file}: there is no such weights file{similar_path(file)}")
     if _unpacked_bytes(file) > MAX_WEIGHTS:
         raise ArtifactError(f"{file}: larger than {MAX_WEIGHTS >> 30} GiB, not the weights of a ResNet")
     try:

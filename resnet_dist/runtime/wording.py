@@ -1,8 +1,13 @@
 """Format names, lists and counts in messages."""
 
 import difflib
+import os
 import unicodedata
 from collections.abc import Collection, Sequence
+from itertools import islice
+from pathlib import Path
+
+MOST_NAMES = 10_000  # in a folder, that are compared with a missing one
 
 
 def printable(text: str) -> str:
@@ -50,6 +55,17 @@ def suggestion(name: str, names: Collection[str]) -> str:
     """The text `; did you mean 'x'?` if a name is similar, otherwise an empty string."""
     near = nearest(name, names)
     return f"; did you mean '{near}'?" if near else ""
+
+
+def similar_path(path: Path) -> str:
+    """The text `; did you mean 'runs/a'?` if the folder of a missing path holds a similar name, otherwise ""."""
+    try:
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in islice(entries, MOST_NAMES)]
+    except OSError:
+        return ""
+    near = None if path.name in names else nearest(path.name, names)
+    return f"; did you mean '{path.parent / near}'?" if near else ""
 
 
 def counted(number: int, noun: str) -> str:

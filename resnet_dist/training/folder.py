@@ -13,6 +13,7 @@ from resnet_dist.data.index import write_manifest
 from resnet_dist.errors import Preempted, ResnetDistError, UsageError
 from resnet_dist.files.run import Replace, RunFolder, has_state, is_run, read_facts, to_json
 from resnet_dist.model.resnet import empty
+from resnet_dist.runtime import environment
 from resnet_dist.runtime.accelerate import on_main
 from resnet_dist.runtime.display import Display
 from resnet_dist.runtime.signals import Stopped
@@ -25,6 +26,22 @@ from resnet_dist.training.resume import Resumed, changes, read_resumed
 def typed_command() -> str:
     """The command line of this process, as it is recorded with the run."""
     return shlex.join(["resnet-dist", *sys.argv[1:]])
+
+
+def how_to_resume(started_by: str, path: Path, cfg: TrainConfig) -> str:
+    """The command that continues the run in a folder, quoted for the shell; the call if the run was started in Python.
+
+    `started_by`: the recorded command. `compare` and `reproduce` continue if they are repeated. Under a launcher, the
+    launcher's part of the command is left to the user.
+    """
+    if started_by.startswith("resnet_dist."):
+        transform = ", train_transform=..." if cfg.augment.aug == "custom" else ""
+        return f"`resnet_dist.train(resume={str(path)!r}{transform})`"
+    if started_by.startswith(("resnet-dist compare ", "resnet-dist reproduce ")):
+        return f"`{started_by}`"
+    if environment.is_distributed():
+        return f"`{shlex.join(['train', '--resume', str(path)])}` under the same launcher"
+    return f"`{shlex.join(['resnet-dist', 'train', '--resume', str(path)])}`"
 
 
 def folder_of(cfg: TrainConfig) -> Path:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -38,6 +38,8 @@ from resnet_dist.training.optim import (
     stage_rates,
 )
 from resnet_dist.training.state import Best
+
+FEW_STEPS = 20  # a training with fewer optimizer steps warns
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,31 @@ class Plan:
         parts = f"{share.batch_size} per process x {counted(share.world, 'process')} x {share.accumulate} accumulated"
         batch = f"global batch {share.global_batch} = {parts}"
         bad = [f"WARNING: {counted(len(self.bad_images), 'unusable image')} left out"] if self.bad_images else []
-        return [data, *index.notes, *bad, batch, *self.reasons, *self._lines_of_phases()]
+        return [
+            data,
+            *self._test_line(),
+            *index.notes,
+            *bad,
+            batch,
+            *self.reasons,
+            *self._lines_of_phases(),
+            *self._few(),
+        ]
+
+    def _test_line(self) -> Iterator[str]:
+        """What happens to the test images, if there are any."""
+        if len(self.index.test):
+            images = counted(len(self.index.test), "test image")
+            yield f"{images}: not used in training or to choose; `resnet-dist eval RUN --split test` evaluates them"
+
+    def _few(self) -> Iterator[str]:
+        """A warning about a training that is too short to learn much."""
+        steps = sum(map(self.steps, self.phases))
+        if steps < FEW_STEPS:
+            yield (
+                f"WARNING: only {counted(steps, 'optimizer step')} in all, too few to learn much; give more --epochs "
+                "or a smaller --batch-size"
+            )
 
     def _lines_of_phases(self) -> list[str]:
         cfg, model = self.cfg, empty(self.architecture)

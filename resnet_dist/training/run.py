@@ -122,7 +122,8 @@ def run_training(
                 if stop.on_exit is not None:
                     stop.on_exit(128 + stopped.number, str(stopped))
                     if resuming:
-                        raise Preempted(f"{stopped}; the last checkpoint is untouched") from None
+                        error = Preempted(f"{stopped}; the last checkpoint is untouched")
+                        raise _with_command(error, command or folder.typed_command(), run, cfg) from None
                 raise
             finally:
                 close_loaders()
@@ -171,10 +172,19 @@ def _train(session: Session, cfg: TrainConfig, resuming: bool, train_transform: 
             session.stop.finish()
     except BaseException as error:
         folder.record_end(accelerator, run, error)
+        if isinstance(error, Preempted):
+            raise _with_command(error, session.command, run, cfg) from None
         raise
     for tracker in accelerator.trackers:
         tracker.finish()
     return Run(run.path, metrics)
+
+
+def _with_command(error: Preempted, started_by: str, run: "RunFolder", cfg: TrainConfig) -> Preempted:
+    """The error with the command that continues the run."""
+    from resnet_dist.training.folder import how_to_resume
+
+    return Preempted(f"{error}; continue with {how_to_resume(started_by, run.path, cfg)}")
 
 
 def _tuned(accelerator: "Accelerator", plan: "Plan", display: "Display") -> tuple["Accelerator", "Plan"]:

@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from resnet_dist.cli.main import main
 from resnet_dist.config.recipes import layers
-from tests.conftest import CLASSES, TINY, WITH_REPORT
+from tests.conftest import CLASSES, TINY, WITH_REPORT, make_folder
 
 LENGTH = ["--epochs", "2", "--batch-size", "8", "--lr", "0.02"]
 SHORT = [*TINY, *LENGTH]
@@ -114,6 +114,23 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert "lr stem=1e-05 layer1=1e-05 layer2=1e-05 layer3=1e-05 layer4=1e-05 head=0.001" in said
     assert "global batch 8" in said and "statistics update" in said
     assert not (tmp_path / "x").exists()
+
+
+def test_plan_names_the_test_images_and_warns_of_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_folder(tmp_path / "data")  # 24 training images: 3 steps of 8 per epoch
+    shutil.copytree(data / "val", data / "test")
+    dry = ["train", str(data), *TINY, "--batch-size", "8", "--dry-run"]
+    assert main([*dry, "--epochs", "6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == [
+        "3 classes, 24 training and 15 validation images",
+        "15 test images: not used in training or to choose; `resnet-dist eval RUN --split test` evaluates them",
+    ]
+    assert lines[-1].startswith("WARNING: only 18 optimizer steps in all, too few to learn much")
+    shutil.rmtree(data / "test")
+    assert main([*dry, "--epochs", "7"]) == 0
+    said = capsys.readouterr().out
+    assert "test image" not in said and "WARNING" not in said
 
 
 IN_EVERY_SUITE = ("bn-only", "cifar10-from-scratch", "deep-head", "feature-extractor-bn-eval", "gradual-unfreeze")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -175,12 +176,14 @@ def test_signal_before_the_first_step(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """There is nothing to save: it ends at once, as run.json says; a run that was resumed keeps its checkpoint."""
-    run = tmp_path / "run"
+    run = tmp_path / "it's a run"
     arguments = ["train", str(folder), *ENDLESS, "--epochs", "1", "--save-every", "1steps", "-o", str(run)]
     with monkeypatch.context() as patch:
         interrupt("start", stop_here, patch.setattr)
         assert main(arguments) == 128 + SIGTERM
-    assert capsys.readouterr().err == "resnet-dist train: stopped by SIGTERM before the first step\n"
+    said = capsys.readouterr().err
+    assert said.startswith("resnet-dist train: stopped by SIGTERM before the first step; start again with `")
+    assert shlex.split(said.split("`")[1]) == ["resnet-dist", *arguments, "--resume", "auto"]
     known = facts(run)
     assert (known["status"], known["exit_code"], known["reason"]) == (
         "failed",
@@ -191,8 +194,12 @@ def test_signal_before_the_first_step(
     with monkeypatch.context() as patch:
         interrupt("start", stop_here, patch.setattr)
         assert main([*arguments, "--epochs", "2", "--resume", "auto"]) == 75
+    command = shlex.split(capsys.readouterr().err.split("`")[1])
+    assert command == ["resnet-dist", "train", "--resume", str(run)]
     assert (facts(run)["status"], facts(run)["exit_code"]) == ("preempted", 75)
     assert read_newest_state(run / "checkpoints")[1]["state"]["steps_done"] == 3
+    assert main([*command[1:], "--epochs", "2"]) == 0
+    assert facts(run)["status"] == "done"
 
 
 def test_signal_while_the_best_checkpoint_is_evaluated(
