@@ -66,10 +66,18 @@ def write_side_files(folder: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json in the style of Hugging Face's ResNet."""
+    """config.json in the style of Hugging Face's ResNet, or of its wrapper of timm for ResNeXt and Wide ResNet."""
+    classes = metadata["classes"]
+    labels = {
+        "id2label": {str(index): label for index, label in enumerate(classes)},
+        "label2id": {label: index for index, label in enumerate(classes)},
+    }
+    name = metadata["architecture"]
     depths = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
     depths |= {"resnet101": [3, 4, 23, 3], "resnet152": [3, 8, 36, 3]}
-    name = metadata["architecture"]
+    if name not in depths:
+        timm = {"architectures": ["TimmWrapperForImageClassification"], "model_type": "timm_wrapper"}
+        return {**timm, "architecture": name, **labels}
     basic = name in ("resnet18", "resnet34")
     return {
         "architectures": ["ResNetForImageClassification"],
@@ -77,8 +85,7 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "layer_type": "basic" if basic else "bottleneck",
         "depths": depths[name],
         "hidden_sizes": [64, 128, 256, 512] if basic else [256, 512, 1024, 2048],
-        "id2label": {str(index): label for index, label in enumerate(metadata["classes"])},
-        "label2id": {label: index for index, label in enumerate(metadata["classes"])},
+        **labels,
     }
 
 

@@ -9,13 +9,25 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from resnet_dist.config.duration import Duration
 from resnet_dist.config.fields import option, out_of_range
 from resnet_dist.runtime.wording import counted
 
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+ArchitectureName = Literal[
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+ARCHITECTURES: tuple[str, ...] = get_args(ArchitectureName)  # torchvision's names, which are timm's too
 BEST_METRICS = {"top1": "max", "top5": "max", "macro_f1": "max", "loss": "min"}
 DEFAULT_BATCH_SIZE = 32
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
@@ -166,8 +178,8 @@ class AugmentConfig:
 class ModelConfig:
     """The network."""
 
-    model: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = option("resnet50", "--arch")
-    """The torchvision ResNet to train."""
+    model: ArchitectureName = option("resnet50", "--arch")
+    """The torchvision ResNet, ResNeXt or Wide ResNet to train."""
     weights: str = "DEFAULT"
     """Pretrained weights: DEFAULT, IMAGENET1K_V1, IMAGENET1K_V2, none, or a .safetensors or .pth file."""
     head: Literal["linear", "mlp", "concat-pool"] = "linear"

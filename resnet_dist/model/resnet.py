@@ -69,7 +69,8 @@ class Architecture:
 
 
 def build(architecture: Architecture) -> nn.Module:
-    """A torchvision ResNet (He et al. 2015; the v1.5 bottleneck) with random weights.
+    """A torchvision ResNet (He et al. 2015; the v1.5 bottleneck), ResNeXt (Xie et al. 2017) or Wide ResNet (Zagoruyko
+    and Komodakis 2016) with random weights.
 
     Input float32 (B, 3, H, W); output logits (B, num_classes). With the linear head and the standard stem, names and
     shapes of all parameters are torchvision's own.

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from export.bundle import config_of
 from export.predict import Predictor
 from resnet_dist.cli.main import main
 from resnet_dist.model.checkpoint import load_checkpoint
@@ -61,6 +62,12 @@ def test_bundle_holds_what_a_deployer_needs(bundle: Path) -> None:
     processor = json.loads((bundle / "preprocessor_config.json").read_text())
     assert processor["size"] == {"shortest_edge": 18} and processor["crop_size"] == {"height": 16, "width": 16}
     assert "python predict.py model.onnx --verify" in (bundle / "README.md").read_text()
+
+
+def test_config_of_networks_that_transformers_has_no_class_for_names_its_wrapper_of_timm() -> None:
+    config = config_of({"architecture": "wide_resnet50_2", "classes": ["cat", "dog"]})
+    assert config["model_type"] == "timm_wrapper" and config["architecture"] == "wide_resnet50_2"
+    assert config["id2label"] == {"0": "cat", "1": "dog"} and "depths" not in config
 
 
 def test_predict_py_is_the_predictor_itself(bundle: Path) -> None:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from resnet_dist.config.schema import ARCHITECTURES, ModelConfig, Phase
+from resnet_dist.config.schema import ModelConfig, Phase
 from resnet_dist.model.parts import cut, first_changing_stage
 from resnet_dist.model.resnet import Architecture, build, empty, stage_of
 from resnet_dist.model.trainable import select, set_trainable, train_mode, updating_batch_norms
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
 @pytest.mark.parametrize("head", ["linear", "concat-pool"])
 def test_both_parts_together_equal_the_network(name: str, head: str) -> None:
     torch.manual_seed(0)

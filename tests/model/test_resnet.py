@@ -48,9 +48,9 @@ def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ..
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
-@pytest.fixture(scope="module", params=["resnet18", "resnet50"])
+@pytest.fixture(scope="module", params=["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
 def network(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
-    """Both kinds of block, with the linear head and the standard stem, as if trained; not to be changed by a test."""
+    """All kinds of block, with the linear head and the standard stem, as if trained; not to be changed by a test."""
     torch.manual_seed(0)
     model = build(architecture(request.param))
     randomise_statistics(model)
