@@ -1,10 +1,12 @@
 """Start Accelerate, and communicate between processes."""
 
 import ctypes
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,10 +63,10 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
             log_with=list(trackers) or None,
             project_dir="." if trackers else None,  # required here; start_trackers sets the folder
             kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=HOOKS[cfg.ddp_comm_hook]),
                 InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.dist_timeout)),
             ],
         )
+    accelerator.ddp_handler = ddp_settings(cfg, at_once=accelerator.device.type == "cuda")
     check_launch(accelerator.num_processes)
     warnings = [*launch_warnings(cfg.mixed_precision, precision, on_cpu), *compare_processes(accelerator, precision)]
     if cfg.keep_memory and accelerator.device.type == "cpu":
@@ -82,6 +84,28 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
         f"precision {precision} ({why_precision}); {counted(threads, 'thread')} per process ({why_threads})"
     )
     return accelerator, "\n".join([line, *(f"WARNING: {warning}" for warning in warnings)])
+
+
+@dataclass
+class DdpSettings(DistributedDataParallelKwargs):  # type: ignore[misc]
+    """Accelerate's settings of DDP, and one that it does not know.
+
+    Attributes:
+        batched_grad_copy: copy all gradients of a bucket into it by one operation and divide them by another, instead
+            of one operation for each. torch divides then, instead of multiplying by the reciprocal of the number of
+            processes: if that is no power of two, the last bit may differ.
+    """
+
+    batched_grad_copy: bool = False
+
+
+def ddp_settings(cfg: SystemConfig, at_once: bool) -> DdpSettings:
+    """The settings of DDP. `at_once`: copy gradients at once if this torch can (2.15 can, 2.11 cannot)."""
+    return DdpSettings(
+        gradient_as_bucket_view=True,
+        comm_hook=HOOKS[cfg.ddp_comm_hook],
+        batched_grad_copy=at_once and "batched_grad_copy" in inspect.signature(DistributedDataParallel).parameters,
+    )
 
 
 def check_gpus(on_cpu: bool) -> None:

@@ -21,7 +21,7 @@ from resnet_dist.errors import MachineError
 from resnet_dist.evaluation.collect import collect_records
 from resnet_dist.model.batch_norm import averaged_statistics, running_statistics
 from resnet_dist.model.head import dropout_mask
-from resnet_dist.runtime.accelerate import check_in_step, start
+from resnet_dist.runtime.accelerate import check_in_step, ddp_settings, start
 from resnet_dist.training.job import Job
 from tests.conftest import TINY
 from tests.runtime.launch import finish
@@ -164,6 +164,32 @@ def statistics(out: Path, data: Path) -> dict[str, Any]:
     return {"off": off, **dict(zip(("own", "mean", "after"), flat, strict=True))}
 
 
+def copies(out: Path, data: Path) -> dict[str, Any]:
+    """A run whose gradients are copied one by one into DDP's buckets, as on CPUs, and one as on GPUs."""
+    found: dict[str, Any] = {}
+    for accumulate in ("1", "2"):
+        for at_once in (False, True):
+            options = ["--epochs", "1", "--lr", "0.01", "--grad-accum", accumulate]
+            job = job_of(out / f"run-copies-{accumulate}-{at_once}", data, *COMMON, *options)
+            job.accelerator.ddp_handler = ddp_settings(job.plan.cfg.system, at_once)
+            flags: list[bool] = []
+            wrap = loop.wrap
+
+            def noting(*arguments: Any, wrap: Any = wrap, flags: list[bool] = flags) -> Any:
+                net, optimizer = wrap(*arguments)
+                flags.append(getattr(net, "batched_grad_copy", False))
+                return net, optimizer
+
+            loop.wrap = noting
+            try:
+                _, gradient = recorded(job)
+            finally:
+                loop.wrap = wrap
+            parameters = torch.cat([p.detach().flatten() for p in job.model.parameters()])
+            found[f"{accumulate} {at_once}"] = {"gradient": gradient[0], "parameters": parameters, "flags": flags}
+    return found
+
+
 def phases(out: Path, data: Path) -> dict[str, Any]:
     """Recipes that freeze and unfreeze: every process's parameters at the end, and that a difference is noticed."""
     found: dict[str, Any] = {}
@@ -195,6 +221,8 @@ def main() -> None:
     result["batches"] = batches(out / f"rank{rank}", data)
     result["evaluations"] = evaluations(data)
     result["statistics"] = statistics(out / f"rank{rank}", data)
+    if accelerator.num_processes == 2:
+        result["copies"] = copies(out / f"rank{rank}", data)
     result["phases"] = phases(out / f"rank{rank}", data)
     finish(out, rank, result)
     accelerator.end_training()

@@ -1,5 +1,6 @@
 """The number of processes changes the time, not the data, the schedule, the loss or the metrics."""
 
+import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import made_once, make_folder
 from tests.runtime.equality import GLOBAL_BATCH, OF_THREE, SCENARIOS, SCHEDULES
@@ -118,6 +120,20 @@ def test_average_of_the_weights_follows_the_statistics_of_its_process(one: Resul
     """Against the formula: wrapping for several processes must not leave the average with old buffers."""
     for result in (*one[1], *many[1]):
         assert result["statistics"]["off"] < 1e-6
+
+
+def test_gradients_copied_at_once_have_the_same_bits(many: Result) -> None:
+    """As on GPUs, where torch can; with two processes, because with three torch rounds the mean in another way."""
+    if len(many[1]) != 2:
+        return
+    can = "batched_grad_copy" in inspect.signature(DistributedDataParallel).parameters
+    for result in many[1]:
+        for accumulate in "12":
+            at_once, one_by_one = (result["copies"][f"{accumulate} {flag}"] for flag in (True, False))
+            assert (at_once["flags"], one_by_one["flags"]) == ([can], [False])
+            assert one_by_one["gradient"].abs().max() > 0
+            for name in ("gradient", "parameters"):
+                assert torch.equal(at_once[name], one_by_one[name])
 
 
 def test_statistics_are_averaged_inside_the_context_and_restored_after_it(many: Result) -> None:
