@@ -107,7 +107,8 @@ def _loaded(predictor: Predictor, name: str) -> np.ndarray:
 
 
 def _batch_of(pixels: torch.Tensor) -> Batch:
-    return Batch(pixels, *[torch.zeros(len(pixels), dtype=torch.int64)] * 3)
+    zeros = torch.zeros(len(pixels), dtype=torch.int64)
+    return Batch(pixels, zeros, zeros, zeros)
 
 
 def _compare_inputs(

@@ -159,7 +159,8 @@ class AugmentConfig:
     """CutMix: parameter of Beta(a, a); 0 is off. If MixUp is on too, each pair of images takes one of the two."""
     augment_on: Literal["host", "device"] = "host"
     """device: change the images in batches on the GPU, with --cache device. The same crops, flips and colours, but the
-    pixels differ slightly: images are kept with a short side of --resize, or 1.5 times --img-size if that is more."""
+    pixels differ slightly: images are kept with a short side of --resize, or 1.5 times --img-size if that is more. If
+    they do not fit on one GPU, they are spread over the GPUs of all processes."""
 
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""

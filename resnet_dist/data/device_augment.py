@@ -9,7 +9,7 @@ depends neither on the rest of its batch nor on the order in which a device adds
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import resize_image
 
 from export.predict import Preprocessing
-from resnet_dist.data.loader import EvalLoader, Keys, TrainImages, mix_of_batch, unpacked
+from resnet_dist.data.exchange import Exchange
+from resnet_dist.data.loader import EvalLoader, Keys, Share, TrainImages, mix_of_batch, unpacked
 from resnet_dist.data.transforms import Batch
 from resnet_dist.errors import DataError
 
@@ -74,8 +75,7 @@ def draw(key: int, steps: Sequence[v2.Transform], hflip: float, height: int, wid
     """The changes that `transforms.training_pixels` makes with this key to an image of height x width pixels."""
     if not steps:
         return Changes((0, 0, height, width))
-    torch.default_generator.manual_seed(key)
-    flip = bool(torch.rand(()) < hflip)
+    flip = draw_flip(key, steps, hflip)
     crop, *others = steps
     box = _box(crop.make_params([_of_shape(height, width)]))
     image = _of_shape(size, size)
@@ -93,6 +93,14 @@ def draw(key: int, steps: Sequence[v2.Transform], hflip: float, height: int, wid
         elif drawn["v"] is not None:
             erased = (drawn["i"], drawn["j"], drawn["h"], drawn["w"])
     return Changes(box, colours, angle, erased, flip)
+
+
+def draw_flip(key: int, steps: Sequence[v2.Transform], hflip: float) -> bool:
+    """Whether `draw` flips the image with this key. It is drawn first."""
+    if not steps:
+        return False
+    torch.default_generator.manual_seed(key)
+    return bool(torch.rand(()) < hflip)
 
 
 def _of_shape(height: int, width: int) -> torch.Tensor:
@@ -119,23 +127,67 @@ class DrawnImages(Dataset[Batch]):
     def __getitems__(self, keys: Keys) -> Batch:
         """The batch of these keys, with `changes`."""
         _, positions, sample_keys = unpacked(keys, self.seed)
-        sizes, hashed = self.sizes[positions], sample_keys.tolist()
+        changes, flips = self._draw(positions, sample_keys)
+        return self._batch(positions, sample_keys, flips, changes)
+
+    def _draw(self, rows: np.ndarray, sample_keys: np.ndarray) -> tuple[torch.Tensor, list[bool]]:
+        """How the images in these rows of `sizes` change, float32 (n, 16), and which of them are flipped."""
+        sizes = self.sizes[rows]
         drawn = [
             draw(key, self.steps, self.cfg.hflip, int(height), int(width), self.size)
-            for key, (height, width) in zip(hashed, sizes[:, :2], strict=True)
+            for key, (height, width) in zip(sample_keys.tolist(), sizes[:, :2], strict=True)
         ]
         scales = sizes[:, 2:] / sizes[:, :2]
-        rows = [changes.row(tuple(scale)) for changes, scale in zip(drawn, scales.tolist(), strict=True)]
-        flips = [changes.flip for changes in drawn]
+        numbers = [changes.row(tuple(scale)) for changes, scale in zip(drawn, scales.tolist(), strict=True)]
+        return torch.tensor(numbers, dtype=torch.float32).reshape(-1, 16), [changes.flip for changes in drawn]
+
+    def _batch(
+        self,
+        positions: np.ndarray,
+        sample_keys: np.ndarray,
+        flips: Sequence[bool],
+        changes: torch.Tensor,
+        exchange: Exchange | None = None,
+    ) -> Batch:
         return Batch(
             self._none,
             torch.from_numpy(self.table.targets[positions]),
             torch.from_numpy(positions.copy()),
             torch.from_numpy(sample_keys),
             torch.tensor(flips) if any(flips) else None,
-            mix_of_batch(hashed, self.cfg, self.size),
-            torch.tensor(rows, dtype=torch.float32),
+            mix_of_batch(sample_keys.tolist(), self.cfg, self.size),
+            changes,
+            exchange,
         )
+
+
+class SpreadImages(DrawnImages):
+    """Training samples whose pixels are spread over the devices of all processes; see `Exchange`.
+
+    The keys are those of all processes (`TrainBatches` with `of_all`). The batch is that of this process, but `changes`
+    are those of the images that this process keeps, for all processes.
+    """
+
+    def __init__(self, images: TrainImages, kept: "KeptImages", share: Share) -> None:
+        super().__init__(images, kept.sizes)
+        self.per_process, self.share = kept.per_process, share
+
+    def __getitems__(self, keys: Keys) -> Batch:
+        """The batch of this process, with `changes` and `exchange`."""
+        world, rank, size = self.share.world, self.share.rank, self.share.batch_size
+        _, positions, sample_keys = unpacked(keys, self.seed)
+        keepers = positions // self.per_process
+        here, own = np.flatnonzero(keepers == rank), slice(rank * size, (rank + 1) * size)
+        rows = positions[here] - rank * self.per_process
+        changes, _ = self._draw(rows, sample_keys[here])
+        exchange = Exchange(
+            torch.from_numpy(rows),
+            torch.from_numpy(np.argsort(np.argsort(keepers[own], kind="stable"))),
+            np.bincount(here // size, minlength=world).tolist(),
+            np.bincount(keepers[own], minlength=world).tolist(),
+        )
+        flips = [draw_flip(key, self.steps, self.cfg.hflip) for key in sample_keys[own].tolist()]
+        return self._batch(positions[own], sample_keys[own], flips, changes, exchange)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,12 +240,16 @@ class KeptImages:
     """The training images of a table on a device, decoded once and shrunk to `short_side`.
 
     `pixels`: uint8 (pixels, 3), image after image, row after row. `sizes`: see DrawnImages. Later changes of a file
-    have no effect. Raises DataError if an image cannot be decoded.
+    have no effect. With several processes (`world`), only the part of process `rank`: `per_process` images, fewer in
+    the last parts. Raises DataError if an image cannot be decoded.
     """
 
-    def __init__(self, images: TrainImages, device: torch.device, workers: int) -> None:
-        batches: Iterable[Batch] = EvalLoader(_ShrunkImages(images, short_side(images.spec)), 32, workers, False)
-        parts, sizes = [], []
+    def __init__(self, images: TrainImages, device: torch.device, workers: int, world: int = 1, rank: int = 0) -> None:
+        shrunk = _ShrunkImages(images, short_side(images.spec))
+        batches = EvalLoader(shrunk, 32, workers, False, world, rank)
+        self.per_process = batches.per_process
+        parts = [torch.empty(0, 3, dtype=torch.uint8, device=device)]
+        sizes = [np.empty((0, 4), np.int64)]
         for batch in batches:
             parts.append(batch.images.to(device))
             sizes.append(batch.sizes)  # type: ignore[attr-defined]
@@ -217,15 +273,18 @@ class AugmentOnDevice:
         self.fill = torch.tensor(images.spec.fill, dtype=torch.float32, device=device)[:, None, None]
         self.window = self.size
         if steps and isinstance(steps[0], v2.RandomResizedCrop):  # so long at most, as its aspect ratio has a limit
-            self.window = math.ceil(max(steps[0].ratio) * np.minimum(heights, widths).max()) + ALIGNED
+            self.window = math.ceil(max(steps[0].ratio) * np.minimum(heights, widths).max(initial=1)) + ALIGNED
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """The pixels of a batch before its flips, uint8 (B, img_size, img_size, 3)."""
+        """The pixels of a batch before its flips, uint8 (B, img_size, img_size, 3).
+
+        Every process must call this if the images are spread over them.
+        """
         assert batch.changes is not None
         box, kinds, factors, turn, erased = torch.split(batch.changes, [4, 3, 3, 2, 4], 1)
         with torch.autocast(self.pixels.device.type, enabled=False):
-            places = self.places[batch.index]
+            places = self.places[batch.index if batch.exchange is None else batch.exchange.rows]
             images = torch.cat(list(map(self._crops, torch.split(places, AT_ONCE), torch.split(box, AT_ONCE))))
             if v2.ColorJitter in self.kinds:
                 images = jittered(images, kinds, factors)
@@ -233,7 +292,8 @@ class AugmentOnDevice:
                 images = rotated(images, turn, self.fill)
             if v2.RandomErasing in self.kinds:
                 images = torch.where(_inside(erased, self.size), self.fill, images)
-        return images.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+        images = images.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+        return images if batch.exchange is None else batch.exchange.swap(images)
 
     def _crops(self, places: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
         """The boxes, float32 (B, 4), of images at `places`, int64 (B, 3), resized: float32 (B, 3, S, S)."""

@@ -73,12 +73,17 @@ def epoch_order(samples: int, seed: int, epoch: int, global_batch: int, drop_las
 class TrainBatches(Sampler[np.ndarray]):
     """The batches of one process in the epochs from `epoch` to below `until`, starting at any optimizer step.
 
-    A batch is int64 (batch_size, 2), the epoch and the position in the table of each sample.
+    A batch is int64 (batch_size, 2), the epoch and the position in the table of each sample. With `of_all` it is that
+    of all processes, process after process: (world * batch_size, 2).
     """
 
-    def __init__(self, samples: int, seed: int, share: Share, drop_last: bool) -> None:
-        self.samples, self.seed, self.share, self.drop_last = samples, seed, share, drop_last
+    def __init__(self, samples: int, seed: int, share: Share, drop_last: bool, of_all: bool = False) -> None:
+        self.samples, self.seed, self.share, self.drop_last, self.of_all = samples, seed, share, drop_last, of_all
         self.epoch, self.first_step, self.until = 0, 0, 1
+
+    def of_all_processes(self) -> "TrainBatches":
+        """The same order, each batch with those of all processes."""
+        return TrainBatches(self.samples, self.seed, self.share, self.drop_last, of_all=True)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -93,8 +98,10 @@ class TrainBatches(Sampler[np.ndarray]):
     def _of_epoch(self, epoch: int, first_step: int) -> Iterator[np.ndarray]:
         share = self.share
         order = epoch_order(self.samples, self.seed, epoch, share.global_batch, self.drop_last)
-        blocks = order.reshape(-1, share.accumulate, share.world, share.batch_size)[first_step:, :, share.rank]
-        return iter(np.stack([np.full_like(blocks, epoch), blocks], -1).reshape(-1, share.batch_size, 2))
+        blocks = order.reshape(-1, share.accumulate, share.world, share.batch_size)[first_step:]
+        blocks = blocks if self.of_all else blocks[:, :, share.rank]
+        size = share.batch_size * (share.world if self.of_all else 1)
+        return iter(np.stack([np.full_like(blocks, epoch), blocks], -1).reshape(-1, size, 2))
 
     def __len__(self) -> int:
         return ((self.until - self.epoch) * self.steps_per_epoch - self.first_step) * self.share.accumulate
@@ -212,7 +219,8 @@ class KnownSamples(Dataset[Batch]):
         """
         epochs, positions, sample_keys = unpacked(keys, self.seed)
         rows = epochs % self.views * len(self.table) + positions
-        return Batch(self._none, *map(torch.from_numpy, (self.table.targets[positions], rows, sample_keys)))
+        targets, index, hashed = map(torch.from_numpy, (self.table.targets[positions], rows, sample_keys))
+        return Batch(self._none, targets, index, hashed)
 
 
 class DeviceImages(Dataset[Batch]):

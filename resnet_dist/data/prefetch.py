@@ -33,6 +33,5 @@ def _hand_over(batches: Sequence[Batch], stream: torch.cuda.Stream, user: torch.
     """Let `user` wait for what `stream` copied, and the allocator keep the memory until `user` is done with it."""
     user.wait_stream(stream)
     for batch in batches:
-        for tensor in vars(batch).values():
-            if tensor is not None:
-                tensor.record_stream(user)
+        for tensor in batch.tensors:
+            tensor.record_stream(user)

@@ -7,7 +7,7 @@ processes and interruptions do not change it.
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -18,6 +18,7 @@ from torchvision.transforms.v2.functional import resize_image
 
 from export.predict import Preprocessing
 from resnet_dist.config.schema import AugmentConfig
+from resnet_dist.data.exchange import Exchange
 from resnet_dist.errors import DataError
 
 _MASK = (1 << 64) - 1
@@ -169,6 +170,7 @@ class Batch:
         flip: bool (B,), which images the device has to mirror; None for none.
         mix: float32 (B, 5), rows of `mix_of_pair` (equal for both samples of a pair), or None.
         changes: float32 (B, 16), rows of `device_augment.Changes` for images that are on the device; `images` is empty.
+        exchange: with images that are spread over the processes; `changes` are then those of `exchange.rows`.
     """
 
     images: torch.Tensor
@@ -178,6 +180,7 @@ class Batch:
     flip: torch.Tensor | None = None
     mix: torch.Tensor | None = None
     changes: torch.Tensor | None = None
+    exchange: Exchange | None = None
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory (the loader calls this)."""
@@ -194,8 +197,17 @@ class Batch:
         return map(Batch, *parts)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        values: dict[str, Any] = {name: None if t is None else change(t) for name, t in vars(self).items()}
+        values: dict[str, Any] = {n: change(t) if isinstance(t, torch.Tensor) else t for n, t in vars(self).items()}
+        if self.exchange is not None:
+            rows, order = change(self.exchange.rows), change(self.exchange.order)
+            values["exchange"] = replace(self.exchange, rows=rows, order=order)
         return Batch(**values)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of the batch."""
+        fields = [*vars(self).values(), *(vars(self.exchange).values() if self.exchange else ())]
+        return [value for value in fields if isinstance(value, torch.Tensor)]
 
     @property
     def partners(self) -> torch.Tensor:

@@ -10,8 +10,8 @@ from accelerate.utils import gather_object
 
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.data.cache import ImageCache, bytes_needed, choose_tier, default_folder, disk_file, readable, shares
-from resnet_dist.data.device_augment import AugmentOnDevice, DrawnImages, KeptImages, short_side
-from resnet_dist.data.loader import DeviceImages, EvalImages, Samples, TrainImages
+from resnet_dist.data.device_augment import AugmentOnDevice, DrawnImages, KeptImages, SpreadImages, short_side
+from resnet_dist.data.loader import DeviceImages, EvalImages, Samples, Share, TrainImages
 from resnet_dist.errors import MachineError
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.accelerate import on_main
@@ -53,6 +53,7 @@ def place_samples(
     train: TrainImages,
     val: EvalImages,
     workers: int,
+    share: Share,
     say: Callable[[str], None],
 ) -> tuple[Samples, Samples, AugmentOnDevice | None]:
     """Where training and validation get their samples, by --cache and --augment-on, and what augments on the device.
@@ -66,25 +67,37 @@ def place_samples(
     train_samples, val_samples = (on_device(accelerator, cfg, one, workers) for one in (train, val))
     if kept is None:
         return train_samples, val_samples, None
-    return DrawnImages(train, kept.sizes), val_samples, AugmentOnDevice(kept, train)
+    spread = kept.per_process < len(train.table)
+    drawn = SpreadImages(train, kept, share) if spread else DrawnImages(train, kept.sizes)
+    return drawn, val_samples, AugmentOnDevice(kept, train)
 
 
 def keep_for_augmenting(
     accelerator: Accelerator, images: TrainImages, workers: int, say: Callable[[str], None]
 ) -> KeptImages | None:
-    """The training images on this process's device, or None if they would take more than half of its free memory.
+    """The training images on this process's device: all of them if they take at most half of the free memory of each
+    device, otherwise a part on each device, otherwise None.
 
     A printed line says which. All processes decide alike.
     """
-    device, short = accelerator.device, short_side(images.spec)
+    device, short, world = accelerator.device, short_side(images.spec), accelerator.num_processes
     needed, free = bytes_needed(images.reader, short), _free_memory(device)
     size = f"about {readable(needed)} of the {readable(free)} that are free on {device}"
-    if not all(gather_object([needed <= free / 2])):
-        say(f"--augment-on host, because the training images take more than half of a device's free memory ({size})")
+    room = min(gather_object([free])) / 2
+    too_much = f"because they take more than half of a device's free memory ({size})"
+    if needed > world * room:
+        say(f"--augment-on host for the training images, {too_much}")
         return None
-    say(f"training images are kept and augmented on {device}, short side at most {short} pixels ({size})")
+    parts = world if needed > room else 1
+    if parts == 1:
+        say(f"training images are kept and augmented on {device}, short side at most {short} pixels ({size})")
+    else:
+        say(
+            f"training images are spread over {parts} devices, {too_much}; each augments its part, short side at most "
+            f"{short} pixels, and sends the others the crops that they need"
+        )
     with memory_for(accelerator, "--augment-on device", "take --augment-on host"):
-        return KeptImages(images, device, workers)
+        return KeptImages(images, device, workers, parts, accelerator.process_index if parts > 1 else 0)
 
 
 def _free_memory(device: torch.device) -> int:

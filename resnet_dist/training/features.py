@@ -145,7 +145,7 @@ def source(job: Job, phase: PlannedPhase) -> Source:
     if train is not None and train in fits:
         known = KnownSamples(job.plan.index.train, job.train_images.seed, len(train.views))
         on_gpu = job.accelerator.device.type == "cuda"
-        loader = TrainLoader(known, job.train_loader.batches, 0, pin_memory=on_gpu)
+        loader = TrainLoader(known, job.plan.batches, 0, pin_memory=on_gpu)
         images = dataclasses.replace(images, train_module=rest, train_loader=loader, train_input=train)
     if val in fits:
         images = dataclasses.replace(

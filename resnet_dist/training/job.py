@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from resnet_dist.config.schema import TrainConfig
+from resnet_dist.data.device_augment import SpreadImages
 from resnet_dist.data.loader import EvalImages, EvalLoader, Samples, TrainImages, TrainLoader
 from resnet_dist.data.transforms import ToInput
 from resnet_dist.files.run import RunFolder
@@ -78,8 +79,9 @@ def build_job(
     train_images = TrainImages(index.train, plan.spec, cfg.augment, plan.batches.seed, plan.train_transform)
     val_images = EvalImages(index.val, plan.spec)
     train_samples, val_samples, augment = place_samples(
-        accelerator, cfg, train_images, val_images, plan.workers, display.say
+        accelerator, cfg, train_images, val_images, plan.workers, plan.share, display.say
     )
+    batches = plan.batches.of_all_processes() if isinstance(train_samples, SpreadImages) else plan.batches
     return Job(
         accelerator=accelerator,
         plan=plan,
@@ -87,7 +89,7 @@ def build_job(
         ema=Ema(model, cfg.run.ema_decay) if cfg.run.ema else None,
         loss=Loss(cfg.loss, None if balance is None else balance.to(device)),
         train_images=train_images,
-        train_loader=TrainLoader(train_samples, plan.batches, plan.workers, pin_memory=device.type == "cuda"),
+        train_loader=TrainLoader(train_samples, batches, plan.workers, pin_memory=device.type == "cuda"),
         val_loader=eval_loader(accelerator, plan.eval_batch_size, val_samples, plan.workers),
         to_input=ToInput(plan.spec, device, augment),
         run=run,

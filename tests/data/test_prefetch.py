@@ -35,7 +35,8 @@ class Copied:
     """Stands for a batch: it notes on which stream it is copied."""
 
     def __init__(self, number: int) -> None:
-        self.images, self.mix = Tensor(number), None
+        self.images = Tensor(number)
+        self.tensors = [self.images]
 
     def to(self, device: torch.device) -> "Copied":
         Stream.noted.append(f"{self.images.number} is copied on {Stream.current}")

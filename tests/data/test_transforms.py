@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from export.predict import Preprocessing, fit, normalise
 from resnet_dist.config.schema import AugmentConfig
+from resnet_dist.data.exchange import Exchange
 from resnet_dist.data.transforms import (
     Batch,
     ToInput,
@@ -293,13 +294,14 @@ def test_each_pair_uses_either_mixup_or_cutmix() -> None:
 
 
 def test_batch_moves_all_its_tensors() -> None:
+    """Also those that say which images come from other processes."""
     batch = batch_of(noise(4), [True, False, True, False], [(0.5, 0, 0, 0, 0)] * 4)
     batch.changes = torch.zeros(4, 16)
+    batch.exchange = Exchange(torch.tensor([3]), torch.tensor([0, 1]), [1, 0], [0, 2])
     moved = batch.to(torch.device("meta"))
-    assert {name: (value.shape, value.dtype) for name, value in vars(moved).items()} == {
-        name: (value.shape, value.dtype) for name, value in vars(batch).items()
-    }
-    assert all(value.is_meta for value in vars(moved).values())
+    assert [(t.shape, t.dtype) for t in moved.tensors] == [(t.shape, t.dtype) for t in batch.tensors]
+    assert len(moved.tensors) == 9 and all(tensor.is_meta for tensor in moved.tensors)
+    assert moved.exchange is not None and (moved.exchange.sent, moved.exchange.received) == ([1, 0], [0, 2])
 
 
 def test_flips_equal_numpy_and_do_not_change_the_batch() -> None:

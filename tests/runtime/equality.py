@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from resnet_dist.evaluation.collect import collect_records
 from resnet_dist.model.batch_norm import averaged_statistics, running_statistics
 from resnet_dist.model.head import dropout_mask
 from resnet_dist.runtime.accelerate import check_in_step, ddp_settings, start
+from resnet_dist.runtime.display import Display
+from resnet_dist.training import caching
 from resnet_dist.training.job import Job
 from tests.conftest import TINY
 from tests.runtime.launch import finish
@@ -190,6 +193,39 @@ def copies(out: Path, data: Path) -> dict[str, Any]:
     return found
 
 
+def spread(out: Path, data: Path) -> dict[str, Any]:
+    """Training with --augment-on device, with all images in each process, and with a part of them in each.
+
+    What the network gets in two epochs, one of them from its second step; the weights at the end; and what is printed.
+    """
+    options = "--epochs 2 --lr 0.01 --grad-accum 2 --cache device --augment-on device --color-jitter 0.3 --mixup 0.4"
+    found: dict[str, Any] = {}
+    for name, free in (("whole", 1 << 40), ("spread", None)):
+        needed: list[int] = []
+
+        def memory(_: torch.device, free: int | None = free, needed: list[int] = needed) -> int:
+            return free or 2 * needed[0] - 2  # a little less than all images need
+
+        def measured(*arguments: Any, measure: Any = caching.bytes_needed, needed: list[int] = needed) -> int:
+            needed.append(measure(*arguments))
+            return needed[-1]
+
+        lines: list[str] = []
+        with (
+            patch.multiple(caching, bytes_needed=measured, _free_memory=memory),
+            patch.object(Display, "say", lambda _, line, lines=lines: lines.append(line)),
+        ):
+            job = job_of(out / f"run-{name}", data, *COMMON, *options.split())
+        loader = job.train_loader
+        steps = [step for epoch, first in ((0, 0), (1, 1)) for step in loader.epoch(epoch, first)]
+        inputs = torch.cat([job.to_input(batch) for step in steps for batch in step])
+        loop.train(job)
+        parameters = torch.cat([p.detach().flatten() for p in job.model.parameters()])
+        kept = len(job.to_input.augment.pixels)  # type: ignore[union-attr]
+        found[name] = {"inputs": inputs, "parameters": parameters, "pixels": kept, "said": "\n".join(lines)}
+    return found
+
+
 def phases(out: Path, data: Path) -> dict[str, Any]:
     """Recipes that freeze and unfreeze: every process's parameters at the end, and that a difference is noticed."""
     found: dict[str, Any] = {}
@@ -221,6 +257,8 @@ def main() -> None:
     result["batches"] = batches(out / f"rank{rank}", data)
     result["evaluations"] = evaluations(data)
     result["statistics"] = statistics(out / f"rank{rank}", data)
+    if accelerator.num_processes > 1:
+        result["spread"] = spread(out / f"rank{rank}", data)
     if accelerator.num_processes == 2:
         result["copies"] = copies(out / f"rank{rank}", data)
     result["phases"] = phases(out / f"rank{rank}", data)

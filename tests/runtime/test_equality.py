@@ -136,6 +136,21 @@ def test_gradients_copied_at_once_have_the_same_bits(many: Result) -> None:
                 assert torch.equal(at_once[name], one_by_one[name])
 
 
+def test_images_spread_over_the_processes_have_the_same_bits(many: Result) -> None:
+    """Each process keeps a part of the images; what the network gets and what it learns stays the same."""
+    kept = [result["spread"]["spread"]["pixels"] for result in many[1]]
+    for result in many[1]:
+        whole, spread = result["spread"]["whole"], result["spread"]["spread"]
+        assert (
+            f"training images are spread over {len(many[1])} devices, because they take more than half of"
+            in (spread["said"])
+        )
+        assert sum(kept) == whole["pixels"] and max(kept) < whole["pixels"]
+        assert len(whole["inputs"]) == 3 * GLOBAL_BATCH // len(many[1])
+        assert torch.equal(spread["inputs"], whole["inputs"])
+        assert torch.equal(spread["parameters"], whole["parameters"])
+
+
 def test_statistics_are_averaged_inside_the_context_and_restored_after_it(many: Result) -> None:
     own = [result["statistics"]["own"] for result in many[1]]
     assert not torch.equal(own[0], own[1]), "each process was to see other images"

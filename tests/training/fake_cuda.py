@@ -120,10 +120,10 @@ def patch_torch() -> torch.library.Library:
     return library
 
 
-def keep_images(images: TrainImages, device: torch.device, workers: int) -> KeptImages:
+def keep_images(images: TrainImages, device: torch.device, workers: int, *part: int) -> KeptImages:
     """KeptImages of which the sizes are real: decoded outside of the mode."""
     with _disable_current_modes():
-        kept = KeptImages(images, torch.device("cpu"), workers)
+        kept = KeptImages(images, torch.device("cpu"), workers, *part)
     kept.pixels = torch.empty(kept.pixels.shape, dtype=torch.uint8, device=device)
     return kept
 

@@ -37,7 +37,8 @@ def test_images_that_do_not_fit_are_augmented_on_the_host(
     """Half of the memory is less than the training images, but all of it is more than all images."""
     monkeypatch.setattr(launcher, "available_memory", lambda: 60_000)
     assert main(["train", str(folder), *ON_DEVICE, "--epochs", "1", "-o", str(tmp_path / "run")]) == 0
-    assert "--augment-on host, because the training images take more than half" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--augment-on host for the training images, because they take more than half of a device's free" in said
     job = job_of(tmp_path / "job", folder, *ON_DEVICE, "-b", "8")
     assert isinstance(job.train_loader.samples, TrainImages)
     assert all(batch.changes is None for step in job.train_loader.epoch(0) for batch in step)
