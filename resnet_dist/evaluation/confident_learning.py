@@ -7,10 +7,6 @@ Confident learning (Northcutt, Jiang and Chuang, "Confident Learning: Estimating
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from resnet_dist.evaluation.intervals import lower_bound
 from resnet_dist.evaluation.records import Records
@@ -154,6 +150,11 @@ def out_of_fold(features: np.ndarray, target: np.ndarray, folds: int) -> np.ndar
     `features` is float32 (n, F), `target` int64 (n,) with at least `folds` images of every class 0..max. The folds
     are stratified, and the same in every call.
     """
+    from sklearn.linear_model import LogisticRegression  # they take seconds to import, and a run's report needs none
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     regression = LogisticRegression(C=REGULARISATION, max_iter=1000)
     parts = StratifiedKFold(folds, shuffle=True, random_state=0)
     pipeline = make_pipeline(StandardScaler(), regression)
