@@ -1,19 +1,19 @@
-"""Show the progress of training: a bar on a terminal, otherwise lines. The lines are also written to train.log."""
+"""Show the progress of training: a bar on a terminal or in a notebook, otherwise lines, which train.log has too."""
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from resnet_dist.files.run import append
+from resnet_dist.runtime.bars import HALF_A_SECOND, Bar, bar, spinner
 from resnet_dist.runtime.wording import printable
 
 
@@ -29,8 +29,9 @@ class Display:
         self._log: Path | None = None
         self._early: list[str] = []
         self._warned = False
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._bar: Bar | None = None
+        self._facts = ""
+        self._drawn = -HALF_A_SECOND
         self._last_line = 0.0
 
     def log_to(self, file: Path) -> None:
@@ -65,16 +66,32 @@ class Display:
                     print(f"WARNING: {self._log}: cannot be written ({error.strerror})", file=sys.stderr)
                 self._warned = True
 
-    # An epoch is a `with display.epoch(...)`; `advance` is called at every poll.
+    @contextmanager
+    def busy(self, doing: str, prints: bool = False) -> Iterator[None]:
+        """Inside this context, a spinner says what is being done, unless a bar or another spinner is shown.
 
-    def epoch(self, title: str, steps: int) -> Self:
-        """Begin an epoch of `steps` optimizer steps."""
-        self._title, self._steps, self._images = title, steps, 0
+        `prints`: whether something prints meanwhile, other than `say`.
+        """
+        shown = spinner(self.console, doing, prints) if self.enabled and self._bar is None else None
+        if shown is None:
+            yield
+            return
+        self._bar = shown
+        shown.start()
+        try:
+            yield
+        finally:
+            shown.stop()
+            self._bar = None
+
+    # An epoch is a `with display.epoch(...)`; `step` is called after every step, and `advance` at every poll.
+
+    def epoch(self, title: str, steps: int, done: int = 0) -> Self:
+        """Begin an epoch of `steps` optimizer steps, of which `done` were done before."""
+        self._title, self._steps, self._images, self._facts = title, steps, 0, ""
         self._started = self._last_line = time.monotonic()
-        if self.enabled and _shows_bars(self.console):
-            columns = [TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[facts]}")]
-            self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=self.console, transient=True)
-            self._task = self._bar.add_task(title, total=steps, facts="")
+        self._drawn = -HALF_A_SECOND
+        self._bar = bar(self.console, title, steps, done) if self.enabled else None
         return self
 
     def __enter__(self) -> Self:
@@ -87,22 +104,22 @@ class Display:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        self._bar = self._task = None
+        self._bar = None
+
+    def step(self, done: int) -> None:
+        """Move the bar to `done` steps, at most every half second. The numbers beside it are those of the last poll."""
+        now = time.monotonic()
+        if self._bar is not None and now - self._drawn >= HALF_A_SECOND:
+            self._drawn = now
+            self._bar.update(done, self._facts)
 
     def advance(self, step: int, facts: Mapping[str, str], images: int) -> None:
-        """Show the progress of the epoch after `images` more images; without a terminal, a line every 30 seconds."""
+        """Show the progress of the epoch after `images` more images; without a bar, a line every 30 seconds."""
         now = time.monotonic()
         self._images += images
         speed = f"{self._images / max(1e-9, now - self._started):.1f} images/s"
-        text = "  ".join([*(f"{name} {value}" for name, value in facts.items()), speed])
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, facts=text)
-        elif self.enabled and now - self._last_line > 30:
+        self._facts = "  ".join([*(f"{name} {value}" for name, value in facts.items()), speed])
+        self.step(step)
+        if self._bar is None and self.enabled and now - self._last_line > 30:
             self._last_line = now
-            self.say(f"{self._title}  step {step}/{self._steps}  {text}")
-
-
-def _shows_bars(console: Console) -> bool:
-    """Whether a progress bar can be drawn: on a terminal, and in a notebook that has the widgets that rich uses."""
-    in_notebook = console.is_jupyter and find_spec("ipywidgets") is not None
-    return not console.quiet and (console.is_terminal or in_notebook)
+            self.say(f"{self._title}  step {step}/{self._steps}  {self._facts}")

@@ -34,7 +34,8 @@ FEW = 2_000  # the report looks for near duplicates in data sets of at most this
 def finish(job: Job, state: State) -> dict[str, Measured]:
     """Evaluate the best checkpoint in float32 and write everything that belongs to a finished run.
 
-    Every process must call this. Returns the headline metrics. Raises NonFiniteError if no epoch had a finite score.
+    It is not evaluated again if the best epoch's validation in this process gave the same records already. Every
+    process must call this. Returns the headline metrics. Raises NonFiniteError if no epoch had a finite score.
     """
     best = state.best
     if best is None:
@@ -42,8 +43,14 @@ def finish(job: Job, state: State) -> dict[str, Measured]:
     load = functools.partial(load_checkpoint, job.run.best)
     model, description = model_from_main(job.accelerator, load, lambda description: build(description.architecture))
     classes = len(job.plan.index.classes)
-    records = collect_records(job.accelerator, model, job.val_loader, job.to_input, classes, True, job.stop.check)
-    return on_main(job.accelerator, lambda: write_run(job, best, model, description, records))
+    records = state.best_records
+    if records is None:
+        with job.display.busy("evaluating the best checkpoint in float32"):
+            records = collect_records(
+                job.accelerator, model, job.val_loader, job.to_input, classes, True, job.stop.check
+            )
+    with job.display.busy("writing tables, plots and report.html"):
+        return on_main(job.accelerator, lambda: write_run(job, best, model, description, records))
 
 
 def write_run(

@@ -18,6 +18,7 @@ from resnet_dist.data.transforms import Batch
 from resnet_dist.errors import NonFiniteError, Preempted
 from resnet_dist.evaluation.collect import collect_records
 from resnet_dist.evaluation.metrics import headline
+from resnet_dist.evaluation.records import Records
 from resnet_dist.model.batch_norm import (
     BatchNorm,
     averaged_statistics,
@@ -32,7 +33,7 @@ from resnet_dist.runtime.accelerate import check_in_step, on_main, read_values, 
 from resnet_dist.runtime.signals import StopRequested
 from resnet_dist.runtime.wording import counted
 from resnet_dist.training.compile import compiled, pays
-from resnet_dist.training.features import Input, Source, source
+from resnet_dist.training.features import Features, Input, Source, source
 from resnet_dist.training.job import Job
 from resnet_dist.training.losses import Loss
 from resnet_dist.training.optim import build_optimizer, param_groups, rates_now, scaled_step, step_if_finite
@@ -133,7 +134,7 @@ def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
     cfg, steps = job.plan.cfg, job.train_loader.steps_per_epoch
     started = time.monotonic() - state.epoch_seconds
     train_mode(job.model, learner.phase.updating)
-    with job.display.epoch(f"epoch {state.epochs_done + 1}/{cfg.run.epochs}", steps):
+    with job.display.epoch(f"epoch {state.epochs_done + 1}/{cfg.run.epochs}", steps, state.step_in_epoch):
         phase_end = state.epochs_done - state.epoch_in_phase + learner.phase.epochs
         loaded = learner.source.train_loader.epoch(state.epochs_done, state.step_in_epoch, phase_end)
         for batches in copied_ahead(loaded, job.accelerator.device):
@@ -143,6 +144,7 @@ def train_one_epoch(job: Job, learner: Learner, state: State) -> None:
             state.step_in_epoch += 1
             state.steps_done += 1
             state.epoch_seconds = time.monotonic() - started
+            job.display.step(state.step_in_epoch)
             if state.step_in_epoch % cfg.run.log_every == 0 or state.step_in_epoch == steps:
                 poll(job, learner, state)
                 compile_if_it_pays(job, learner, state, started)
@@ -303,9 +305,11 @@ def way_out(accelerator: Accelerator) -> str:
 def finish_epoch(job: Job, learner: Learner, state: State) -> None:
     """Validate, keep the best checkpoint, record the epoch, and save a checkpoint to resume from if one is due."""
     own = learner.source
-    scores = {"raw": validate(job, own.val_module, own.val_loader, own.val_input)}
-    if job.ema is not None:
-        scores["ema"] = validate(job, job.ema.module, job.val_loader, job.to_input)
+    with job.display.busy(f"epoch {state.epochs_done + 1}: validating"):
+        records = {"raw": validate(job, own.val_module, own.val_loader, own.val_input)}
+        if job.ema is not None:
+            records["ema"] = validate(job, job.ema.module, job.val_loader, job.to_input)
+        scores = on_main(job.accelerator, lambda: {kind: headline(found) for kind, found in records.items()})
     learner.schedule.end_epoch(scores["raw"]["loss"])
     row = state.end_epoch()
     metric = job.plan.cfg.run.best_metric
@@ -313,6 +317,7 @@ def finish_epoch(job: Job, learner: Learner, state: State) -> None:
     is_best = goodness(metric, scores[kind]) > (goodness(metric, state.best.score) if state.best else -math.inf)
     if is_best:
         state.best = Best(scores[kind], state.epochs_done, kind)
+        state.best_records = records[kind] if is_float32(job, own if kind == "raw" else None) else None
         keep_best(job, state.best)
     state.epochs_since_best = 0 if is_best else state.epochs_since_best + 1
     if 0 < job.plan.cfg.run.patience <= state.epochs_since_best:
@@ -324,12 +329,23 @@ def finish_epoch(job: Job, learner: Learner, state: State) -> None:
         save(job, learner, state)
 
 
-def validate(job: Job, model: nn.Module, loader: EvalLoader, to_input: Input) -> dict[str, float]:
-    """The headline metrics on the validation images, at the run's precision; the same on every process."""
+def validate(job: Job, model: nn.Module, loader: EvalLoader, to_input: Input) -> Records:
+    """The records of the validation images, at the run's precision; the same on every process."""
     classes = job.plan.architecture.num_classes
     with averaged_statistics(job.accelerator, model):
-        records = collect_records(job.accelerator, model, loader, to_input, classes, False, job.stop.check)
-    return on_main(job.accelerator, lambda: headline(records))
+        return collect_records(job.accelerator, model, loader, to_input, classes, False, job.stop.check)
+
+
+def is_float32(job: Job, validated: Source | None) -> bool:
+    """Whether validation was bit-equal to the evaluation at the end of a run, which has float32 and the whole network.
+
+    Features before a convolutional stage are kept in another memory format, so the rest may round differently.
+    """
+    precise = job.accelerator.mixed_precision == "no"
+    if job.accelerator.device.type == "cuda":
+        precise = precise and not job.plan.cfg.system.tf32
+    features = validated.val_input if validated is not None else None
+    return precise and not (isinstance(features, Features) and features.example.ndim == 4)
 
 
 def keep_best(job: Job, best: Best) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from resnet_dist.config.layers import from_keywords, keyword_signature
 from resnet_dist.config.schema import AugmentConfig, TrainConfig
 from resnet_dist.errors import Preempted, UsageError, python_errors
+from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.signals import Stopped, StopRequested, StopRequests, stop_requests
 from resnet_dist.training.result import Run, load_run
 
@@ -93,19 +94,22 @@ def run_training(
     command line of this process). Raises ResnetDistError, and records the reason in run.json.
     """
     with stop_requests() as stop:  # from the first moment, before torch is imported
-        from resnet_dist.data.loader import close_loaders
-        from resnet_dist.files.run import RunFolder
-        from resnet_dist.runtime.accelerate import on_main, start
         from resnet_dist.runtime.display import Display
-        from resnet_dist.runtime.faults import machine_errors
-        from resnet_dist.runtime.isolation import process_settings_restored
-        from resnet_dist.training import folder
+
+        display = Display(launcher.rank() == 0, verbose)
+        with display.busy("importing torch"):
+            from resnet_dist.data.loader import close_loaders
+            from resnet_dist.files.run import RunFolder
+            from resnet_dist.runtime.accelerate import on_main, start
+            from resnet_dist.runtime.faults import machine_errors
+            from resnet_dist.runtime.isolation import process_settings_restored
+            from resnet_dist.training import folder
 
         with process_settings_restored():
-            accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
+            with display.busy("starting"):
+                accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
             with machine_errors(accelerator):
                 stop.connect(cfg.system.dist_timeout)
-            display = Display(accelerator.is_main_process, verbose)
             path = on_main(accelerator, lambda: folder.folder_of(cfg))
             run = RunFolder(path, active=accelerator.is_main_process)
             if on_main(accelerator, lambda: folder.is_complete(path, cfg)):
@@ -149,7 +153,8 @@ def _train(session: Session, cfg: TrainConfig, resuming: bool, train_transform: 
     from resnet_dist.training.plan import make_plan
 
     accelerator, run, display = session.accelerator, session.run, session.display
-    plan = make_plan(accelerator, cfg, train_transform)
+    with display.busy("reading the list of images"):
+        plan = make_plan(accelerator, cfg, train_transform)
     if not resuming:
         on_main(accelerator, lambda: check_weights(plan))
     for text in plan.lines():
@@ -212,11 +217,12 @@ def _train_and_report(session: Session, plan: "Plan", resumed: "Resumed | None")
     accelerator, run = session.accelerator, session.run
     forget_peak_memory()
     start_trackers(accelerator, run.path / "tracker", kept(plan.cfg))
-    job = build_job(accelerator, plan, run, session.display, session.stop, resumed is not None)
-    if resumed is not None:
-        restore_model(resumed, job)
-    elif plan.cfg.run.report:
-        on_main(accelerator, lambda: _plot_samples(job))
+    with session.display.busy("loading weights and images"):
+        job = build_job(accelerator, plan, run, session.display, session.stop, resumed is not None)
+        if resumed is not None:
+            restore_model(resumed, job)
+        elif plan.cfg.run.report:
+            on_main(accelerator, lambda: _plot_samples(job))
     state = train_phases(job, resumed)
     peak = largest_peak_memory(accelerator)
     run.update(seconds=round(state.elapsed(), 3), peak_memory=peak)

@@ -18,11 +18,13 @@ from safetensors.torch import load, save
 from torch import nn
 
 from resnet_dist.errors import ArtifactError, MachineError
+from resnet_dist.evaluation.records import Records
 from resnet_dist.files.reading import parse_json, read_bounded
 from resnet_dist.files.run import MANIFEST, STATE_NAME, is_written, sync_folder, to_json
 
 MAX_FACTS, MAX_STATE = 1 << 24, 1 << 34  # bytes
 TENSORS, FACTS = "state.safetensors", "state.json"
+UNSAVED = ("started", "best_records")  # fields of State that are only for this process
 UNFINISHED = re.compile(r"\.tmp-\d+")  # an unfinished state, with the number of the process that writes it
 REPLACED = ".replaced"  # suffix of a state while another of the same step replaces it
 
@@ -42,6 +44,8 @@ class State:
 
     `sums` are the training sums of the epoch so far (loss, weight, correct, samples, over all processes). `seconds` is
     the time of the run before this process started. `skipped` counts the steps of the phase that fp16 skipped.
+    `best_records` are the validation records of the best epoch if the final evaluation would compute the same ones;
+    they are not saved.
     """
 
     phase: int = 0
@@ -53,6 +57,7 @@ class State:
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     epoch_seconds: float = 0.0
     best: Best | None = None
+    best_records: Records | None = None
     epochs_since_best: int = 0
     stopped_by: str | None = None
     seconds: float = 0.0
@@ -84,7 +89,7 @@ class State:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "started"}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in UNSAVED}
         best = dataclasses.asdict(self.best) if self.best else None
         return {**values, "best": best, "seconds": self.elapsed()}
 
