@@ -38,7 +38,7 @@ VERBS = {  # verb: what it does; its module is resnet_dist.cli.<verb> unless MOD
     "bench ladder": "measure what each optimisation gains",
     "bench scaling": "measure how training scales with the number of processes",
     "doctor": "show what this machine has, and test training with two processes",
-    "demo": "train on handwritten digits, offline, in a few minutes",
+    "demo": "train on handwritten digits, offline, in a minute",
 }
 MODULES = {"predict": "export.predict"}
 
