@@ -11,7 +11,11 @@ Rows = list[Sequence[str]]  # the first is the header
 
 def benchmark_tables(folder: Path) -> str:
     """A section for every file: what it is, the machine, the command, and a table."""
-    return "\n".join(part for file in sorted(folder.glob("*.json")) for part in section(file))
+    order = list(SECTIONS)
+    files = sorted(
+        folder.glob("*.json"), key=lambda f: (order.index(f.name) if f.name in order else len(order), f.name)
+    )
+    return "\n".join(part for file in files for part in section(file))
 
 
 def section(file: Path) -> Iterator[str]:

@@ -5,6 +5,7 @@ A page may contain the line `<!-- generated: NAME -->`; the text of that name ta
 
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ def llms_txt(nav: Navigation) -> str:
     for page in nav.pages:
         text = page.file.content_string
         title = re.search(r"^# (.+)$", text, re.MULTILINE)
-        description = re.search(r"^description: (.+)$", text, re.MULTILINE)
+        description = re.search(r"^description: \"?(.+?)\"?$", text, re.MULTILINE)
         if title is None or description is None:
             raise ValueError(f"{page.file.src_uri}: it needs a title and a description")
         lines.append(f"- [{title[1].replace('`', '')}]({page.file.url}): {description[1]}")
@@ -71,7 +72,7 @@ def llms_txt(nav: Navigation) -> str:
 
 def verb_page(verb: str) -> str:
     """The reference page of a verb: what it does, and all its options."""
-    head = f"---\ndescription: {VERBS[verb]}\n---\n\n# `resnet-dist {verb}`\n\n"
+    head = f"---\ndescription: {json.dumps(VERBS[verb])}\n---\n\n# `resnet-dist {verb}`\n\n"
     if verb == "predict":
         return f"{head}{predict_options()}\n"
     module = importlib.import_module(module_of(verb))

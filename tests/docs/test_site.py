@@ -75,6 +75,7 @@ def test_every_page_is_in_the_index_for_language_models(site: Path) -> None:
     pages = {str(file.relative_to(site)) for file in site.rglob("*.html")} - {"404.html"}
     assert addresses == pages
     assert len(pages) == len(PAGES) + len(VERBS)
+    assert [page for page in pages if "description:" in text_of(site / page)] == []
 
 
 def test_pages_that_are_written_by_hand_are_in_the_navigation() -> None:
