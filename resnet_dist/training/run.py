@@ -250,9 +250,10 @@ def summary(job: "Job", state: "State", metrics: "Mapping[str, Measured]") -> li
     from resnet_dist.files.run import identity, read_facts
 
     run = job.run
-    rows = [("trained", identity(read_facts(run.path))), ("run folder", str(run.path))]
+    rows = [("run folder", str(run.path))]
     if job.plan.cfg.run.report:
         rows.append(("report", str(run.path / "report.html")))
+    rows.append(("trained", identity(read_facts(run.path))))
     rows += [(name, str(metric)) for name, metric in metrics.items()]
     rows.append(("best checkpoint", str(run.best)))
     rows.append(("best epoch", f"{state.best.epoch} of {state.epochs_done}" if state.best else "none"))

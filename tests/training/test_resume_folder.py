@@ -1,5 +1,6 @@
 """The folder of a run that is resumed: one writer, damaged files, a full or read-only disk, other processes."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -9,13 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 import resnet_dist.training.loop as loop
 import resnet_dist.training.resume as resume
 from resnet_dist.cli.main import main
+from resnet_dist.config.schema import AugmentConfig, TrainConfig
 from resnet_dist.data.loader import epoch_order
+from resnet_dist.training.folder import how_to_resume
 from resnet_dist.training.state import newest_state, read_newest_state, write_state
 from tests.conftest import TINY, small_disk
 from tests.training.interrupted import interrupt, interrupted, record
@@ -31,6 +35,31 @@ from resnet_dist.files.run import RunFolder
 run = RunFolder(Path(sys.argv[1]))
 run.lock()
 """
+
+
+@pytest.mark.parametrize(
+    ("started_by", "aug", "launched_by", "wanted"),
+    [
+        ("resnet-dist train photos", "basic", None, "`resnet-dist train --resume 'a b'`"),
+        ("resnet-dist demo", "basic", None, "`resnet-dist train --resume 'a b'`"),
+        ("resnet-dist train photos", "basic", "2", "`train --resume 'a b'` under the same launcher"),
+        ("resnet-dist compare photos --seeds 2", "basic", None, "`resnet-dist compare photos --seeds 2`"),
+        ("resnet_dist.train(data='photos')", "basic", None, "`resnet_dist.train(resume='a b')`"),
+        ("resnet_dist.train()", "custom", None, "`resnet_dist.train(resume='a b', train_transform=...)`"),
+    ],
+)
+def test_the_command_that_continues_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+    started_by: str,
+    aug: Literal["basic", "custom"],
+    launched_by: str | None,
+    wanted: str,
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if launched_by is not None:
+        monkeypatch.setenv("WORLD_SIZE", launched_by)
+    cfg = dataclasses.replace(TrainConfig(), augment=AugmentConfig(aug=aug))
+    assert how_to_resume(started_by, Path("a b"), cfg) == wanted
 
 
 @pytest.fixture(scope="module")
