@@ -316,7 +316,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         return entries_of(folder)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}){similar_path(folder)}") from None
 
 
 def _with_val_dir(root: Path, listing: _Listing, val_dir: Path) -> tuple[Path, _Listing]:
@@ -383,14 +383,21 @@ def read_run_part(run: Path, split: str, classes: Sequence[str]) -> ImageTable:
 
 
 def class_rows(folder: Path) -> list[tuple[str, str]]:
-    """(path, label) of the images in class folders. Raises DataError, and UsageError if the folder is split."""
+    """(path, label) of the images in class folders.
+
+    Raises DataError, also if a folder inside it was meant, and UsageError if the folder is split.
+    """
     _refuse_split(folder)
     listing = _Listing()
     _read_classes(folder, folder, None, listing)
     if not listing.rows:
         raise DataError(
-            f"{folder}: no images found{ignored_text(listing.ignored)}; one sub-folder per class is expected"
+            f"{folder}: no images found{_ignored(folder, listing)}; one sub-folder per class is expected"
+            f"{meant.did_you_mean(folder)}"
         )
+    labels = sorted({label for _, label, _ in listing.rows})
+    if len(labels) < 2 and (hint := meant.did_you_mean(folder)):
+        raise DataError(f"{_one_class(labels)}{hint}")
     return sorted((path, label) for path, label, _ in listing.rows)
 
 

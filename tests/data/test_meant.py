@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from resnet_dist.config.schema import DataConfig
-from resnet_dist.data.index import read_index, read_part
+from resnet_dist.data.index import class_rows, read_index, read_part
 from resnet_dist.errors import DataError
 
 CLASSES = ("ant/1.png", "ant/2.png", "bee/1.png", "bee/2.png")
@@ -95,6 +95,15 @@ def test_nothing_is_suggested_if_nothing_is_near(tmp_path: Path) -> None:
     tree(tmp_path / "one", "ant/1.png", "ant/2.png")
     for given in (tmp_path / "one", tmp_path / "zzz", tmp_path):
         assert "did you mean" not in refusal(str(given))
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(".", "photos"), ("photos/ant", "photos"), ("fotos", "photos")])
+def test_split_names_the_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, wanted: str) -> None:
+    """Before, `split` wrote a manifest whose only class was the folder."""
+    monkeypatch.chdir(tree(tmp_path, *(f"photos/{file}" for file in CLASSES)))
+    with pytest.raises(DataError, match=re.escape(f"; did you mean '{wanted}'?")):
+        class_rows(Path(given))
+    assert {label for _, label in class_rows(Path(wanted))} == {"ant", "bee"}
 
 
 def test_evaluating_a_folder_around_the_data_names_it(tmp_path: Path) -> None:
