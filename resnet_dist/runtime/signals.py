@@ -46,13 +46,14 @@ class StopRequests:
 
     Every process calls `check` at the same points (after each optimizer step, before each evaluation batch), with the
     same result. If a process does not react to a signal and is ended, another thread first calls `on_exit`, if set,
-    with the exit code and the reason.
+    with the exit code and the reason. `last_words` is what a second signal shows before it ends the process.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.is_read = False  # by a loop, which saves a checkpoint
         self.on_exit: Callable[[int, str], None] | None = None
+        self.last_words = ""
         self._since = 0.0
         self._group: Any = None
         self._pending: tuple[Any, Any] | None = None
@@ -77,6 +78,8 @@ class StopRequests:
             if not self.is_read:
                 raise Stopped(number)
         elif time.monotonic() - self._since > 1:
+            if launcher.rank() == 0:
+                os.write(2, os.fsencode(self.last_words))  # print could be interrupted here and lock
             os._exit(128 + number)
 
     def check(self) -> None:

@@ -119,6 +119,8 @@ def run_training(
                 resuming = on_main(accelerator, lambda: folder.claim(run, cfg))
                 if not cfg.run.dry_run:  # it holds no lock, and the run in the folder may belong to another process
                     stop.on_exit = lambda code, reason: folder.record_stop(run, code, reason, resuming)
+                    resume = folder.how_to_resume(command or folder.typed_command(), path, cfg)
+                    stop.last_words = f"\nstopped without saving; if a checkpoint is there, continue with {resume}\n"
                 display.say(line)
                 session = Session(accelerator, run, display, stop, command or folder.typed_command())
                 return _train(session, cfg, resuming, train_transform)

@@ -281,6 +281,7 @@ SECOND_SIGNAL = """
 import os, signal, time
 from resnet_dist.runtime.signals import stop_requests
 with stop_requests() as stop:
+    stop.last_words = "how to continue"
     stop.check()
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)
@@ -295,6 +296,7 @@ def test_second_signal_exits_at_once() -> None:
     """One that comes along with the first, as from a launcher to the whole group, does not."""
     done = subprocess.run([sys.executable, "-c", SECOND_SIGNAL], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (128 + SIGINT, f"{int(SIGTERM)}\n")
+    assert done.stderr == "how to continue"
 
 
 AS_A_LIBRARY = "import gc, sys; gc.disable(); from resnet_dist.cli.main import main; sys.exit(main(sys.argv[1:]))"
