@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from resnet_dist.cli import main as cli
 from resnet_dist.cli.main import main
 from resnet_dist.cli.parser import parse
+from resnet_dist.config import recipes
 from tests.conftest import make_folder, write_image
 
 README = Path(__file__).parents[1] / "README.md"
@@ -41,6 +42,20 @@ def test_readme_has_commands_for_every_verb() -> None:
     named = {line[0] for line in commands()} | set(re.findall(r"resnet-dist ([a-z-]+)", README.read_text()))
     assert len(commands()) > 10
     assert {verb.split()[0] for verb in cli.VERBS} <= named
+
+
+def test_every_link_leads_to_a_file() -> None:
+    links = re.findall(r"\]\(([^)#]+)", README.read_text())
+    assert len(links) > 20
+    assert [link for link in links if not (README.parent / link).is_file()] == []
+
+
+def test_recipe_table_has_the_description_of_every_recipe() -> None:
+    """The first comment of each file, which `resnet-dist recipes` shows."""
+    rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (.*) \|$", README.read_text(), re.MULTILINE))
+    folder = Path(recipes.__file__).parent
+    wanted = {file.stem: file.read_text().partition("\n")[0].removeprefix("# ") for file in folder.glob("*.toml")}
+    assert rows == wanted
 
 
 @pytest.mark.parametrize("line", commands(), ids=" ".join)
