@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from PIL import Image
@@ -33,6 +34,7 @@ class Pictures:
         self.thumbnails: dict[Path, Image.Image] = {}
         self._shown = {table.path(position): position for position in shown}
         self._fitted: dict[int, np.ndarray] = {}
+        self._lock = Lock()
 
     def keep(self, file: Path, image: Image.Image) -> None:
         """Keep what a report needs of a decoded RGB image, so it is not decoded again. Shrinks `image` in place."""
@@ -49,9 +51,10 @@ class Pictures:
         """
         from resnet_dist.data.decode import naming_the_file  # it imports torch, which a report without images can avoid
 
-        if position not in self._fitted:
-            file = self.table.path(position)
-            with naming_the_file(self.table, position), decoded(file) as image:
-                self._fitted[position] = fit(image, self.spec)
-                self.keep(file, image)
-        return self._fitted[position]
+        with self._lock:  # two threads that need the same image decode it once
+            if position not in self._fitted:
+                file = self.table.path(position)
+                with naming_the_file(self.table, position), decoded(file) as image:
+                    self._fitted[position] = fit(image, self.spec)
+                    self.keep(file, image)
+            return self._fitted[position]

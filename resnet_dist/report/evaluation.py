@@ -50,17 +50,22 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
 
 
 def plot_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """Draw the plots of an evaluation into `folder`: confusion matrix, reliability, sample predictions, embeddings.
+    """Draw the plots of an evaluation into `folder`: confusion matrix, reliability, embeddings, sample predictions.
 
     Raises MachineError, DataError.
     """
+    plot_numbers(folder, evaluation)
+    prediction_grid(folder / "predictions.png", evaluation)
+
+
+def plot_numbers(folder: Path, evaluation: Evaluation) -> None:
+    """Draw the plots of an evaluation that show no images. Raises MachineError."""
     from resnet_dist.report import plots  # it imports matplotlib, which takes a second
 
     make_folder(folder)
     records, classes = evaluation.records, evaluation.classes
     plots.confusion_matrix(folder / "confusion_matrix.png", evaluation.confusion, classes)
     plots.reliability_diagram(folder / "reliability.png", evaluation.reliability)
-    prediction_grid(folder / "predictions.png", evaluation)
     if records.features is not None:
         plots.embedding_map(folder / "embeddings.png", records.features, records.target, classes)
 

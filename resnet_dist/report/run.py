@@ -46,9 +46,14 @@ def run_report(cfg: ReportConfig) -> Path:
         raise UsageError(f"{run}: its run.json does not belong to a training run")
     model, description = load_checkpoint(run / "checkpoints" / "best.safetensors")
     evaluation = read_run_evaluation(run, description.classes, description.preprocessing)
-    findings = look_at(index_of(run, evaluation), evaluation) if cfg.near_duplicates else None
+    index = index_of(run, evaluation) if cfg.near_duplicates else None
     has_images = evaluation.root.is_dir()  # otherwise the page says that the images are missing
-    return write_run_report(read_run_record(run), evaluation, evidence_of(model, evaluation), findings, has_images)
+
+    def look() -> "list[Finding] | None":
+        return None if index is None else look_at(index, evaluation)
+
+    record = read_run_record(run)
+    return write_run_report(record, evaluation, look, lambda: evidence_of(model, evaluation), has_images)
 
 
 def index_of(run: Path, evaluation: "Evaluation") -> "ImageIndex":

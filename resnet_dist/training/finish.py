@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from export.predict import Preprocessing
-from resnet_dist.data.check import look_at_all
+from resnet_dist.data.check import Finding, look_at_all
 from resnet_dist.data.loader import TrainImages, epoch_order
 from resnet_dist.data.transforms import ToInput
 from resnet_dist.errors import DataError, NonFiniteError
@@ -81,10 +81,13 @@ def write_report(job: Job, model: nn.Module, evaluation: Evaluation) -> None:
 
     index = job.plan.index
     images = len(index.train) + len(index.val) + len(index.test)
-    findings = look_at_all(index, full=True, seen=evaluation.pictures.keep) if images <= FEW else None
+
+    def look() -> list[Finding] | None:
+        return look_at_all(index, full=True, seen=evaluation.pictures.keep) if images <= FEW else None
+
     counts = np.bincount(index.train.targets, minlength=len(index.classes)).tolist()
     run = read_run_record(job.run.path, dict(zip(index.classes, counts, strict=True)))
-    write_run_report(run, evaluation, evidence_of(model, evaluation), findings)
+    write_run_report(run, evaluation, look, lambda: evidence_of(model, evaluation))
 
 
 def first_samples(
