@@ -176,5 +176,8 @@ def _lines(entry: Entry) -> list[str]:
     left = f"  {entry.left}"
     texts = textwrap.wrap(entry.text + entry.aliases, WIDTH - COLUMN, break_on_hyphens=False)
     if len(left) >= COLUMN - 1:
-        return [left, *(" " * COLUMN + text for text in texts)]
+        # A long list of choices continues in the next line, after a comma.
+        choices = textwrap.wrap(left.replace(",", ", "), WIDTH, subsequent_indent=" " * 6, break_on_hyphens=False)
+        heads = [left] if len(left) <= WIDTH else choices
+        return [*heads, *(" " * COLUMN + text for text in texts)]
     return [left.ljust(COLUMN) + texts[0], *(" " * COLUMN + text for text in texts[1:])]
