@@ -30,10 +30,13 @@ from resnet_dist.config.schema import SystemConfig
 from resnet_dist.errors import MachineError, ResnetDistError, UsageError
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.faults import finding_each_other, first_line, machine_errors
+from resnet_dist.runtime.machine import versions
 from resnet_dist.runtime.signals import StopRequests
 from resnet_dist.runtime.wording import counted
 
 T = TypeVar("T")
+SAME_VERSIONS = ("resnet-dist", "torch", "torchvision")  # that all processes must have
+OF_THE_MACHINE = ("threads", "workers", "cache_dir", "keep_memory")  # settings in which machines may differ
 HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
 
 
@@ -138,23 +141,61 @@ def launch_warnings(asked: str, chosen: str, on_cpu: bool) -> Iterator[str]:
 
 
 def compare_processes(accelerator: Accelerator, precision: str) -> list[str]:
-    """Warnings if processes have different GPUs or versions of torch.
+    """A warning if processes have different GPUs of the same compute capability.
 
-    Raises UsageError, on every process, if they chose different precisions, as their gradients are averaged.
+    Raises UsageError, on every process, if they have different precisions, versions or kinds of GPU: their gradients
+    are averaged.
     """
     if accelerator.num_processes == 1:
         return []
-    on_gpu = accelerator.device.type == "cuda"
-    device = torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type
-    facts = gather_object([(precision, device, str(torch.__version__))])
-    precisions, devices, versions = (ranks_by_value(values) for values in zip(*facts, strict=True))
-    if len(precisions) > 1:
-        raise UsageError(
-            f"the processes chose different precisions ({in_words(precisions)}); give all of them the same, such as "
-            f"--mixed-precision {'bf16' if 'fp16' not in precisions else 'fp16'}"
+    device, on_gpu = accelerator.device, accelerator.device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else device.type
+    own = {"precision": precision, "device": name, "kind": str(on_gpu and torch.cuda.get_device_capability(device))}
+    facts = gather_object([own | {package: versions().get(package, "none") for package in SAME_VERSIONS}])
+    values = {what: ranks_by_value([one[what] for one in facts]) for what in facts[0]}
+    differ = {what: in_words(ranks) for what, ranks in values.items() if len(ranks) > 1}
+    problems = []
+    if "precision" in differ:
+        common = "bf16" if "fp16" not in values["precision"] else "fp16"
+        problems.append(
+            f"the processes chose different precisions ({differ['precision']}); give all of them the same, such as "
+            f"--mixed-precision {common}"
         )
-    kinds = {"devices": devices, "versions of torch": versions}
-    return [f"the processes have different {kind}: {in_words(v)}" for kind, v in kinds.items() if len(v) > 1]
+    for package in filter(differ.__contains__, SAME_VERSIONS):
+        problems.append(
+            f"the processes have different versions of {package} ({differ[package]}); install the same on all machines"
+        )
+    if "kind" in differ:
+        problems.append(f"the processes have different kinds of GPU ({differ['device']}); start it on GPUs of one kind")
+    if problems:
+        raise UsageError(problems)
+    return [f"the processes have different devices: {differ['device']}"] if "device" in differ else []
+
+
+def compare_settings(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
+    """Raise UsageError, on every process, if the processes have different settings, by section and name.
+
+    Those that may depend on the machine are not compared.
+    """
+    if accelerator.num_processes == 1:
+        return
+    own = {
+        name: str(value)
+        for section, values in settings.items()
+        for name, value in (values if isinstance(values, dict) else {section: values}).items()
+        if name not in OF_THE_MACHINE
+    }
+    facts = gather_object([own])
+    problems = []
+    for name in sorted(set().union(*facts)):
+        values = ranks_by_value([one.get(name, "not given") for one in facts])
+        if len(values) > 1:
+            option = f"--{name.replace('_', '-')}"
+            problems.append(
+                f"the processes have different settings of {option} ({in_words(values)}); give all of them the same"
+            )
+    if problems:
+        raise UsageError(problems)
 
 
 def ranks_by_value(values: Sequence[str]) -> dict[str, list[int]]:

@@ -98,9 +98,10 @@ def run_training(
 
         display = Display(launcher.rank() == 0, verbose)
         with display.busy("importing torch"):
+            from resnet_dist.config.stored import kept
             from resnet_dist.data.loader import close_loaders
             from resnet_dist.files.run import RunFolder
-            from resnet_dist.runtime.accelerate import on_main, start
+            from resnet_dist.runtime.accelerate import compare_settings, on_main, start
             from resnet_dist.runtime.faults import machine_errors
             from resnet_dist.runtime.isolation import process_settings_restored
             from resnet_dist.training import folder
@@ -110,6 +111,7 @@ def run_training(
                 accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
             with machine_errors(accelerator):
                 stop.connect(cfg.system.dist_timeout)
+            compare_settings(accelerator, kept(cfg))
             path = on_main(accelerator, lambda: folder.folder_of(cfg))
             run = RunFolder(path, active=accelerator.is_main_process)
             if on_main(accelerator, lambda: folder.is_complete(path, cfg)):

@@ -18,11 +18,11 @@ import resnet_dist.training.loop as loop
 from resnet_dist.data.index import ImageTable, PathTable
 from resnet_dist.data.loader import EvalImages, EvalLoader
 from resnet_dist.data.transforms import ToInput
-from resnet_dist.errors import MachineError
+from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.evaluation.collect import collect_records
 from resnet_dist.model.batch_norm import averaged_statistics, running_statistics
 from resnet_dist.model.head import dropout_mask
-from resnet_dist.runtime.accelerate import check_in_step, ddp_settings, start
+from resnet_dist.runtime.accelerate import check_in_step, compare_settings, ddp_settings, start
 from resnet_dist.runtime.display import Display
 from resnet_dist.training import caching
 from resnet_dist.training.job import Job
@@ -249,7 +249,12 @@ def main() -> None:
     out, data = Path(sys.argv[1]), Path(sys.argv[2])
     accelerator, line = start(config_of(data, *COMMON).system)
     rank = accelerator.process_index
-    result: dict[str, Any] = {"line": line}
+    result: dict[str, Any] = {"line": line, "settings": "the same"}
+    try:
+        compare_settings(accelerator, {"optim": {"lr": 0.1}, "data": {"workers": rank}})
+        compare_settings(accelerator, {"optim": {"lr": 0.1 if rank == 0 else 0.2}})
+    except UsageError as error:
+        result["settings"] = str(error)
     wanted = OF_THREE if accelerator.num_processes == 3 else (*SCENARIOS, *SCHEDULES)
     for name in filter(wanted.__contains__, SCENARIOS):
         result[name] = train_scenario(out / f"rank{rank}", data, name, SCENARIOS[name])

@@ -57,6 +57,12 @@ def test_the_first_line_has_the_number_of_processes(many: Result) -> None:
     assert all(result["line"].startswith(f"{len(found)} processes on cpu, gloo") for result in found)
 
 
+def test_different_settings_are_noticed_by_all(many: Result) -> None:
+    others = ", ".join(map(str, range(1, len(many[1]))))
+    said = f"the processes have different settings of --lr (0.1 on rank 0; 0.2 on rank {others}); give all of them the"
+    assert all(result["settings"].startswith(said) for result in many[1])
+
+
 @of(SCHEDULES)
 def test_learning_rates_are_identical(one: Result, many: Result, name: str) -> None:
     expected = [row["lr"] for row in steps(one[0], f"rates-{name}")]

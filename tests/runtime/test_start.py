@@ -1,6 +1,7 @@
 """Before training: what the launcher says, what the machine has, and whether the processes agree."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -185,37 +186,79 @@ class Processes:
     num_processes, device = 3, torch.device("cpu")
 
 
+def fact(**changed: str) -> dict[str, str]:
+    """What one process says of itself."""
+    same = {"precision": "bf16", "device": "A100", "kind": "(8, 0)", "resnet-dist": "1", "torch": "2.15"}
+    return {**same, "torchvision": "0.29", **changed}
+
+
 @pytest.mark.parametrize(
-    ("facts", "error", "warnings"),
+    ("facts", "problems"),
     [
-        ([("bf16", "A", "2.15")] * 3, None, []),
+        ([fact()] * 3, []),
         (
-            [("bf16", "A100", "2.15"), ("fp16", "V100", "2.15"), ("bf16", "A100", "2.15")],
-            "different precisions (bf16 on rank 0, 2; fp16 on rank 1); give all of them the same, such as "
-            "--mixed-precision fp16",
-            [],
+            [fact(), fact(precision="fp16", device="V100", kind="(7, 0)"), fact()],
+            [
+                "the processes chose different precisions (bf16 on rank 0, 2; fp16 on rank 1); give all of them the "
+                "same, such as --mixed-precision fp16",
+                "the processes have different kinds of GPU (A100 on rank 0, 2; V100 on rank 1); start it on GPUs of "
+                "one kind",
+            ],
         ),
         (
-            [("bf16", "A100", "2.15"), ("bf16", "A100", "2.14"), ("bf16", "H100", "2.15")],
-            None,
+            [fact(), fact(torch="2.14"), fact(**{"resnet-dist": "2"})],
             [
-                "the processes have different devices: A100 on rank 0, 1; H100 on rank 2",
-                "the processes have different versions of torch: 2.14 on rank 1; 2.15 on rank 0, 2",
+                "the processes have different versions of resnet-dist (1 on rank 0, 1; 2 on rank 2); install the same "
+                "on all machines",
+                "the processes have different versions of torch (2.14 on rank 1; 2.15 on rank 0, 2); install the same "
+                "on all machines",
             ],
         ),
     ],
 )
-def test_processes_are_compared(
-    facts: list[tuple[str, str, str]], error: str | None, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+def test_processes_that_do_not_go_together_are_refused(
+    facts: list[dict[str, str]], problems: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "gather_object", lambda own: facts)
+    monkeypatch.setattr(distributed, "gather_object", lambda own: facts if own[0].keys() == facts[0].keys() else [])
     accelerator: Any = Processes()
-    if error is None:
-        assert distributed.compare_processes(accelerator, "bf16") == warnings
-    else:
-        with pytest.raises(UsageError) as raised:
-            distributed.compare_processes(accelerator, "bf16")
-        assert error in str(raised.value)
+    if not problems:
+        assert distributed.compare_processes(accelerator, "bf16") == []
+        return
+    with pytest.raises(UsageError) as raised:
+        distributed.compare_processes(accelerator, "bf16")
+    assert raised.value.problems == problems
+
+
+def test_gpus_of_one_kind_with_different_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = [fact(), fact(), fact(device="A100 80GB")]
+    monkeypatch.setattr(distributed, "gather_object", lambda _: facts)
+    accelerator: Any = Processes()
+    said = ["the processes have different devices: A100 on rank 0, 1; A100 80GB on rank 2"]
+    assert distributed.compare_processes(accelerator, "bf16") == said
+
+
+def test_processes_with_different_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not in what depends on the machine, such as --workers."""
+    found: list[dict[str, str]] = []
+    monkeypatch.setattr(distributed, "gather_object", lambda own: found.extend(own) or found)
+    accelerator: Any = Processes()
+    for workers in (0, 4):
+        settings = {"recipe": "bn-only", "optim": {"lr": 0.1}, "data": {"workers": workers}, "phase": [{"epochs": 1}]}
+        distributed.compare_settings(accelerator, settings)
+    with pytest.raises(UsageError) as raised:
+        distributed.compare_settings(accelerator, {"recipe": "bn-only", "optim": {}, "phase": [{"epochs": 2}]})
+    assert raised.value.problems == [
+        "the processes have different settings of --lr (0.1 on rank 0, 1; not given on rank 2); give all of them the "
+        "same",
+        "the processes have different settings of --phase ([{'epochs': 1}] on rank 0, 1; [{'epochs': 2}] on rank 2); "
+        "give all of them the same",
+    ]
+
+
+def test_the_time_limit_of_the_settings_is_that_of_the_connections(variables: Any) -> None:
+    variables()
+    accelerator, _ = start(SystemConfig(dist_timeout=7))
+    assert accelerator.init_handler is not None and accelerator.init_handler.timeout == timedelta(minutes=7)
 
 
 def test_deterministic_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
