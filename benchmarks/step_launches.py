@@ -20,6 +20,7 @@ STEPS = {
     "SGD, EMA, bf16": "--opt sgd --mixed-precision bf16 --ema",
     "SGD, EMA, fp16": "--opt sgd --mixed-precision fp16 --ema",
     "AdamW, EMA, clipping, bf16": "--opt adamw --mixed-precision bf16 --ema --clip-grad 1",
+    "SGD, EMA, bf16, augmented on the GPU": "--opt sgd --mixed-precision bf16 --ema --cache device --augment-on device",
     "head from kept features, bf16": "--recipe feature-extractor-bn-eval --aug none --mixed-precision bf16",
 }
 NETWORKS = ("resnet18", "resnet50")
