@@ -19,9 +19,11 @@ import pytest
 import resnet_dist.training.finish as finish
 import resnet_dist.training.plan as plan
 from resnet_dist.cli.main import main
+from resnet_dist.evaluation.metrics import Measured
 from resnet_dist.runtime import signals as stop
 from resnet_dist.runtime.signals import StopRequested, stop_requests
-from resnet_dist.training.state import read_newest_state
+from resnet_dist.training.job import Job
+from resnet_dist.training.state import State, read_newest_state
 from tests.conftest import TINY
 from tests.launch.helpers import Command, end, wait_for_epochs
 from tests.training.interrupted import interrupt, interrupted
@@ -205,10 +207,19 @@ def test_signal_before_the_first_step(
 def test_signal_while_the_best_checkpoint_is_evaluated(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After the last epoch: only that evaluation is done again, and a third time asked for, nothing."""
-    run = tmp_path / "run"
+    """After the last epoch: only that evaluation is done again, and a third time asked for, nothing.
+
+    It is evaluated as after a resumed run, or one in bf16, whose validation did not keep exact records.
+    """
+    run, whole = tmp_path / "run", finish.finish
+
+    def without_records(job: Job, state: State) -> dict[str, Measured]:
+        state.best_records = None
+        return whole(job, state)
+
     arguments = ["train", str(folder), *TINY, "--epochs", "1", "--batch-size", "8", "-o", str(run), "--resume", "auto"]
     with monkeypatch.context() as patch:
+        patch.setattr(finish, "finish", without_records)
         patch.setattr(finish, "load_checkpoint", interrupted(finish.load_checkpoint, 1, stop_here))
         assert main(arguments) == 75
     assert facts(run)["status"] == "preempted" and not (run / "eval").exists()
