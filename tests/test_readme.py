@@ -1,4 +1,7 @@
-"""The commands and the Python snippets of the README run, with few small images in place of photographs."""
+"""The commands of the README are understood, and its Python snippets run, with few small images as photographs.
+
+tests/docs/test_session.py runs the commands.
+"""
 
 import importlib
 import re
@@ -6,23 +9,17 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torchvision
-from safetensors.torch import save_file
 
 from resnet_dist.cli import main as cli
-from resnet_dist.cli.main import main
 from resnet_dist.cli.parser import parse
 from resnet_dist.config import recipes
 from tests.conftest import make_folder, write_image
 
 README = Path(__file__).parents[1] / "README.md"
-QUICK = ["--model", "resnet18", "--img-size", "32", "--epochs", "2", "--threads", "1"]
-QUICK += ["--weights", "resnet18.safetensors"]
 QUICK_PYTHON = {  # what makes the first snippet take seconds
     'model="resnet50"': 'model="resnet18", weights="none", img_size=32, threads=1',
     "epochs=10": "epochs=2",
 }
-TRAINS = ("train", "lr-find", "compare", "bench")
 
 
 def blocks(language: str) -> list[str]:
@@ -61,30 +58,9 @@ def test_recipe_table_has_the_description_of_every_recipe() -> None:
 @pytest.mark.parametrize("line", commands(), ids=" ".join)
 def test_every_command_is_understood(line: list[str]) -> None:
     if line[0] == "predict" or "--resume" in line:
-        pytest.skip("needs what other commands make: the test below runs it")
+        pytest.skip("needs what other commands make: tests/docs/test_session.py runs it")
     module = importlib.import_module(cli.module_of(line[0]))
     parse(module.Config, line[1:], "resnet-dist")
-
-
-@pytest.mark.matrix
-def test_the_session_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """In order, in one folder: later commands use what earlier ones made."""
-    monkeypatch.chdir(tmp_path)
-    make_folder(Path("photos"), train=80, val=0)
-    make_folder(Path("new_photos"), train=2, val=0, classes=["unsorted"])
-    session = [line for line in commands() if any("photos" in word for word in line)]
-    assert len(session) >= 8
-    save_file(torchvision.models.resnet18().state_dict(), "resnet18.safetensors")  # in place of a download
-    for line in session:
-        quick = QUICK if line[0] in TRAINS and "--resume" not in line else []
-        if line[0] == "lr-find":
-            quick = [*QUICK, "--steps", "20"]
-        if line[0] == "bench":  # of speed alone
-            quick = [*QUICK[:-1], "none", "--regimes", "full", "--windows", "1", "--window-steps", "1"]
-        if "--int8" in line:  # of a network that has learned next to nothing, whose classes are nearly tied
-            quick = ["--min-agreement", "50"]
-        assert main([*line, *quick]) == 0, (line, capsys.readouterr().err)
-    assert Path("runs/photos/report.html").exists() and Path("runs/photos/export/model.onnx").exists()
 
 
 @pytest.mark.matrix

@@ -1,8 +1,9 @@
-"""The commands of the pages run, each once, in one folder with few small images and one trained run.
+"""The commands of the pages and of the README run, each once, in one folder with few small images and one trained run.
 
 A training is planned (`--dry-run`) and not done. What needs a launcher, the network or minutes is only parsed.
 """
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from resnet_dist.cli.main import VERBS, main
+from tests import test_readme
 from tests.conftest import made_once, make_folder, write_image
 from tests.docs.markdown import ALL, DOCS, Command, blocks
 
@@ -41,8 +43,8 @@ def make(place: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         for name in FOLDERS:
-            make_folder(Path(name), train=12, val=0)
-        make_folder(Path("parts"), train=24, val=12)  # int8 needs 64 training images
+            make_folder(Path(name), train=24 if name == "photos" else 12, val=0)  # int8 needs 64 images
+        make_folder(Path("parts"), train=24, val=12)
         shutil.copytree("parts/val", "parts/test")
         for label in ("cat", "dog"):
             for number in range(6):
@@ -67,13 +69,16 @@ def place(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def runnable() -> Iterator[Command]:
-    """Every command of ours, once, in the order of the pages that they are on."""
+    """Every command of ours, once for all runs, in the order of the pages; those of the README last."""
     seen = set()
-    for command in ALL:
+    readme = (Command("README.md", ("resnet-dist", *line)) for line in test_readme.commands())
+    for command in (*ALL, *readme):
         verb = next((v for v in (" ".join(command.words[1:3]), command.words[1]) if v in VERBS), "")
         parsed_only = verb in SLOW or {"RUN", "DATA", "...", "--push-to-hub", "--help"} & set(command.words)
-        if command.words[0] == "resnet-dist" and not parsed_only and command.words not in seen:
-            seen.add(command.words)
+        words = " ".join(word for word in command.words if word != "--overwrite")
+        key = re.sub(r"runs/[\w-]+", "runs/*", words)  # all runs are copies of one
+        if command.words[0] == "resnet-dist" and not parsed_only and key not in seen:
+            seen.add(key)
             yield command
 
 
