@@ -20,7 +20,6 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     broadcast,
-    broadcast_object_list,
     gather_object,
 )
 from torch import nn
@@ -37,6 +36,7 @@ from resnet_dist.runtime.wording import counted
 T = TypeVar("T")
 SAME_VERSIONS = ("resnet-dist", "torch", "torchvision")  # that all processes must have
 OF_THE_MACHINE = ("threads", "workers", "cache_dir", "keep_memory")  # settings in which machines may differ
+_on_cpu: dict[Any, Any] = {}  # the gloo group next to the default group of NCCL
 HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
 
 
@@ -69,6 +69,8 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
                 InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.dist_timeout)),
             ],
         )
+        if accelerator.num_processes > 1:
+            wait_on_cpu(timedelta(minutes=cfg.dist_timeout))
     accelerator.ddp_handler = ddp_settings(cfg, at_once=accelerator.device.type == "cuda")
     check_launch(accelerator.num_processes)
     warnings = [*launch_warnings(cfg.mixed_precision, precision, on_cpu), *compare_processes(accelerator, precision)]
@@ -315,11 +317,29 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
             failure, outcome[1] = error, _for_others(error)
     if accelerator.num_processes > 1:
         with machine_errors(accelerator):
-            broadcast_object_list(outcome)
+            send_from_main(outcome)
     if failure is not None or outcome[1] is not None:
         raise failure or outcome[1]
     result: T = outcome[0]
     return result
+
+
+def send_from_main(values: list[Any]) -> None:
+    """Replace the values by those of the main process, on every process.
+
+    With NCCL the processes wait in a group of their own on the CPU: waiting in NCCL would keep the GPU busy, and a lost
+    process would be noticed only after the timeout.
+    """
+    group = torch.distributed.group.WORLD
+    torch.distributed.broadcast_object_list(values, src=0, group=_on_cpu.get(group, group))
+
+
+def wait_on_cpu(timeout: timedelta) -> None:
+    """Let `send_from_main` wait on the CPU if the processes are connected by NCCL. Every process must call this."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+        group = torch.distributed.group.WORLD
+        if group not in _on_cpu:
+            _on_cpu[group] = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 def _for_others(error: Exception) -> Exception:

@@ -111,7 +111,7 @@ def run_training(
                 accelerator, line = start(cfg.system, cfg.run.seed, cfg.run.tracker)
             with machine_errors(accelerator):
                 stop.connect(cfg.system.dist_timeout)
-            compare_settings(accelerator, kept(cfg))
+                compare_settings(accelerator, kept(cfg))
             path = on_main(accelerator, lambda: folder.folder_of(cfg))
             run = RunFolder(path, active=accelerator.is_main_process)
             if on_main(accelerator, lambda: folder.is_complete(path, cfg)):

@@ -7,11 +7,13 @@ depend on N.
 import hashlib
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import resnet_dist.training.loop as loop
@@ -22,7 +24,7 @@ from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.evaluation.collect import collect_records
 from resnet_dist.model.batch_norm import averaged_statistics, running_statistics
 from resnet_dist.model.head import dropout_mask
-from resnet_dist.runtime.accelerate import check_in_step, compare_settings, ddp_settings, start
+from resnet_dist.runtime.accelerate import check_in_step, compare_settings, ddp_settings, on_main, start, wait_on_cpu
 from resnet_dist.runtime.display import Display
 from resnet_dist.training import caching
 from resnet_dist.training.job import Job
@@ -226,6 +228,28 @@ def spread(out: Path, data: Path) -> dict[str, Any]:
     return found
 
 
+def on_main_next_to_nccl(accelerator: Accelerator) -> dict[str, Any]:
+    """What `on_main` returns, and the group in which it waits, if the backend says that it is NCCL."""
+    used: list[Any] = []
+    send = torch.distributed.broadcast_object_list
+
+    def noting(values: list[Any], src: int, group: Any) -> None:
+        used.append(group)
+        send(values, src=src, group=group)
+
+    with (
+        patch.object(torch.distributed, "get_backend", lambda: "nccl"),
+        patch.object(torch.distributed, "broadcast_object_list", noting),
+    ):
+        for _ in range(2):  # a second start makes no second group
+            wait_on_cpu(timedelta(minutes=7))
+            answer = on_main(accelerator, lambda: {"from": accelerator.process_index})
+    first, second = used
+    is_own = first is second and first is not torch.distributed.group.WORLD
+    minutes = first._get_backend(torch.device("cpu")).options._timeout / timedelta(minutes=1)
+    return {"answer": answer, "is_own": is_own, "minutes": minutes}
+
+
 def phases(out: Path, data: Path) -> dict[str, Any]:
     """Recipes that freeze and unfreeze: every process's parameters at the end, and that a difference is noticed."""
     found: dict[str, Any] = {}
@@ -256,6 +280,8 @@ def main() -> None:
     except UsageError as error:
         result["settings"] = str(error)
     wanted = OF_THREE if accelerator.num_processes == 3 else (*SCENARIOS, *SCHEDULES)
+    if accelerator.num_processes > 1:
+        result["on main"] = on_main_next_to_nccl(accelerator)
     for name in filter(wanted.__contains__, SCENARIOS):
         result[name] = train_scenario(out / f"rank{rank}", data, name, SCENARIOS[name])
     rates(out / f"rank{rank}", data, [name for name in SCHEDULES if name in wanted])

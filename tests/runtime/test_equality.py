@@ -63,6 +63,10 @@ def test_different_settings_are_noticed_by_all(many: Result) -> None:
     assert all(result["settings"].startswith(said) for result in many[1])
 
 
+def test_work_of_the_main_process_is_awaited_on_the_cpu_next_to_nccl(many: Result) -> None:
+    assert all(result["on main"] == {"answer": {"from": 0}, "is_own": True, "minutes": 7.0} for result in many[1])
+
+
 @of(SCHEDULES)
 def test_learning_rates_are_identical(one: Result, many: Result, name: str) -> None:
     expected = [row["lr"] for row in steps(one[0], f"rates-{name}")]

@@ -106,7 +106,7 @@ def both(action: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """What on_main gives, or raises, on the main process and on the other one."""
     sent: list[Any] = []
     outcomes = []
-    monkeypatch.setattr(distributed, "broadcast_object_list", lambda values: sent.extend(values))
+    monkeypatch.setattr(distributed, "send_from_main", lambda values: sent.extend(values))
     try:
         outcomes.append(on_main(process(0), action))
     except Exception as error:  # noqa: BLE001 - any is the outcome
@@ -115,7 +115,7 @@ def both(action: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     def receive(values: list[Any]) -> None:
         values[:] = pickled(sent)
 
-    monkeypatch.setattr(distributed, "broadcast_object_list", receive)
+    monkeypatch.setattr(distributed, "send_from_main", receive)
     try:
         outcomes.append(on_main(process(1), lambda: pytest.fail("only the main process acts")))
     except Exception as error:  # noqa: BLE001
@@ -164,7 +164,7 @@ def test_only_the_main_process_loads_a_model(monkeypatch: pytest.MonkeyPatch) ->
     nn.init.constant_(made.weight, 7.0)
     made.running_mean.fill_(2.0)  # type: ignore[union-attr]
     sent: list[Any] = []
-    monkeypatch.setattr(distributed, "broadcast_object_list", lambda values: sent.extend(pickled(values)))
+    monkeypatch.setattr(distributed, "send_from_main", lambda values: sent.extend(pickled(values)))
 
     def send(tensors: dict[str, torch.Tensor]) -> None:
         sent.append({name: tensor.clone() for name, tensor in tensors.items()})
@@ -178,7 +178,7 @@ def test_only_the_main_process_loads_a_model(monkeypatch: pytest.MonkeyPatch) ->
         for name, tensor in tensors.items():
             tensor.copy_(sent[2][name])
 
-    monkeypatch.setattr(distributed, "broadcast_object_list", lambda values: values.__setitem__(slice(None), sent[:2]))
+    monkeypatch.setattr(distributed, "send_from_main", lambda values: values.__setitem__(slice(None), sent[:2]))
     monkeypatch.setattr(distributed, "broadcast", receive)
     with torch.no_grad():
         other, _ = model_from_main(process(1), lambda: pytest.fail("only the main process loads"), nn.BatchNorm1d)
