@@ -7,5 +7,8 @@ Config = ExportConfig
 
 def main(cfg: ExportConfig) -> int:
     """Export, verify and print the results. Returns the exit code."""
-    run_export(cfg)
+    from resnet_dist.runtime.display import Display
+
+    with Display(enabled=True).busy("exporting and verifying", prints=True):
+        run_export(cfg)
     return 0

@@ -13,6 +13,7 @@ from resnet_dist.config.fields import option, out_of_range, required
 from resnet_dist.config.layers import from_keywords, keyword_signature
 from resnet_dist.config.schema import SystemConfig
 from resnet_dist.errors import UsageError, python_errors
+from resnet_dist.runtime.wording import counted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -135,23 +136,29 @@ def run_evaluation(cfg: EvalConfig, verbose: bool = True) -> "Evaluation":
 
 
 def _evaluate(cfg: EvalConfig, verbose: bool) -> "Evaluation":
-    from resnet_dist.evaluation.subject import load_exported, load_network
-    from resnet_dist.runtime.accelerate import on_main, start
+    from resnet_dist.runtime import environment as launcher
     from resnet_dist.runtime.display import Display
+
+    display = Display(launcher.rank() == 0, verbose)
+    with display.busy("importing torch"):
+        from resnet_dist.evaluation.subject import load_exported, load_network
+        from resnet_dist.runtime.accelerate import on_main, start
 
     accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
     path = cfg.path
     file = path if path.is_file() or cfg.is_file else path / "checkpoints" / "best.safetensors"
     folder = on_main(accelerator, lambda: check_outputs(cfg, file))
-    subject = load_exported(file) if cfg.is_exported else load_network(accelerator, file, not cfg.calibrate)
-    table = on_main(accelerator, lambda: find_table(cfg, subject.classes))
-    display = Display(accelerator.is_main_process, verbose)
+    with display.busy("reading the model and the list of images"):
+        subject = load_exported(file) if cfg.is_exported else load_network(accelerator, file, not cfg.calibrate)
+        table = on_main(accelerator, lambda: find_table(cfg, subject.classes))
     for note in table.notes:
         display.say(note)
-    records = records_of(accelerator, cfg, subject, table)
-    evaluation = measure(accelerator, cfg, subject, table, records, folder)
+    with display.busy(f"evaluating {counted(len(table), 'image')}"):
+        records = records_of(accelerator, cfg, subject, table)
+        evaluation = measure(accelerator, cfg, subject, table, records, folder)
     if folder is not None:
-        on_main(accelerator, lambda: save(folder, evaluation, subject, with_evidence=not cfg.is_exported))
+        with display.busy("writing tables, plots and report.html"):
+            on_main(accelerator, lambda: save(folder, evaluation, subject, with_evidence=not cfg.is_exported))
     return evaluation
 
 

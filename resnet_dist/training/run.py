@@ -157,7 +157,7 @@ def _train(session: Session, cfg: TrainConfig, resuming: bool, train_transform: 
     from resnet_dist.training.plan import make_plan
 
     accelerator, run, display = session.accelerator, session.run, session.display
-    with display.busy("reading the list of images"):
+    with display.busy("reading the list of images and planning"):
         plan = make_plan(accelerator, cfg, train_transform)
     if not resuming:
         on_main(accelerator, lambda: check_weights(plan))
@@ -201,7 +201,8 @@ def _tuned(accelerator: "Accelerator", plan: "Plan", display: "Display") -> tupl
     from resnet_dist.runtime.accelerate import start
     from resnet_dist.training.autotune import autotune
 
-    plan, lines = autotune(accelerator, plan)
+    with display.busy("measuring which settings are fastest"):
+        plan, lines = autotune(accelerator, plan)
     accelerator, line = start(plan.cfg.system, plan.cfg.run.seed, plan.cfg.run.tracker)
     for text in (*lines, line):
         display.say(text)
