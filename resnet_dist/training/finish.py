@@ -49,6 +49,8 @@ def finish(job: Job, state: State) -> dict[str, Measured]:
             records = collect_records(
                 job.accelerator, model, job.val_loader, job.to_input, classes, True, job.stop.check
             )
+    else:
+        job.stop.check()
     with job.display.busy("writing tables, plots and report.html"):
         return on_main(job.accelerator, lambda: write_run(job, best, model, description, records))
 
