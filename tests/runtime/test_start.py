@@ -255,6 +255,14 @@ def test_processes_with_different_settings_are_refused(monkeypatch: pytest.Monke
     ]
 
 
+def test_train_compares_its_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(distributed, "compare_settings", lambda _, settings: seen.append(settings))
+    assert main(["train", str(folder), *TINY, "--lr", "0.3", "--dry-run"]) == 0
+    (settings,) = seen
+    assert settings["optim"]["lr"] == 0.3 and "output_dir" not in settings["run"]
+
+
 def test_the_time_limit_of_the_settings_is_that_of_the_connections(variables: Any) -> None:
     variables()
     accelerator, _ = start(SystemConfig(dist_timeout=7))
