@@ -42,7 +42,9 @@ class Equality:
     def __str__(self) -> str:
         same = "equal" if self.inputs_equal else "DIFFERENT"
         off, top1 = self.max_logit_difference, 100 * self.top1_agreement
-        return f"{self.images} images: inputs {same}, logits within {off:.1e}, top-1 equal on {top1:.2f} %"
+        share = off / max(1, self.max_logit)
+        logits = f"logits within {off:.1e} ({share:.0e} of the largest)"
+        return f"{self.images} images: inputs {same}, {logits}, top-1 equal on {top1:.2f} %"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with the limits that were applied."""

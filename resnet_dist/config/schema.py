@@ -382,8 +382,8 @@ class SystemConfig:
     keep_memory: bool = True
     """On a CPU, reuse the memory of freed tensors: faster, but the peak is up to a fifth higher."""
     sync_bn: Literal["auto", "on", "off"] = "auto"
-    """Synchronise BatchNorm over all processes, with a wait for the device in every BatchNorm layer; auto: on GPUs, if
-    BatchNorm trains on fewer than 16 images per process."""
+    """Synchronise BatchNorm over all processes (on GPUs only), with a wait for the device in every BatchNorm layer;
+    auto: if BatchNorm trains on fewer than 16 images per process."""
     ddp_comm_hook: Literal["none", "bf16"] = "none"
     """bf16: exchange gradients between processes in 16 bits, for slow networks."""
     autotune: bool = False

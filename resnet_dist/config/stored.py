@@ -87,7 +87,8 @@ def stored_config(typed: Mapping[str, Any]) -> Layer:
     if typed.get("resume") == "auto" and not file.exists():
         return {}
     if not file.exists():
-        raise UsageError(f"--resume {folder}: not a run folder (it has no config.toml){similar_path(Path(folder))}")
+        reason = "not a run folder (it has no config.toml)" if Path(folder).exists() else "there is no such run folder"
+        raise UsageError(f"--resume {folder}: {reason}{similar_path(Path(folder))}")
     stored = found_again(read_toml(file), Path(folder))
     run = stored.get("run")
     if isinstance(run, dict) and "init_from" in run:  # versions without random_stream used stream 0 in every run

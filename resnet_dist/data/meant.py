@@ -17,7 +17,8 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 
 def missing(data: Path) -> str:
     """The error for a folder or manifest that does not exist, with the most similar name next to it."""
-    return f"{data}: there is no such folder or manifest{similar_path(data)}"
+    hint = did_you_mean(data.parent) if data.suffix.lower() in EXTENSIONS else similar_path(data)
+    return f"{data}: there is no such folder or manifest{hint}"
 
 
 def not_a_manifest(file: Path) -> str:

@@ -140,6 +140,9 @@ def calibrate(records: Records, classes: Sequence[str], precision: float | None,
     measured: dict[str, Any] = {"images": len(records), "folds": min(FOLDS, len(records))}
     if fitted is None:
         measured["note"] = "every image is classified correctly, so there is no best temperature; it stays 1"
+    elif min(abs(np.log(temperature / bound)) for bound in TEMPERATURES) < 0.01:
+        low, high = TEMPERATURES
+        measured["note"] = f"the best temperature is not within {low:g} to {high:g}; more images or training may help"
     measured["loss"] = [float(part.loss.mean(dtype=np.float64)) for part in (plain, judged)]
     measured["ece"] = [reliability(part).error for part in (plain, judged)]
     limits: list[Threshold] = []

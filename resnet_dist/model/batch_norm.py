@@ -13,6 +13,7 @@ from resnet_dist.errors import UsageError
 from resnet_dist.model.resnet import stage_of
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm
+FEW_IMAGES = 16  # per process: with fewer, statistics are synchronised on GPUs, and a warning is given on CPUs
 
 
 def backbone_batch_norms(model: nn.Module) -> Iterator[tuple[str, BatchNorm]]:
@@ -108,5 +109,5 @@ def choose_sync_bn(asked: str, accelerator: Accelerator, batch_norm_trains: bool
         raise UsageError(f"--sync-bn on: SyncBatchNorm works on GPUs only, not on {accelerator.device.type}")
     if asked != "auto":
         return Sync(asked == "on", "--sync-bn")
-    wanted = on_gpu and accelerator.num_processes > 1 and batch_norm_trains and batch_size < 16
+    wanted = on_gpu and accelerator.num_processes > 1 and batch_norm_trains and batch_size < FEW_IMAGES
     return Sync(wanted, f"{batch_size} images per process" if wanted else "not needed")

@@ -134,6 +134,8 @@ def launch_warnings(asked: str, chosen: str, on_cpu: bool) -> Iterator[str]:
             "accelerate launch was configured for several processes (it set MASTER_ADDR and MASTER_PORT) but started "
             "one; on CPUs use --config_file launch/cpu.yaml instead of --cpu, on GPUs --multi_gpu"
         )
+    if on_cpu and chosen == "bf16" and not launcher.cpu_has_bf16():
+        yield "this CPU has no bf16 and emulates it, which is several times slower than --mixed-precision no"
     slow = asked == "auto" and chosen == "no" and not on_cpu and torch.cuda.is_available()
     if slow and torch.cuda.is_bf16_supported(including_emulation=False):
         yield (
@@ -294,7 +296,11 @@ def choose_threads(asked: int | None) -> tuple[int, str]:
         return from_environment, "OMP_NUM_THREADS"
     share = max(1, launcher.cores() // launcher.local_world_size())
     why = f"{counted(launcher.cores(), 'core')} / {counted(launcher.local_world_size(), 'process')} here"
-    return share, why + (", instead of the launcher's OMP_NUM_THREADS=1" if from_environment and share > 1 else "")
+    return share, why + (
+        ", instead of OMP_NUM_THREADS=1, which launchers set; --threads changes it"
+        if from_environment and share > 1
+        else ""
+    )
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:

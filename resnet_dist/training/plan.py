@@ -19,7 +19,7 @@ from resnet_dist.data.transforms import Transform, stream_seed
 from resnet_dist.errors import UsageError
 from resnet_dist.files.header import random_stream_of
 from resnet_dist.model import weights
-from resnet_dist.model.batch_norm import Sync, backbone_batch_norms, choose_sync_bn
+from resnet_dist.model.batch_norm import FEW_IMAGES, Sync, backbone_batch_norms, choose_sync_bn
 from resnet_dist.model.checkpoint import Description
 from resnet_dist.model.resnet import Architecture, empty, stage_of
 from resnet_dist.model.start import StartingPoint
@@ -126,6 +126,7 @@ class Plan:
             *index.notes,
             *bad,
             batch,
+            *self._batch_norm_per_process(),
             *self.reasons,
             *self._lines_of_phases(),
             *self._few(),
@@ -136,6 +137,17 @@ class Plan:
         if len(self.index.test):
             images = counted(len(self.index.test), "test image")
             yield f"{images}: not used in training or to choose; `resnet-dist eval RUN --split test` evaluates them"
+
+    def _batch_norm_per_process(self) -> Iterator[str]:
+        """A note if BatchNorm makes the result depend on the number of processes; a warning if it has few images."""
+        if self.share.world == 1 or self.sync_bn.on or not any(phase.updating for phase in self.phases):
+            return
+        size = self.share.batch_size
+        yield (
+            f"{'WARNING: ' if size < FEW_IMAGES else ''}BatchNorm takes its statistics from the "
+            f"{counted(size, 'image')} of each process, so the result is not that of one process; --sync-bn on (GPUs "
+            "only) or frozen statistics make it the same"
+        )
 
     def _few(self) -> Iterator[str]:
         """A warning about a training that is too short to learn much."""

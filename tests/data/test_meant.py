@@ -37,6 +37,7 @@ def refusal(data: str) -> str:
         ((*(f"a/b/{file}" for file in CLASSES), "readme.txt"), ".", "a/b"),
         (WHOLE, "train/ant", "."),
         (WHOLE, "train/ant/1.png", "."),
+        (WHOLE, "train/ant/999.png", "."),
         (CLASSES, "ant", "."),
         (tuple(f"train/{file}" for file in CLASSES), "trian", "train"),
         (tuple(f"photos/{file}" for file in CLASSES), "fotos", "photos"),

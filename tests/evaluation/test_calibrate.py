@@ -108,6 +108,13 @@ def test_temperature_without_mistakes_stays_1() -> None:
     assert made.temperature == 1 and "every image is classified correctly" in made.measured["note"]
 
 
+def test_temperature_at_the_end_of_its_range_is_noted() -> None:
+    """Confident logits that know nothing: the best temperature is infinite."""
+    logits = np.eye(4)[[0, 1, 2, 3] * 8] * 30
+    made = calibrate(records_of(logits, np.repeat(np.arange(4), 8)), CLASSES, None, "0" * 64).calibration
+    assert made.temperature == pytest.approx(20, rel=0.01) and "not within 0.05 to 20" in made.measured["note"]
+
+
 def test_cross_fitting_judges_by_the_other_folds() -> None:
     """Against scipy, fold by fold: an image's own label has no part in its probabilities."""
     records = world(60, 2.5)

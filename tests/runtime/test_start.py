@@ -176,8 +176,16 @@ def test_a_launchers_no_on_a_gpu_with_bf16(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     said = list(launch_warnings(asked, chosen, on_cpu=False))
-    assert bool(said) == warns and list(launch_warnings(asked, chosen, on_cpu=True)) == []
+    assert bool(said) == warns and list(launch_warnings(asked, "no", on_cpu=True)) == []
     assert all("accelerate launch --mixed_precision bf16" in line for line in said)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_on_a_cpu_without_it_warns(has_bf16: bool, variables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables()
+    monkeypatch.setattr(distributed.launcher, "cpu_has_bf16", lambda: has_bf16)
+    said = list(launch_warnings("bf16", "bf16", on_cpu=True))
+    assert said == [] if has_bf16 else "emulates it" in said[0]
 
 
 class Processes:

@@ -1,6 +1,7 @@
 """`resnet-dist train` from the command line to the run folder, on images small enough for seconds."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import tomllib
@@ -16,7 +17,10 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from resnet_dist.cli.main import main
 from resnet_dist.config.recipes import layers
+from resnet_dist.data.loader import Share, TrainBatches
+from resnet_dist.model.batch_norm import Sync
 from tests.conftest import CLASSES, TINY, WITH_REPORT, make_folder
+from tests.training.helpers import job_of
 
 LENGTH = ["--epochs", "2", "--batch-size", "8", "--lr", "0.02"]
 SHORT = [*TINY, *LENGTH]
@@ -114,6 +118,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert "lr stem=1e-05 layer1=1e-05 layer2=1e-05 layer3=1e-05 layer4=1e-05 head=0.001" in said
     assert "global batch 8" in said and "statistics update" in said
     assert not (tmp_path / "x").exists()
+
+
+def test_plan_says_that_batch_norm_depends_on_the_number_of_processes(folder: Path, tmp_path: Path) -> None:
+    plan = job_of(tmp_path / "x", folder, *TINY, "--batch-size", "8").plan
+    two = dataclasses.replace(plan, batches=TrainBatches(24, 0, Share(8, 1, 2, 0), drop_last=False))
+    synchronised = dataclasses.replace(two, sync_bn=Sync(True, "--sync-bn"))
+    frozen = dataclasses.replace(two, phases=tuple(dataclasses.replace(p, updating=()) for p in two.phases))
+    said = [[line for line in one.lines() if "of each process" in line] for one in (plan, two, synchronised, frozen)]
+    assert [len(lines) for lines in said] == [0, 1, 0, 0]
+    assert said[1][0].startswith("WARNING: BatchNorm takes its statistics from the 8 images of each process")
 
 
 def test_plan_names_the_test_images_and_warns_of_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
