@@ -8,14 +8,15 @@ process writes the samples of each batch that it loads, as a line of JSON.
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 import resnet_dist.training.loop as loop
-from resnet_dist.data.loader import Key, TrainImages
+from resnet_dist.data.loader import Keys, TrainImages
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.training.losses import Loss
 
@@ -53,9 +54,9 @@ def record(file: Path, replace: Callable[[Any, str, Any], None] = setattr) -> No
     """Write the samples of every training batch that this process loads."""
     load = TrainImages.__getitems__
 
-    def recorded(self: TrainImages, keys: Sequence[Key]) -> object:
+    def recorded(self: TrainImages, keys: Keys) -> object:
         with file.open("a") as stream:
-            stream.write(json.dumps(keys) + "\n")
+            stream.write(json.dumps(np.asarray(keys).tolist()) + "\n")
         return load(self, keys)
 
     replace(TrainImages, "__getitems__", recorded)
