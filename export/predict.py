@@ -958,6 +958,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser_for(program: str) -> argparse.ArgumentParser:
+    """The parser of the command line; the documentation shows its help. Wrong options raise UsageError."""
     parser = _Parser(program, description="Predict the classes of images with an exported model.", allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="a .onnx file, or an exported run folder")
     parser.add_argument("inputs", metavar="INPUT", nargs="*", help="files, folders, patterns; - reads paths from stdin")

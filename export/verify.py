@@ -42,8 +42,7 @@ class Equality:
     def __str__(self) -> str:
         same = "equal" if self.inputs_equal else "DIFFERENT"
         off, top1 = self.max_logit_difference, 100 * self.top1_agreement
-        share = off / max(1, self.max_logit)
-        logits = f"logits within {off:.1e} ({share:.0e} of the largest)"
+        logits = f"logits within {off:.1e} (limit {LOGITS * max(1, self.max_logit):.0e})"
         return f"{self.images} images: inputs {same}, {logits}, top-1 equal on {top1:.2f} %"
 
     def to_dict(self) -> dict[str, Any]:

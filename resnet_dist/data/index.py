@@ -159,7 +159,7 @@ def _refuse_other_folders(data: Path, listing: _Listing, cfg: DataConfig) -> Non
     others = meant.other_splits(data) if cfg.val_dir is None else []
     if others:
         listing.notes.append(
-            f"WARNING: {data} is only a training folder: {listed(others)} next to it is not used; give "
+            f"WARNING: {data} is the training folder of a data set whose {listed(others)} this run does not use; give "
             f"{data.parent} to use all"
         )
 

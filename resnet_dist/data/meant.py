@@ -43,10 +43,10 @@ def without_classes(folder: Path, labels: Sequence[str]) -> str:
     """The end of an error if the class folders that were found are train, val or test folders; otherwise ""."""
     if not labels or not all(label.lower() in SPLIT_OF for label in labels):
         return ""
-    if did_you_mean(folder):
-        return did_you_mean(folder)
+    if hint := did_you_mean(folder):
+        return hint
     if "train" not in {SPLIT_OF[label.lower()] for label in labels}:
-        return f": {listed(labels)} is a split without train; add a folder 'train' with one sub-folder per class"
+        return f": there is {listed(labels)}, but no folder 'train' with one sub-folder per class"
     return f": {listed(labels)} must hold one sub-folder per class, not images"
 
 

@@ -13,7 +13,7 @@ from resnet_dist.errors import UsageError
 from resnet_dist.model.resnet import stage_of
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm
-FEW_IMAGES = 16  # per process: with fewer, statistics are synchronised on GPUs, and a warning is given on CPUs
+FEW_IMAGES = 16  # per process: with fewer, --sync-bn auto synchronises on GPUs, and the plan warns if nothing does
 
 
 def backbone_batch_norms(model: nn.Module) -> Iterator[tuple[str, BatchNorm]]:

@@ -296,11 +296,9 @@ def choose_threads(asked: int | None) -> tuple[int, str]:
         return from_environment, "OMP_NUM_THREADS"
     share = max(1, launcher.cores() // launcher.local_world_size())
     why = f"{counted(launcher.cores(), 'core')} / {counted(launcher.local_world_size(), 'process')} here"
-    return share, why + (
-        ", instead of OMP_NUM_THREADS=1, which launchers set; --threads changes it"
-        if from_environment and share > 1
-        else ""
-    )
+    if from_environment is not None and share > 1:
+        why += ", instead of OMP_NUM_THREADS=1, which launchers set; --threads changes it"
+    return share, why
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:

@@ -71,8 +71,8 @@ def test_a_training_folder_names_the_splits_next_to_it(tmp_path: Path) -> None:
     tree(tmp_path, *WHOLE)
     alone = read_index(DataConfig(data=str(tmp_path / "train"), val_split=0.5))
     assert alone.notes[0] == (
-        f"WARNING: {tmp_path / 'train'} is only a training folder: 'test', 'val' next to it is not used; "
-        f"give {tmp_path} to use all"
+        f"WARNING: {tmp_path / 'train'} is the training folder of a data set whose 'test', 'val' this run does not "
+        f"use; give {tmp_path} to use all"
     )
     with_val = DataConfig(data=str(tmp_path / "train"), val_dir=str(tmp_path / "val"))
     assert read_index(with_val).notes == read_index(DataConfig(data=str(tmp_path))).notes == ()
