@@ -194,7 +194,7 @@ SECTIONS: Mapping[str, tuple[str, str, Callable[[Mapping[str, Any]], Rows] | Non
         exported,
     ),
     "export_gate.json": (
-        "Exported files: the gate, before it tested agreement",
+        "Exported files: the gate (an earlier version, which did not test agreement)",
         "python benchmarks/export_gate.py --data hymenoptera --weights resnet18.safetensors",
         gate,
     ),

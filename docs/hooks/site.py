@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,25 +143,21 @@ def run_files() -> str:
 
 def foreign_options() -> str:
     """A table of the options of other tools that the program recognises, and what to type instead."""
-    by_answer: dict[str, list[str]] = {}
-    for typed, answer in spellings.OPTIONS.items():
-        by_answer.setdefault(answer, []).append(typed)
-    rows = [f"| {code(typed)} | {answered(answer)} |" for answer, typed in by_answer.items()]
-    return "\n".join(["| there | here |", "|---|---|", *rows])
+    return there_and_here(spellings.OPTIONS, answered)
 
 
 def foreign_verbs() -> str:
     """A table of the commands of other tools, and what to type instead."""
+    return there_and_here(spellings.VERBS, lambda answer: f"`resnet-dist {answer}`")
+
+
+def there_and_here(answers: Mapping[str, str], shown: Callable[[str], str]) -> str:
+    """A table with a row for every answer and all the words that have it."""
     by_answer: dict[str, list[str]] = {}
-    for typed, answer in spellings.VERBS.items():
-        by_answer.setdefault(answer, []).append(typed)
-    rows = [f"| {code(typed)} | `resnet-dist {answer}` |" for answer, typed in by_answer.items()]
+    for typed, answer in answers.items():
+        by_answer.setdefault(answer, []).append(f"`{typed}`")
+    rows = [f"| {', '.join(typed)} | {shown(answer)} |" for answer, typed in by_answer.items()]
     return "\n".join(["| there | here |", "|---|---|", *rows])
-
-
-def code(words: list[str]) -> str:
-    """Words in code font."""
-    return ", ".join(f"`{word}`" for word in words)
 
 
 def answered(answer: str) -> str:

@@ -85,7 +85,5 @@ def test_pages_that_are_written_by_hand_are_in_the_navigation() -> None:
 
 
 def test_hints_for_other_tools_are_all_shown(site: Path) -> None:
-    page = site / "how-to" / "coming-from.html"
-    if page.exists():
-        shown = text_of(page)
-        assert [typed for typed in spellings.OPTIONS if typed not in shown] == []
+    shown = text_of(site / "how-to" / "coming-from.html")
+    assert [typed for typed in spellings.OPTIONS if typed not in shown] == []
