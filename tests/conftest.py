@@ -1,5 +1,6 @@
 """What the tests share: tiny image folders, real data where it lies beside the project, ways to run the program."""
 
+import json
 import os
 import subprocess
 import sys
@@ -52,6 +53,19 @@ def make_folder(root: Path, train: int = 8, val: int = 5, classes: Sequence[str]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train/ and val/ of three classes; not to be changed by a test."""
     return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def notebook_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a Jupyter kernel that runs this Python and finds this package."""
+    kernel = tmp_path / "jupyter" / "kernels" / "here"
+    kernel.mkdir(parents=True)
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "here", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(kernel.parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return kernel.name
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:

@@ -1,7 +1,5 @@
 """The whole flow in a notebook, with two processes by `accelerate.notebook_launcher` too."""
 
-import json
-import sys
 from pathlib import Path
 
 import nbformat
@@ -51,17 +49,11 @@ for one, other in zip(run.epochs, two.epochs, strict=True):
 
 
 @pytest.mark.matrix
-def test_the_whole_flow_in_a_notebook(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = tmp_path / "jupyter" / "kernels" / "here"
-    kernel.mkdir(parents=True)
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "here", "language": "python"}))
-    monkeypatch.setenv("JUPYTER_PATH", str(kernel.parents[1]))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+def test_the_whole_flow_in_a_notebook(folder: Path, tmp_path: Path, notebook_kernel: str) -> None:
     cells = [f"DATA, PORT = {str(folder)!r}, '29653'", *CELLS]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.strip()) for cell in cells])
-    client = NotebookClient(notebook, timeout=600, kernel_name="here", resources={"metadata": {"path": str(tmp_path)}})
+    place = {"metadata": {"path": str(tmp_path)}}
+    client = NotebookClient(notebook, timeout=600, kernel_name=notebook_kernel, resources=place)
     client.execute()
     shown = [[str(o.get("data", {}).get("text/html", "")) for o in cell.outputs] for cell in notebook.cells]
     for number in (1, 2, 3, 5):

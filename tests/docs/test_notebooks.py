@@ -1,15 +1,13 @@
 """The notebooks of the tutorials: they run from start to end, and are stored with the outputs of such a run."""
 
-import json
 import re
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.docs.markdown import DOCS, ROOT
+from tests.docs.markdown import DOCS
 
 NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 IDS = [file.stem for file in NOTEBOOKS]
@@ -36,17 +34,11 @@ def test_every_tutorial_has_one_and_names_it() -> None:
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=IDS)
-def test_it_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = tmp_path / "jupyter" / "kernels" / "here"
-    kernel.mkdir(parents=True)
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "here", "language": "python"}))
-    monkeypatch.setenv("JUPYTER_PATH", str(kernel.parents[1]))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+def test_it_runs(file: Path, tmp_path: Path, notebook_kernel: str) -> None:
     notebook = nbformat.read(file, as_version=4)
     for cell in notebook.cells:
         for long, short in SHORTER.items():
             cell.source = re.sub(long, short, cell.source)
-    client = NotebookClient(notebook, timeout=600, kernel_name="here", resources={"metadata": {"path": str(tmp_path)}})
+    place = {"metadata": {"path": str(tmp_path)}}
+    client = NotebookClient(notebook, timeout=600, kernel_name=notebook_kernel, resources=place)
     client.execute()

@@ -1,9 +1,6 @@
 """The bar and the spinner: they move, tell the time that is left, and are silent where nobody can see them move."""
 
 import io
-import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
@@ -105,27 +102,24 @@ def test_nothing_moves_in_a_file_on_other_processes_or_without_verbose(
 
 
 CELL = """
-import time
+from types import SimpleNamespace
+from resnet_dist.runtime import bars, display as shown
 from resnet_dist.runtime.display import Display
+clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+bars.time = shown.time = clock
 display = Display(enabled=True)
 with display.busy("importing torch"):
     pass
 with display.epoch("epoch 1/3", 4):
     for step in (1, 2):
-        time.sleep(0.6)
+        clock.now += 0.6
         display.step(step)
     print("before the end")
     raise KeyboardInterrupt
 """
 
 
-def test_the_bar_in_a_notebook_needs_no_widgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = tmp_path / "kernels" / "here"
-    kernel.mkdir(parents=True)
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "here", "language": "python"}))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+def test_the_bar_in_a_notebook_needs_no_widgets(notebook_kernel: str) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.strip())])
     shown: list[str] = []
 
@@ -137,7 +131,7 @@ def test_the_bar_in_a_notebook_needs_no_widgets(tmp_path: Path, monkeypatch: pyt
                 shown.append(msg["content"]["data"]["text/plain"])
             return super().process_message(msg, cell, cell_index)  # type: ignore[arg-type]
 
-    Client(notebook, timeout=60, kernel_name="here", allow_errors=True).execute()
+    Client(notebook, timeout=60, kernel_name=notebook_kernel, allow_errors=True).execute()
     assert shown[:3] == ["importing torch", "", "epoch 1/3"] and shown[-1] == ""
     assert [text.split("  ")[2] for text in shown[3:-1]] == ["1/4", "2/4"]
     assert shown[4].endswith("0:01 left")
