@@ -491,6 +491,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "op
 # products may saturate on CPUs without VNNI.
 SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "int8": 0.25}
 Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | BinaryIO
+Row = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # logits, probabilities and, if wanted, features of an image
 
 
 class ModelError(ValueError):
@@ -518,6 +519,12 @@ class Prediction:
     error: str = ""
     abstained: bool = False
     features: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The prediction as plain JSON values: a line of `--format jsonl`, and the answer of `resnet-dist serve`."""
+        best = [{"class": c, "p": p} for c, p in zip(self.classes, self.probabilities, strict=True)]
+        line = {"path": self.source, "predictions": best, "abstained": self.abstained}
+        return line | {"error": self.error or None}
 
 
 class Predictor:
@@ -609,20 +616,19 @@ class Predictor:
     ) -> Iterator[Prediction]:
         for batch in _batched(self._decoded(images, ahead=2 * batch_size + self.threads), batch_size):
             pixels = [array for _, array, _ in batch if array is not None]
-            rows = self._rows(np.stack(pixels), embed) if pixels else iter(())
+            rows = self.rows(np.stack(pixels), embed) if pixels else iter(())
             for name, array, error in batch:
                 bad = Prediction(name, error=error)
-                yield bad if array is None else self._best(name, next(rows), top_k, abstain_below)
+                yield bad if array is None else self.best(name, next(rows), top_k, abstain_below)
 
-    def _rows(self, pixels: np.ndarray, embed: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-        """Logits, probabilities and features of each image."""
+    def rows(self, pixels: np.ndarray, embed: bool = False) -> Iterator[Row]:
+        """uint8 (B, img_size, img_size, 3) to the logits, probabilities and features of each image."""
         names = ["logits", "features"] if embed else ["logits"]
         logits, *features = self._session.run(names, self.inputs(pixels))
         return zip(logits, self._softmax(logits), features[0] if embed else [None] * len(logits), strict=True)
 
-    def _best(
-        self, name: str, row: tuple[np.ndarray, np.ndarray, np.ndarray | None], top_k: int, abstain_below: float | None
-    ) -> Prediction:
+    def best(self, name: str, row: Row, top_k: int, abstain_below: float | None = None) -> Prediction:
+        """The prediction for one image of `rows`; for the settings see `predict`."""
         logits, probabilities, features = row
         # Sorted by logits, because rounding can make probabilities equal.
         best = np.argsort(-logits, kind="stable")[:top_k]
@@ -642,10 +648,11 @@ class Predictor:
             while waiting:
                 yield waiting.popleft().result()
 
-    def load(self, image: Source) -> tuple[str, np.ndarray | None, str]:
+    def load(self, image: Source, max_pixels: int = MAX_PIXELS) -> tuple[str, np.ndarray | None, str]:
         """Load one image. Returns (name, pixels uint8 (img_size, img_size, 3), "") or (name, None, error).
 
-        For the kinds of `image` see `predict`. Raises TypeError for other values.
+        For the kinds of `image` see `predict`. A file with more than `max_pixels` is an error. Raises TypeError for
+        other values.
         """
         image = _readable(image)
         name = os.fsdecode(image) if isinstance(image, str | os.PathLike) else "image"
@@ -653,8 +660,8 @@ class Predictor:
             if isinstance(image, Image.Image):
                 with as_image_errors(), ROOM.take(memory_of(image)):
                     return name, fit(to_rgb(upright(image), bits_of(image)), self.preprocessing), ""
-            with decoded(image) as pixels:
-                return name, fit(pixels, self.preprocessing), ""
+            with decoded(image, max_pixels) as pixels:
+                return name, fit(pixels, self.preprocessing, max_pixels), ""
         except ImageError as error:
             return name, None, str(error)
         except OSError as error:
@@ -1112,9 +1119,7 @@ def _write_row(stream: TextIO, row: Sequence[str]) -> None:
 
 def _write_jsonl(stream: TextIO, top_k: int, prediction: Prediction | None) -> None:
     if prediction is not None:
-        best = [{"class": c, "p": p} for c, p in zip(prediction.classes, prediction.probabilities, strict=True)]
-        line = {"path": prediction.source, "predictions": best, "abstained": prediction.abstained}
-        stream.write(json.dumps(line | {"error": prediction.error or None}) + "\n")
+        stream.write(json.dumps(prediction.to_dict()) + "\n")
 
 
 def _write_table(stream: TextIO, top_k: int, prediction: Prediction | None) -> None:

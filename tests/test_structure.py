@@ -31,7 +31,7 @@ WHOLE = {
     "training.reproduce",
     "training.run",
 }
-ABOVE = WHOLE | {"export.run"}
+ABOVE = WHOLE | {"export.run", "export.serve.run"}
 
 # Each layer may import those before it; packages of one layer do not know each other, but for the lowest.
 LAYERS = (
@@ -171,6 +171,27 @@ def test_the_deployed_file_needs_no_other_module() -> None:
     at_import = {name.split(".")[0] for name in imports("export.predict", module_level=True)}
     assert names <= {"numpy", "PIL", "onnxruntime"} | sys.stdlib_module_names
     assert at_import <= {"numpy", "PIL"} | sys.stdlib_module_names
+
+
+SERVER_NEEDS = {"numpy", "PIL", "onnxruntime", "starlette", "uvicorn", "resnet_dist", "export"}
+
+
+def test_the_server_needs_few_packages() -> None:
+    """Beside the standard library: with torch, its container would be ten times as large."""
+    needed = set().union(*(imports(module) for module in MODULES if module.startswith("export.serve")))
+    below = {name for module in ("resnet_dist.cli.main", "resnet_dist.cli.serve") for name in imported_by(module)}
+    at_import = set().union(*(imports(name, module_level=True) for name in (*below, *ours(frozenset(needed)))))
+    assert {name.split(".")[0] for name in needed | at_import} <= SERVER_NEEDS | sys.stdlib_module_names
+
+
+def imported_by(module: str) -> set[str]:
+    """The modules of ours that are imported with a module, itself included."""
+    names, new = {module}, {module}
+    while new:
+        direct = set().union(*(ours(imports(name, module_level=True)) for name in new))
+        new = (direct & MODULES.keys()) - names
+        names |= new
+    return names
 
 
 def heavy_at_import(module: str, seen: frozenset[str] = frozenset()) -> set[str]:

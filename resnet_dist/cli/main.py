@@ -27,6 +27,7 @@ VERBS = {  # verb: what it does; its module is resnet_dist.cli.<verb> unless MOD
     "export": "export the best checkpoint to ONNX and verify it against PyTorch",
     "hub": "write the best checkpoint in the format of timm and the Hugging Face Hub",
     "predict": "classify images with an exported model, without torch",
+    "serve": "answer HTTP requests with the classes of images, without torch",
     "explain": "show which parts of an image led to a prediction (saliency maps)",
     "report": "draw the plots of a run again, and write its report.html",
     "label-errors": "rank the training images by how likely their label is wrong",

@@ -110,7 +110,6 @@ VERBS: Mapping[str, str] = {  # what is typed -> what to type
     **dict.fromkeys(("onnx", "convert"), "export RUN"),
     "info": "summary",
 }
-SERVE = "there is no server; `resnet-dist export RUN` writes model.onnx and predict.py, for use in a server"
 
 
 def hint_for_option(flag: str, known: Collection[str]) -> str:
@@ -144,8 +143,6 @@ def hint_for_pair(word: str, known: Collection[str]) -> str:
 
 def hint_for_verb(verb: str, known: Collection[str]) -> str:
     """What to type instead of an unknown verb, as the end of the error; "" if no verb is similar."""
-    if verb == "serve":
-        return f": {SERVE}"
     if verb in VERBS:
         return f": type resnet-dist {VERBS[verb]}"
     near = nearest(verb, known)

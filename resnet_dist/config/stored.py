@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from resnet_dist.config.duration import Duration
 from resnet_dist.config.schema import TrainConfig
 from resnet_dist.errors import UsageError
@@ -41,6 +39,8 @@ def read_toml(path: str | Path) -> Layer:
 
 def to_toml(config: TrainConfig) -> str:
     """The stored form of a config as TOML that `-c` reads back."""
+    import tomli_w  # here, because an installation that only serves a model lacks it
+
     return tomli_w.dumps(kept(config))
 
 

@@ -31,7 +31,7 @@ QUICK = [
     "--weights",
     "resnet18.safetensors",
 ]
-SLOW = ("demo", "doctor", "bench", "bench ladder", "bench scaling", "lr-find", "reproduce")  # each has tests of its own
+SLOW = ("demo", "doctor", "bench", "bench ladder", "bench scaling", "lr-find", "reproduce", "serve")  # each has tests
 PLANNED = ("train", "compare")
 FOLDERS = ("photos", "fruits", "cifar10", "hymenoptera", "cats_dogs", "photos_train", "photos_val")
 RUNS = ("fruits", "cifar10", "cd-full", "cd-head", "cd-head-bn", "cd-l34", "macro", "balanced", "focal")

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import subprocess
 import sys
@@ -11,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 from PIL import Image
 
-from export.predict import METADATA, Predictor, Preprocessing, digest_of, main, normalise, self_test_pixels
+from export.predict import Predictor, Preprocessing, main
 from tests.conftest import write_image
+from tests.export.means import write_means
 
 SPEC = Preprocessing(img_size=32, resize=32)
 CLASSES = ["rot", "grün", "蓝"]
@@ -26,21 +24,7 @@ MODULE = [sys.executable, "-m", "resnet_dist", "predict"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The mean of each channel is the logit of a class."""
-    given = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, 32, 32])
-    made = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])
-    nodes = [helper.make_node("GlobalAveragePool", ["pixel_values"], ["mean"])]
-    nodes += [helper.make_node("Flatten", ["mean"], ["logits"])]
-    graph = helper.make_graph(nodes, "means", [given], [made])
-    built = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    facts = {"classes": CLASSES, "preprocessing": SPEC.to_dict(), "temperature": 1.0, "precision": "fp32"}
-    facts["self_test"] = normalise(self_test_pixels(32), SPEC)[0].mean(axis=(0, 1)).tolist()
-    helper.set_model_props(built, {METADATA: json.dumps(facts), "resnet_dist_sha256": "f" * 64})
-    data = built.SerializeToString()
-    file = tmp_path_factory.mktemp("means") / "model.onnx"
-    file.write_bytes(data.replace(b"f" * 64, digest_of(data, "f" * 64).encode()))
-    onnx.checker.check_model(built)
-    return file
+    return write_means(tmp_path_factory.mktemp("means") / "model.onnx", SPEC, CLASSES)
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""An HTTP server for an exported model: `resnet-dist serve`. It needs no torch."""
