@@ -20,7 +20,8 @@ from resnet_dist.cli.main import VERBS, module_of
 from resnet_dist.cli.parser import flags_of, read
 from tests.docs.markdown import ALL, DOCS, PAGES, ROOT, Command, blocks
 
-OTHER_OPTIONS = {"--debug", "--help", "--help-all", "--shm-size"}  # of all commands; of containers
+OTHER_OPTIONS = {"--debug", "--help", "--help-all"}  # of all commands
+OTHER_OPTIONS |= {"--shm-size", "--build-arg", "--gpus"}  # of containers
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -43,6 +44,8 @@ def understood(words: Sequence[str]) -> None:
         understood(rest[2:])
     elif first == "python" and rest[0] == "predict.py":  # the copy in an export
         predict.parser_for("predict.py").parse_intermixed_args(rest[1:])
+    elif first == "python" and rest[:2] == ["-m", "build"]:
+        assert "build" in " ".join(EXTRAS["test"])
     elif first in ("python", "bash"):
         assert (ROOT / rest[0]).is_file()
     elif first == "sbatch":
@@ -54,8 +57,10 @@ def understood(words: Sequence[str]) -> None:
 
 
 def other_understood(first: str, rest: Sequence[str]) -> None:
-    """The few other programs: pip with our extras, kubectl with our files, mkdocs."""
-    if first == "kubectl":
+    """The few other programs: pip with our extras, kubectl and docker with our files, mkdocs."""
+    if first == "docker":
+        assert rest[0] == "run" or (ROOT / rest[rest.index("-f") + 1]).is_file()
+    elif first == "kubectl":
         files = [word.rpartition("=")[2] for word in rest if "launch/" in word]
         assert files and all((ROOT / file).is_file() for file in files)
     elif first == "pip":

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,9 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path, *options: str) -> Iterator[Server]:
-    """A server of the program, which ends with the block; its log must be empty then."""
-    command = [sys.executable, "-m", "resnet_dist", "serve", str(model), "--port", "0", "--threads", "1", *options]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUTF8": "1"}
-    )
+def running(command: Sequence[str], **settings: Any) -> Iterator[Server]:
+    """The server that a command starts, which ends with the block; its log must be empty then."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
@@ -49,6 +46,12 @@ def serving(model: Path, *options: str) -> Iterator[Server]:
         process.terminate()
         _, log = process.communicate(timeout=30)
     assert log == "", log
+
+
+def serving(model: Path, *options: str) -> AbstractContextManager[Server]:
+    """A server of the program."""
+    command = [sys.executable, "-m", "resnet_dist", "serve", str(model), "--port", "0", "--threads", "1", *options]
+    return running(command, env={**os.environ, "PYTHONUTF8": "1"})
 
 
 @dataclass(frozen=True)
