@@ -36,9 +36,9 @@ CASES = {
     **{f"resnet{depth}": f"{FROM_SCRATCH} --model resnet{depth}" for depth in (34, 50, 101, 152)},
 }
 EXPORTS = {
-    "float": [],
-    "smaller": ["--full", "--fp16", "--int8"],
-    "in-graph": ["--full", "--preprocess-in-graph"],
+    "float": ["--providers", "cpu"],
+    "smaller": ["--providers", "cpu", "--full", "--fp16", "--int8"],
+    "in-graph": ["--providers", "cpu", "--full", "--preprocess-in-graph"],
 }
 COLUMNS = "network|weights|file|images|top-1 torch|top-1 file|logits off by|share of the largest|top-1 equal|MiB|gate"
 REFUSED = 6
@@ -80,6 +80,7 @@ def measure(train_options: str, options: argparse.Namespace, folder: Path) -> di
         run_program("export", folder / "run", *arguments, "-o", folder / kind, accept=(0, REFUSED))
         seconds = round(time.perf_counter() - start, 1)
         report = json.loads((folder / kind / "export_report.json").read_text())
+        report |= {name: report[name]["cpu"] for name in report["files_mib"]}
         case["exports"][kind] = {"seconds": seconds, "report": report}
     case["in_graph_against_float"] = compare_graphs(folder)
     return case

@@ -486,7 +486,12 @@ def canonical_json(value: Any) -> str:
 NAMES = "resnet_dist_names"  # name of the error handler that writes any file name to a stream
 METADATA, DIGEST = "resnet_dist", "resnet_dist_sha256"
 MAX_MODEL_BYTES, MAX_METADATA_BYTES, MAX_CLASSES = 1 << 30, 1 << 24, 100_000
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "openvino": "OpenVINOExecutionProvider"}
+# By their short names; "auto" takes those that start here, in this order.
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "openvino": "OpenVINOExecutionProvider", "cpu": "CPUExecutionProvider"}
+SHORT = {name: short for short, name in PROVIDERS.items()}
+# onnxruntime's default on NVIDIA GPUs since Ampere is TF32, which rounds the factors of every product to 10 bits. That
+# is too coarse for logits within 1e-4 of PyTorch's.
+PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 # The largest error of the self-test's logits, relative to the largest logit: machines add in different orders, and int8
 # products may saturate on CPUs without VNNI.
 SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "int8": 0.25}
@@ -537,6 +542,8 @@ class Predictor:
         thresholds: the confidence threshold of every class, None if the class is never predicted; empty if the model
             has no thresholds.
         has_features: whether the model was exported with --embeddings.
+        provider: the short name of the onnxruntime provider that computes, such as "cpu".
+        verified_with: the providers with which the export was verified.
     """
 
     def __init__(self, model: str | os.PathLike[str], threads: int | None = None, providers: str = "auto") -> None:
@@ -544,12 +551,12 @@ class Predictor:
 
         `threads`: the number of CPU threads (default: onnxruntime decides). `providers`: "auto", or names such as
         "cuda,cpu". Raises ModelError if the file is missing, damaged, not from resnet-dist, or does not match its
-        checksum, and ValueError if `threads` is below 1.
+        checksum, or if a provider does not start here, and ValueError if `threads` is below 1.
         """
         if threads is not None:
             _check_count("threads", threads)
         self.path = find_model(model)
-        self._session = _open_session(self.path, _checked(self.path), threads, providers)
+        self._session = open_session(_checked(self.path), threads, providers, str(self.path))
         properties = self._session.get_modelmeta().custom_metadata_map
         self.metadata = _read_metadata(self.path, properties.get(METADATA, ""))
         self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
@@ -558,6 +565,8 @@ class Predictor:
         self.has_features = any(output.name == "features" for output in self._session.get_outputs())
         self.threads = threads or os.cpu_count() or 1
         self.providers: list[str] = self._session.get_providers()
+        self.provider = SHORT.get(self.providers[0], self.providers[0])
+        self.verified_with: tuple[str, ...] = tuple(self.metadata.get("verified_with", ["cpu"]))
         self._takes_pixels = self._session.get_inputs()[0].type == "tensor(uint8)"
 
     def inputs(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -756,31 +765,54 @@ def _checked(path: Path) -> str | bytes:
     return data if b"location" in data or b"EPContext" in data else str(path)
 
 
-def _open_session(path: Path, model: str | bytes, threads: int | None, providers: str) -> Any:
-    """An onnxruntime session for a model file or its bytes. Raises ModelError."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ModelError("onnxruntime is missing: pip install onnxruntime") from None
+def open_session(model: str | bytes, threads: int | None, providers: str, name: str) -> Any:
+    """An onnxruntime session for a model file or its bytes. `name` is its name in errors. Raises ModelError."""
+    names = provider_names(providers)
+    session = _started(model, threads, names, providers == "auto", name)
+    stopped = [SHORT.get(provider, provider) for provider in names if provider not in session.get_providers()]
+    if providers != "auto" and stopped:
+        raise ModelError(
+            f"--providers {providers}: {stopped[0]} is part of this onnxruntime but does not start here; check its "
+            "driver and libraries"
+        )
+    return session
+
+
+def _started(model: str | bytes, threads: int | None, names: list[str], fewer: bool, name: str) -> Any:
+    """A session with these providers; with `fewer`, without the first ones if they fail. Raises ModelError."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     # Spinning takes CPU time from other processes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # errors are reported below in one line
-    available = onnxruntime.get_available_providers()
-    wanted = ["cuda", "openvino", "cpu"] if providers == "auto" else [name.strip() for name in providers.split(",")]
-    chosen = [PROVIDERS.get(name, name) for name in wanted]
-    missing = [name for name in chosen if name not in available]
-    if providers != "auto" and missing:
-        raise ModelError(f"--providers {providers}: this onnxruntime has only {', '.join(available)}")
-    try:
-        usable = [name for name in chosen if name in available]
-        return onnxruntime.InferenceSession(model, options, providers=usable)
+    settings = [PROVIDER_OPTIONS.get(provider, {}) for provider in names]
+    try:  # onnxruntime's own fallback prints to standard output
+        return onnxruntime.InferenceSession(model, options, names, settings, enable_fallback=0)
     except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen types, UnicodeDecodeError among them
+        if fewer and len(names) > 1:
+            return _started(model, threads, names[1:], fewer, name)
         reason = str(error).strip().split("\n")[0][:200]
         raise ModelError(
-            f"{path}: onnxruntime {onnxruntime.__version__} cannot load this ONNX model ({reason})"
+            f"{name}: onnxruntime {onnxruntime.__version__} cannot load this ONNX model ({reason})"
         ) from None
+
+
+def provider_names(providers: str) -> list[str]:
+    """onnxruntime's names of the providers that `--providers` names. Raises ModelError if it lacks one of them."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ModelError("onnxruntime is missing: pip install onnxruntime") from None
+    available = onnxruntime.get_available_providers()
+    if providers == "auto":
+        return [name for name in PROVIDERS.values() if name in available]
+    named = [PROVIDERS.get(name.strip(), name.strip()) for name in providers.split(",")]
+    if not set(named) <= set(available):
+        here = ", ".join(SHORT.get(name, name) for name in available)
+        raise ModelError(f"--providers {providers}: this onnxruntime {onnxruntime.__version__} has only {here}")
+    return list(dict.fromkeys(named))
 
 
 def _read_metadata(path: Path, text: str) -> dict[str, Any]:
@@ -802,6 +834,8 @@ def _read_metadata(path: Path, text: str) -> dict[str, Any]:
             raise ValueError(f"precision must be one of {', '.join(SELF_TEST_TOLERANCE)}")
         if not all(isinstance(logit, int | float) for logit in values["self_test"]):
             raise ValueError("self_test must be a list of numbers")
+        if not all(map(_is_name, values.get("verified_with", []))):
+            raise ValueError("verified_with must be a list of names")
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ModelError(f"{path}: not a model that resnet-dist exported ({error})") from None
     return dict(values)
@@ -903,6 +937,9 @@ def _run(arguments: Sequence[str] | None, program: str) -> int:
     except SystemExit:  # --help was printed
         return 0
     predictor = Predictor(options.model, options.threads, options.providers)
+    if predictor.provider not in predictor.verified_with:
+        verified = ", ".join(predictor.verified_with)
+        _say(f"WARNING: this runs with {predictor.provider}; {predictor.path} was verified with {verified} only")
     if options.verify:
         print(f"{predictor.path}: checksum and self-test pass (relative error of the logits: {predictor.verify()})")
         return 0

@@ -62,6 +62,9 @@ class ExportConfig:
     """Percent of the validation images on which int8 must predict the same class as float32, with 95 % confidence."""
     max_accuracy_drop: float = 1.0
     """Percentage points of top-1 accuracy that int8 may lose, at the lower end of the 95 % interval."""
+    providers: str = "auto"
+    """onnxruntime providers, such as cpu,cuda,openvino: every file is verified with each of them (default: those with
+    which `predict` starts on this machine)."""
     time: bool = False
     """Measure the latency of every file for batches of 1 and 32."""
     threads: int | None = None
@@ -202,6 +205,7 @@ def fill(
     """
     from export.bundle import sizes, write_side_files
     from export.gate_images import calibration_inputs, gate_images
+    from export.providers import providers_to_verify, runtime_lines, runtime_of
     from export.quantize import may_saturate
     from export.to_onnx import describe, graph_of, runtime_logits, self_test_logits
     from export.verify import check_equality, compare_smaller
@@ -209,6 +213,8 @@ def fill(
     from resnet_dist.files.run import to_json
 
     in_graph = cfg.preprocess_in_graph
+    providers = providers_to_verify(cfg.providers)
+    runtime = runtime_of(providers)
     with tempfile.TemporaryDirectory(prefix="resnet-dist-gate-") as folder:
         table, source = gate_images(cfg, description, Path(folder))
         labelled = source != "synthetic"
@@ -216,6 +222,8 @@ def fill(
             f"verifying on {source} images ({len(table)} available)"
             + ("" if labelled else "; give --data for real ones")
         )
+        for line in runtime_lines(runtime):
+            say(line)
         calibration = read_calibration(checkpoint, len(description.classes))
         temperature = calibration.temperature if calibration else 1.0
         say(f"temperature {temperature:.4f} (calibration.json)" if calibration else "not calibrated")
@@ -224,32 +232,54 @@ def fill(
         )  # before the slow steps, so that an error comes early
         graph = graph_of(model, description.preprocessing, in_graph, temperature, cfg.embeddings)
         expected = self_test_logits(model, description.preprocessing)
-        metadata = describe(description, checkpoint, "fp32", in_graph, expected, calibration)
+        metadata = describe(description, checkpoint, "fp32", in_graph, expected, calibration, providers)
         write_model(staging / "model.onnx", graph, metadata)
         some = table.take(table.spread(len(table) if cfg.full else cfg.images))
-        reports: dict[str, Any] = {
-            "model.onnx": check_equality(model, some, staging / "model.onnx", labelled, temperature)
+        reports: dict[str, Mapping[str, Any]] = {  # file -> provider -> result
+            "model.onnx": check_equality(model, some, staging / "model.onnx", labelled, temperature, providers)
         }
-        say(f"{'model.onnx':<16} {reports['model.onnx']}")
+        say_results("model.onnx", reports["model.onnx"], say)
         for name, small in smaller_graphs(cfg, graph, inputs):
             expected = runtime_logits(small, self_test_feed(staging))[0]
-            smaller = describe(description, checkpoint, name.split(".")[1], in_graph, expected, calibration)
+            precision = name.split(".")[1]
+            smaller = describe(description, checkpoint, precision, in_graph, expected, calibration, providers)
             write_model(staging / name, small, smaller)
             limits = (cfg.max_accuracy_drop, cfg.min_agreement)
-            reports[name] = compare_smaller(staging / "model.onnx", staging / name, table, labelled, *limits)
-            say(f"{name:<16} {reports[name]}")
+            reports[name] = compare_smaller(staging / "model.onnx", staging / name, table, labelled, *limits, providers)
+            say_results(name, reports[name], say)
             if may_saturate(small):
                 say(f"{name:<16} 8-bit weights: x86 CPUs without VNNI can predict other classes")
-    problems = [f"{name}: {problem}" for name, part in reports.items() for problem in part.problems]
-    refused = [name for name, part in reports.items() if part.problems]
-    report: dict[str, Any] = {"passed": not refused, "refused": refused, "problems": problems, "gate_images": source}
-    report |= {name: part.to_dict() for name, part in reports.items()} | {"files_mib": sizes(staging, list(reports))}
+    report = report_of(reports, source) | {"files_mib": sizes(staging, list(reports)), "runtime": runtime}
     (staging / REPORT).write_text(to_json(report))
-    for name in refused:
+    for name in report["refused"]:
         (staging / name).unlink()
-    if "model.onnx" not in refused:
+    if "model.onnx" not in report["refused"]:
         write_side_files(staging, metadata)
     return report
+
+
+def report_of(reports: Mapping[str, Mapping[str, Any]], source: str) -> dict[str, Any]:
+    """The content of export_report.json about the results of each file with each provider."""
+    problems = [
+        f"{name}{f' with {provider}' if len(results) > 1 else ''}: {problem}"
+        for name, results in reports.items()
+        for provider, result in results.items()
+        for problem in result.problems
+    ]
+    refused = [name for name, results in reports.items() if any(result.problems for result in results.values())]
+    return {
+        "passed": not refused,
+        "refused": refused,
+        "problems": problems,
+        "gate_images": source,
+        **{name: {on: result.to_dict() for on, result in results.items()} for name, results in reports.items()},
+    }
+
+
+def say_results(name: str, results: Mapping[str, Any], say: Say) -> None:
+    """One line per provider."""
+    for provider, result in results.items():
+        say(f"{name:<16} {provider}: {result}")
 
 
 def write_model(file: Path, graph: "onnx.ModelProto", metadata: dict[str, Any]) -> None:

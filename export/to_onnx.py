@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import nn
 
-from export.predict import DIGEST, METADATA, Preprocessing, canonical_json, digest_of, self_test_pixels
+from export.predict import DIGEST, METADATA, Preprocessing, canonical_json, digest_of, open_session, self_test_pixels
 from resnet_dist.evaluation.calibrate import Calibration
 from resnet_dist.model.checkpoint import Description
 from resnet_dist.model.parts import cut
@@ -117,8 +117,13 @@ def describe(
     in_graph: bool,
     self_test: np.ndarray,
     calibration: Calibration | None,
+    verified_with: Sequence[str] = ("cpu",),
 ) -> dict[str, Any]:
-    """The metadata of the file: everything that is needed to use it, and its origin."""
+    """The metadata of the file: everything that is needed to use it, and its origin.
+
+    `verified_with` names the providers of the gate. It is written before the gate, so that the bytes that pass are the
+    bytes that are kept; a file that fails with one of them is removed.
+    """
     thresholds = {"thresholds": list(calibration.thresholds)} if calibration and calibration.thresholds else {}
     return {
         "format_version": FORMAT_VERSION,
@@ -134,6 +139,7 @@ def describe(
         "weights_kind": description.weights_kind,
         "checkpoint_sha256": sha256_of(checkpoint),
         "self_test": [float(value) for value in self_test],
+        "verified_with": list(verified_with),
         "versions": {name: version(name) for name in ("resnet-dist", "torch", "onnx", "onnxruntime")},
     }
 
@@ -163,8 +169,6 @@ def self_test_logits(model: nn.Module, spec: Preprocessing) -> np.ndarray:
 
 def runtime_logits(graph: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
     """The logits of the inputs in onnxruntime, float32 (B, classes)."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(graph.SerializeToString(), None, "cpu", "the graph")
     outputs: Sequence[np.ndarray] = session.run(["logits"], dict(feeds))
     return np.asarray(outputs[0], np.float32)

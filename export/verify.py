@@ -1,7 +1,7 @@
 """The gate: a file is kept only if it reproduces PyTorch on real images, from the image file to the predicted class."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.predict import Predictor
+from export.predict import Predictor, Preprocessing
 from resnet_dist.data.index import ImageTable
 from resnet_dist.data.loader import EvalImages
 from resnet_dist.data.transforms import Batch, ToInput
@@ -52,52 +52,58 @@ class Equality:
 
 
 @torch.no_grad()
-def in_torch(model: nn.Module, table: ImageTable, predictor: Predictor) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    """Yield pixels of the training pipeline, uint8 (8, S, S, 3), and their logits in PyTorch. Raises DataError."""
-    images = EvalImages(table, predictor.preprocessing)
-    to_input = ToInput(predictor.preprocessing, torch.device("cpu"))
+def in_torch(
+    model: nn.Module, table: ImageTable, spec: Preprocessing
+) -> Iterator[tuple[torch.Tensor, np.ndarray, list[int]]]:
+    """Yield pixels of the training pipeline, uint8 (8, S, S, 3), their logits in PyTorch, and their rows in the table.
+
+    Raises DataError.
+    """
+    images = EvalImages(table, spec)
+    to_input = ToInput(spec, torch.device("cpu"))
     for start in range(0, len(table), max(BATCHES)):
-        batch = images.__getitems__(range(len(table))[start : start + max(BATCHES)])
+        rows = range(len(table))[start : start + max(BATCHES)]
+        batch = images.__getitems__(rows)
         if isinstance(batch, DataError):
             raise batch
-        yield batch.images, np.asarray(model(to_input(batch)).float())
+        yield batch.images, np.asarray(model(to_input(batch)).float()), list(rows)
 
 
 def check_equality(
-    model: nn.Module, table: ImageTable, file: Path, labelled: bool, temperature: float = 1.0
-) -> Equality:
-    """Compare the PyTorch pipeline with the predictor on the written file. Both start from the image files.
+    model: nn.Module,
+    table: ImageTable,
+    file: Path,
+    labelled: bool,
+    temperature: float = 1.0,
+    providers: Sequence[str] = ("cpu",),
+) -> dict[str, Equality]:
+    """Compare the PyTorch pipeline with the predictor on the written file, with each onnxruntime provider.
 
-    `model` is in float32 on the CPU, in evaluation mode. Its probabilities are computed at `temperature`. `labelled`
-    says whether the table has real labels. Raises DataError if an image cannot be read.
+    Both start from the image files. `model` is in float32 on the CPU, in evaluation mode. Its probabilities are
+    computed at `temperature`. `labelled` says whether the table has real labels. Raises DataError if an image cannot be
+    read.
     """
-    predictor = Predictor(file, threads=torch.get_num_threads(), providers="cpu")
-    equality = Equality(images=len(table))
-    to_input = ToInput(predictor.preprocessing, torch.device("cpu"))
-    agree = right_torch = right_onnx = 0
-    start = 0
-    for pixels, logits in in_torch(model, table, predictor):
-        names = [str(table.path(start + row)) for row in range(len(pixels))]
-        loaded = np.stack([_loaded(predictor, name) for name in names])
-        _compare_inputs(equality, predictor, to_input, pixels, loaded, names)
-        for size in BATCHES:
-            others = np.concatenate([predictor.logits(loaded[i : i + size]) for i in range(0, len(loaded), size)])
-            _compare_outputs(equality, logits, others, predictor.probabilities(loaded), temperature, names)
-        if predictor.has_features:
-            _compare_features(
-                equality, cut(model, "head")[0](to_input(_batch_of(pixels))), predictor.features(loaded), names
-            )
-        best, other = logits.argmax(1), others.argmax(1)
-        agree += int((best == other).sum())
-        targets = table.targets[start : start + len(pixels)]
-        right_torch, right_onnx = right_torch + int((best == targets).sum()), right_onnx + int((other == targets).sum())
-        start += len(pixels)
-    equality.top1_agreement = agree / len(table)
-    if labelled:
-        equality.accuracy_torch, equality.accuracy_onnx = right_torch / len(table), right_onnx / len(table)
-        if right_torch != right_onnx and equality.near_ties == 0:
-            equality.problems.append(f"accuracy {equality.accuracy_onnx:.4f} instead of {equality.accuracy_torch:.4f}")
-    return equality
+    predictors = {name: Predictor(file, torch.get_num_threads(), name) for name in providers}
+    results = {name: Equality(images=len(table)) for name in providers}
+    best = {name: np.zeros((2, len(table)), np.int64) for name in providers}  # classes by PyTorch and by onnxruntime
+    first = next(iter(predictors.values()))
+    to_input = ToInput(first.preprocessing, torch.device("cpu"))
+    for pixels, logits, rows in in_torch(model, table, first.preprocessing):
+        names = [str(table.path(row)) for row in rows]
+        loaded = np.stack([_loaded(first, name) for name in names])
+        for provider, equality in results.items():
+            predictor = predictors[provider]
+            _compare_inputs(equality, predictor, to_input, pixels, loaded, names)
+            for size in BATCHES:
+                others = np.concatenate([predictor.logits(loaded[i : i + size]) for i in range(0, len(loaded), size)])
+                _compare_outputs(equality, logits, others, predictor.probabilities(loaded), temperature, names)
+            if predictor.has_features:
+                features = cut(model, "head")[0](to_input(_batch_of(pixels)))
+                _compare_features(equality, features, predictor.features(loaded), names)
+            best[provider][:, rows] = logits.argmax(1), others.argmax(1)
+    for provider, equality in results.items():
+        _compare_classes(equality, best[provider], table.targets if labelled else None)
+    return results
 
 
 def _loaded(predictor: Predictor, name: str) -> np.ndarray:
@@ -167,6 +173,17 @@ def _compare_outputs(
             equality.problems.append(f"{name}: the predicted class differs")
 
 
+def _compare_classes(equality: Equality, classes: np.ndarray, targets: np.ndarray | None) -> None:
+    """Require the same accuracy from the classes of PyTorch and onnxruntime, int64 (2, N), unless there are ties."""
+    best, other = classes
+    equality.top1_agreement = float((best == other).mean())
+    if targets is None:
+        return
+    equality.accuracy_torch, equality.accuracy_onnx = (float((some == targets).mean()) for some in (best, other))
+    if equality.accuracy_torch != equality.accuracy_onnx and equality.near_ties == 0:
+        equality.problems.append(f"accuracy {equality.accuracy_onnx:.4f} instead of {equality.accuracy_torch:.4f}")
+
+
 @dataclass
 class Loss:
     """The loss of accuracy of a smaller file, measured on the same images as the float32 file."""
@@ -198,17 +215,43 @@ class Loss:
 
 
 def compare_smaller(
-    full: Path, small: Path, table: ImageTable, labelled: bool, max_accuracy_drop: float, min_agreement: float
-) -> Loss:
-    """Compare a fp16 or int8 file with the float32 file.
+    full: Path,
+    small: Path,
+    table: ImageTable,
+    labelled: bool,
+    max_accuracy_drop: float,
+    min_agreement: float,
+    providers: Sequence[str] = ("cpu",),
+) -> dict[str, Loss]:
+    """Compare a fp16 or int8 file, with each onnxruntime provider, with the float32 file on the CPU.
 
     fp16 must have the same top-1 on 99.5 % of the images. int8 must have the same top-1 on at least `min_agreement`
     percent, with 95 % confidence. int8 is also refused if its accuracy is lower by more than `max_accuracy_drop`
     (points) even at the lower end of the 95 % interval. Raises DataError if an image cannot be read.
     """
-    logits, others, precision = _outputs_of_both(full, small, table)
+    threads = torch.get_num_threads()
+    reference = Predictor(full, threads, "cpu")
+    predictors = [Predictor(small, threads, name) for name in providers]
+    logits, *others = _outputs_of(table, reference, *predictors)
+    targets = table.targets if labelled else None
+    precision = str(predictors[0].metadata["precision"])
+    return {
+        name: _loss(logits, other, targets, precision, max_accuracy_drop, min_agreement)
+        for name, other in zip(providers, others, strict=True)
+    }
+
+
+def _loss(
+    logits: np.ndarray,
+    others: np.ndarray,
+    targets: np.ndarray | None,
+    precision: str,
+    max_accuracy_drop: float,
+    min_agreement: float,
+) -> Loss:
+    """What the smaller file with the logits `others` loses; both float32 (N, classes)."""
     best, other = logits.argmax(1), others.argmax(1)
-    n, same = len(table), int((best == other).sum())
+    n, same = len(logits), int((best == other).sum())
     bound = min_agreement / 100 if precision == "int8" else FP16_AGREEMENT
     loss = Loss(n, same / n, wilson(same, n), bound, float(np.abs(logits - others).max()))
     if precision == "int8":
@@ -217,8 +260,8 @@ def compare_smaller(
         loss.problems.append(
             f"fp16 has the same top-1 on {100 * loss.agreement:.2f} % of {n} images, less than {100 * bound} %"
         )
-    if labelled:
-        right, right_small = best == table.targets, other == table.targets
+    if targets is not None:
+        right, right_small = best == targets, other == targets
         loss.accuracy_fp32, loss.accuracy = float(right.mean()), float(right_small.mean())
         loss.accuracy_drop_interval = paired_drop(
             int((right & ~right_small).sum()), int((right_small & ~right).sum()), n
@@ -233,17 +276,15 @@ def compare_smaller(
     return loss
 
 
-def _outputs_of_both(full: Path, small: Path, table: ImageTable) -> tuple[np.ndarray, np.ndarray, str]:
-    """Logits of both files, float32 (N, classes), and the precision of the second. Raises DataError."""
-    predictors = [Predictor(file, threads=torch.get_num_threads(), providers="cpu") for file in (full, small)]
-    outputs: list[list[np.ndarray]] = [[], []]
+def _outputs_of(table: ImageTable, *predictors: Predictor) -> list[np.ndarray]:
+    """The logits of each predictor, float32 (N, classes). Raises DataError."""
+    outputs: list[list[np.ndarray]] = [[] for _ in predictors]
     for start in range(0, len(table), 16):
         names = [str(table.path(i)) for i in range(len(table))[start : start + 16]]
         loaded = np.stack([_loaded(predictors[0], name) for name in names])
         for predictor, rows in zip(predictors, outputs, strict=True):
             rows.append(predictor.logits(loaded))
-    logits, others = (np.concatenate(rows) for rows in outputs)
-    return logits, others, str(predictors[1].metadata["precision"])
+    return [np.concatenate(rows) for rows in outputs]
 
 
 def judge_agreement(same: int, n: int, bound: float) -> list[str]:

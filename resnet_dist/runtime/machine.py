@@ -81,12 +81,22 @@ def cpu_model() -> str:
 
 def driver() -> str | None:
     """The version of the NVIDIA driver, if it can be found."""
+    return next(iter(_nvidia_smi("driver_version")), None)
+
+
+def gpu_names() -> list[str]:
+    """The names of the NVIDIA GPUs; without torch, which may be built without CUDA."""
+    return _nvidia_smi("name")
+
+
+def _nvidia_smi(field: str) -> list[str]:
+    """What nvidia-smi says about each GPU; empty without it, or after ten seconds."""
     try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
+        return []
+    return [line.strip() for line in done.stdout.splitlines()] if done.returncode == 0 else []
 
 
 def forget_peak_memory() -> None:

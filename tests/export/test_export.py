@@ -153,7 +153,7 @@ def test_int8_really_is_8_bits_and_fp16_16(bundle: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_smaller_files_agree_with_the_full_one(bundle: Path, small_run: Path, precision: str) -> None:
     report = json.loads((bundle / "export_report.json").read_text())
-    found = report[f"model.{precision}.onnx"]
+    found = report[f"model.{precision}.onnx"]["cpu"]
     data = Path(json.loads((small_run / "run.json").read_text())["data_root"])
     files = sorted(str(file) for file in (data / "val").rglob("*.png"))
     names = [
@@ -183,8 +183,9 @@ def test_every_kind_of_network_passes_the_gate(options: str, pixels: int, tmp_pa
     assert main(["train", str(data), *common, *options.split(), "-o", str(tmp_path / "run")]) == 0
     assert export(tmp_path / "run") == 0
     report = json.loads((tmp_path / "run/export/export_report.json").read_text())
-    assert report["passed"] and report["model.onnx"]["inputs_equal"]
-    assert report["model.onnx"]["max_logit_difference"] <= 1e-4 * max(1, report["model.onnx"]["max_logit"])
+    found = report["model.onnx"]["cpu"]
+    assert report["passed"] and found["inputs_equal"]
+    assert found["max_logit_difference"] <= 1e-4 * max(1, found["max_logit"])
     predictor = Predictor(tmp_path / "run", threads=1)
     predictor.verify()
     model, _ = load_checkpoint(tmp_path / "run/checkpoints/best.safetensors")
@@ -202,11 +203,11 @@ def test_checkpoint_without_its_run_is_exported(
     assert export(tmp_path / "mine.safetensors") == 0
     assert "synthetic" in capsys.readouterr().out
     report = json.loads((tmp_path / "export/export_report.json").read_text())
-    assert report["gate_images"] == "synthetic" and report["model.onnx"]["accuracy_onnx"] is None
+    assert report["gate_images"] == "synthetic" and report["model.onnx"]["cpu"]["accuracy_onnx"] is None
     data = json.loads((small_run / "run.json").read_text())["data_root"]
     assert export(tmp_path / "mine.safetensors", "--data", data, "-o", tmp_path / "proven") == 0
     report = json.loads((tmp_path / "proven/export_report.json").read_text())
-    assert report["gate_images"] == "given" and report["model.onnx"]["images"] == 18
+    assert report["gate_images"] == "given" and report["model.onnx"]["cpu"]["images"] == 18
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch) -> None:

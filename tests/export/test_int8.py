@@ -87,7 +87,7 @@ def test_int8_of_equal_accuracy_but_other_classes_is_refused(
         shutil.move(file, balanced / "val/cat" / f"dog-{file.name}")
     refused(6, "export", small_run, "--data", balanced, "-o", out, *INT8, "--max-accuracy-drop", "100")
     assert len(read_part(balanced, "val", CLASSES)) == 18
-    report = json.loads((out / "export_report.json").read_text())["model.int8.onnx"]
+    report = json.loads((out / "export_report.json").read_text())["model.int8.onnx"]["cpu"]
     assert report["accuracy"] >= report["accuracy_fp32"] and report["agreement"] < 0.5
     assert len(report["problems"]) == 1 and "same top-1" in report["problems"][0]
 
