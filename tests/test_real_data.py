@@ -44,7 +44,8 @@ def test_feature_extractor_and_discriminative(shared: Path, weights: list[str], 
     random = ["--model", "resnet18", "--weights", "none", "--img-size", "64", "--resize", "72"]
     assert trained(tmp_path / "random", data, *random, *head) < 0.75
     both = ["--recipe", "discriminative", "--batch-size", "32", "--epochs", "3"]
-    assert trained(tmp_path / "all", data, *weights, *both) >= 0.92
+    both += ["--img-size", "144", "--resize", "164"]  # a third of the time; 0.952 with 224 pixels and six epochs
+    assert trained(tmp_path / "all", data, *weights, *both) >= 0.86
 
 
 def linked(data: Path, place: Path, splits: Sequence[str], classes: Sequence[str], images: Sequence[int]) -> Path:

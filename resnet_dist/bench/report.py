@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from resnet_dist.bench.loading import fastest
-from resnet_dist.runtime.wording import counted
+from resnet_dist.runtime.wording import counted, precision_name
 
 WAITS = 0.1  # share of the time: the verdict mentions waiting for data above it
 GAINS = 1.3  # the verdict proposes a change only if it is this many times faster
@@ -95,7 +95,7 @@ def _head(report: dict[str, Any]) -> Iterator[str]:
     compiled = ", compiled" if chosen["compile"] == "on" else ""
     yield (
         f"{chosen['model']}, {chosen['img_size']} pixels, batch {chosen['batch_size']} per process, "
-        f"precision {chosen['precision']}{compiled}; {counted(machine['processes'], 'process')}; "
+        f"precision {precision_name(chosen['precision'])}{compiled}; {counted(machine['processes'], 'process')}; "
         f"{counted(chosen['training_images'], 'image')}"
     )
 

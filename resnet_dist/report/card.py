@@ -14,7 +14,7 @@ from resnet_dist.files.run import identity, read_facts
 from resnet_dist.model.checkpoint import Description
 from resnet_dist.model.resnet import Architecture
 from resnet_dist.model.start import StartingPoint
-from resnet_dist.runtime.wording import counted, printable
+from resnet_dist.runtime.wording import counted, precision_name, printable
 
 SHOWN_CLASSES = 50
 
@@ -137,7 +137,7 @@ def _machine(facts: Mapping[str, Any]) -> str:
     hardware, processes = launch.get("hardware", {}), launch.get("processes", 1)
     device = (hardware.get("gpus") or [hardware.get("cpu")])[0] if launch.get("device") == "cuda" else None
     name = device or f"{hardware.get('cpu')} ({hardware.get('cores')} cores)"
-    return f"{name}, {counted(processes, 'process')}, precision {launch.get('precision')}"
+    return f"{name}, {counted(processes, 'process')}, precision {precision_name(str(launch.get('precision')))}"
 
 
 def _limits(run: CardFacts) -> Iterator[str]:

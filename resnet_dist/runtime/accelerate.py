@@ -31,7 +31,7 @@ from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.faults import finding_each_other, first_line, machine_errors
 from resnet_dist.runtime.machine import versions
 from resnet_dist.runtime.signals import StopRequests
-from resnet_dist.runtime.wording import counted
+from resnet_dist.runtime.wording import counted, precision_name
 
 T = TypeVar("T")
 SAME_VERSIONS = ("resnet-dist", "torch", "torchvision")  # that all processes must have
@@ -86,7 +86,8 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
     backend = f", {torch.distributed.get_backend()}" if processes > 1 else ""
     line = (
         f"{counted(processes, 'process')} on {accelerator.device.type}{backend}; "
-        f"precision {precision} ({why_precision}); {counted(threads, 'thread')} per process ({why_threads})"
+        f"precision {precision_name(precision)} ({why_precision}); "
+        f"{counted(threads, 'thread')} per process ({why_threads})"
     )
     return accelerator, "\n".join([line, *(f"WARNING: {warning}" for warning in warnings)])
 

@@ -73,6 +73,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun if number == 1 else _plural(noun)}"
 
 
+def precision_name(mixed_precision: str) -> str:
+    """The usual name of a value of --mixed-precision: float32 for `no`."""
+    return "float32" if mixed_precision == "no" else mixed_precision
+
+
 def _plural(noun: str) -> str:
     if noun.endswith(("s", "x", "tch", "sh")):
         return f"{noun}es"

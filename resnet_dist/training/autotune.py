@@ -17,6 +17,7 @@ from resnet_dist.model.resnet import build
 from resnet_dist.model.trainable import set_trainable, train_mode
 from resnet_dist.runtime import environment as launcher
 from resnet_dist.runtime.accelerate import on_main
+from resnet_dist.runtime.wording import precision_name
 from resnet_dist.training.plan import Plan
 
 SECONDS = 2.0  # per trial; at most ten in all, with their start-up
@@ -41,8 +42,9 @@ def autotune(accelerator: Accelerator, plan: Plan) -> tuple[Plan, list[str]]:
     best = on_main(accelerator, lambda: max(speeds, key=lambda name: speeds[name]))
     if open_precision:
         cfg = dataclasses.replace(cfg, system=dataclasses.replace(cfg.system, mixed_precision=cast(Any, best)))
-        measured = on_main(accelerator, lambda: ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items()))
-        lines.append(f"autotune: precision {best} (images/s and process: {measured})")
+        named = [f"{precision_name(name)} {speed:.1f}" for name, speed in speeds.items()]
+        measured = on_main(accelerator, lambda: ", ".join(named))
+        lines.append(f"autotune: precision {precision_name(best)} (images/s and process: {measured})")
     if open_workers:
         loading = _rate(_loading(plan), plan.share.batch_size)
         workers, why = on_main(accelerator, lambda: workers_for(speeds[best], loading))

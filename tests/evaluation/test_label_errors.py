@@ -281,7 +281,7 @@ def test_wrong_labels_among_photographs(shared: Path, tmp_path: Path) -> None:
     """
     wrong = wrong_labels(shared / "cats_dogs", tmp_path / "wrong.csv")
     recipe = ["--recipe", "feature-extractor-bn-eval", "-b", "32", "--epochs", "5"]
-    recipe += ["--img-size", "128", "--resize", "146", "--aug", "none"]  # from kept features
+    recipe += ["--img-size", "112", "--resize", "128", "--aug", "none"]  # from kept features
     weights = ["--model", "resnet18", "--weights", str(shared / "weights/resnet18.safetensors")]
     run = tmp_path / "run"
     assert main(["train", str(tmp_path / "wrong.csv"), "-o", str(run), *recipe, *weights, "--no-report"]) == 0

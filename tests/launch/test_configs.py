@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from resnet_dist.cli.main import main
+from resnet_dist.runtime.wording import precision_name
 from tests.launch.helpers import (
     LAUNCH,
     Command,
@@ -49,7 +50,7 @@ def test_command_on_one_machine(
     stand_ins = {"photos": str(photos), "runs/photos": str(tmp_path / "run")}
     (said,) = finish(replaced(commands(section)[number], stand_ins, launcher).start())
     assert_trained(tmp_path / "run", said, processes)
-    assert precision is None or f"precision {precision} (set by accelerate launch" in said
+    assert precision is None or f"precision {precision_name(precision)} (set by accelerate launch" in said
 
 
 @pytest.mark.matrix

@@ -16,7 +16,7 @@ import pytest
 from tests.launch.helpers import Command, end, free_port
 from tests.training.test_resume import EVERYTHING, LAUNCHED, facts, outcome, uninterrupted  # noqa: F401 - a fixture
 
-KILLS = 4  # forty by hand, before a release
+KILLS = 2  # one of each kind; forty by hand, before a release
 SECONDS_TO_BE_GONE = 15.0
 MARK = "RESNET_DIST_TEST_RUN"  # in the environment of everything that one launcher starts
 

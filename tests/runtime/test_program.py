@@ -42,7 +42,7 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = program(ACCELERATE, "train", folder, *options)
     assert done.returncode == 0, done.stderr[-4000:]
     first = done.stdout.splitlines()[0]
-    assert first.startswith("2 processes on cpu, gloo; precision no")
+    assert first.startswith("2 processes on cpu, gloo; precision float32")
     share = max(1, launcher.cores() // 2)
     assert f"{share} thread" in first and f"{launcher.cores()} cores / 2 processes here" in first
     assert done.stdout.count("epoch 1/2") == 1, "only the main process speaks"

@@ -55,8 +55,8 @@ def test_the_faster_precision_is_in_force(
     assert main(["train", str(folder), *OPEN, "--autotune", "--epochs", "1", "-o", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "precision bf16 (this CPU has it)" in said
-    assert "autotune: precision no (images/s and process: no 8.0, bf16 2.0)" in said
-    assert "precision no (--mixed-precision)" in said
+    assert "autotune: precision float32 (images/s and process: float32 8.0, bf16 2.0)" in said
+    assert "precision float32 (--mixed-precision)" in said
     assert set(tried) == {"no", "bf16"}
     assert 'mixed_precision = "no"' in (tmp_path / "run/config.toml").read_text()
 
@@ -65,7 +65,7 @@ def test_bf16_is_taken_if_it_is_faster(folder: Path, trials: Callable[[str], lis
     tried = trials("no")
     plan, lines = autotune(*planned(folder, *OPEN, "--autotune"))
     assert plan.cfg.system.mixed_precision == "bf16" and set(tried) == {"no", "bf16"}
-    assert lines == ["autotune: precision bf16 (images/s and process: no 2.0, bf16 8.0)"]
+    assert lines == ["autotune: precision bf16 (images/s and process: float32 2.0, bf16 8.0)"]
 
 
 def test_a_cpu_without_bf16_tries_nothing(
