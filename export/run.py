@@ -7,13 +7,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnet_dist.config.fields import option, out_of_range, required
+from resnet_dist.config.foreign import ForeignConfig
 from resnet_dist.config.layers import from_keywords, keyword_signature
 from resnet_dist.errors import ArtifactError, MachineError, python_errors
+from resnet_dist.files.weights_file import HUB, located, names_weights
 from resnet_dist.runtime.notebook import html_table
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ class ExportConfig:
     """Export a run's best checkpoint to ONNX and verify every file against PyTorch before it is saved."""
 
     run: str | None = option(None, positional=True)
-    """A run folder, or a checkpoint (.safetensors) that resnet-dist wrote."""
+    """A run folder or a checkpoint (.safetensors) of resnet-dist; or the weights of another trainer: a file, a folder
+    in the layout of the Hugging Face Hub, or hf://REPOSITORY."""
     data: str | None = None
     """Images to verify on, a folder or a manifest (default: the validation part of the run's own data)."""
     output_dir: str | None = option(None, "-o", "--output")
@@ -69,11 +72,14 @@ class ExportConfig:
     """Measure the latency of every file for batches of 1 and 32."""
     threads: int | None = None
     """CPU threads (default: all cores)."""
+    foreign: ForeignConfig = ForeignConfig()
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the settings, one line each."""
         if self.run is None:
             yield "RUN is missing: a run folder or a checkpoint"
+        elif self.run.startswith(HUB) and self.output_dir is None:
+            yield f"--output-dir is missing: it is needed if RUN is {HUB}REPOSITORY"
         yield from out_of_range(self, 1, math.inf, "images", "threads")
         yield from out_of_range(self, MIN_CALIBRATION, math.inf, "calibration_images")
         yield from out_of_range(self, 0, 100, "max_accuracy_drop", "min_agreement")
@@ -111,9 +117,10 @@ class Bundle:
 def export(run: str | os.PathLike[str], *, verbose: bool = False, **settings: Any) -> Bundle:
     """Export the best checkpoint of a run to ONNX and verify it against PyTorch.
 
-    `run` is a Run, a run folder or a checkpoint (.safetensors). The keywords are the options of `resnet-dist export`,
-    with underscores: `export(run, int8=True)`. With `verbose`, the result of every check is printed. Raises
-    ArtifactError if a file is refused (files that passed are still written), UsageError, DataError or MachineError.
+    `run` is a Run, a run folder, a checkpoint (.safetensors) or the weights of another trainer. The keywords are the
+    options of `resnet-dist export`, with underscores: `export(run, int8=True)`. With `verbose`, the result of every
+    check is printed. Raises ArtifactError if a file is refused (files that passed are still written), UsageError,
+    DataError or MachineError.
     """
     with python_errors():
         return run_export(from_keywords(ExportConfig, {"run": run, **settings}), verbose)
@@ -131,19 +138,24 @@ def run_export(cfg: ExportConfig, verbose: bool = True) -> Bundle:
 
     from export.bundle import check_target
     from resnet_dist.files.outputs import inside
-    from resnet_dist.model.checkpoint import load_checkpoint
+    from resnet_dist.model.foreign import load_model, origin_lines
     from resnet_dist.runtime import environment as launcher
     from resnet_dist.runtime.isolation import process_settings_restored
 
     say: Say = print if verbose else lambda _: None
     threads = cfg.threads or launcher.cores()
-    run = Path(required(cfg.run, "RUN"))
-    checkpoint = run if run.is_file() or run.suffix == ".safetensors" else run / "checkpoints" / "best.safetensors"
+    source = required(cfg.run, "RUN")
+    is_file = Path(source).is_file() or names_weights(source)
+    checkpoint = located(source) if is_file else Path(source) / "checkpoints" / "best.safetensors"
+    run = checkpoint if is_file else Path(source)
+    cfg = replace(cfg, run=str(run))
     out = Path(cfg.output_dir) if cfg.output_dir else inside(run if run.is_dir() else run.parent, "export")
     check_target(out, cfg.overwrite)
     with process_settings_restored():
         torch.set_num_threads(threads)
-        model, description = load_checkpoint(checkpoint)
+        model, description = load_model(checkpoint, cfg.foreign)
+        for line in origin_lines(description):
+            say(line)
         report = write_bundle(out, lambda staging: fill(staging, cfg, checkpoint, model, description, say))
         files = {name: size for name, size in report["files_mib"].items() if name not in report["refused"]}
         say(f"written to {out}: {', '.join(f'{name} ({size} MiB)' for name, size in files.items())}")

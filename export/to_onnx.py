@@ -138,6 +138,7 @@ def describe(
         "epoch": description.epoch,
         "weights_kind": description.weights_kind,
         "checkpoint_sha256": sha256_of(checkpoint),
+        **({"origin": dict(description.origin)} if description.origin else {}),
         "self_test": [float(value) for value in self_test],
         "verified_with": list(verified_with),
         "versions": {name: version(name) for name in ("resnet-dist", "torch", "onnx", "onnxruntime")},

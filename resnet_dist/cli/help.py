@@ -31,6 +31,7 @@ METAVARS = {  # the value of a text option, if TEXT says too little
     **dict.fromkeys(("weights", "recipes", "tracker"), "NAME"),
     **dict.fromkeys(("group_by", "label_by"), "REGEX"),
     "push_to_hub": "REPOSITORY",
+    **dict.fromkeys(("classes", "preprocessing"), "NAME|FILE"),
     "target": "CLASS",
 }
 

@@ -113,6 +113,12 @@ class PreprocessConfig:
     std: tuple[float, ...] | None = None
     """Standard deviation of the three channels, 0..1 (default: from the weights, ImageNet's)."""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to the weights, as in the stored settings of a run that started from a file."""
+        others = (self.img_size, self.resize_mode, self.interpolation, self.mean, self.std)
+        return None not in others and (self.resize is None) is (self.resize_mode != "crop")
+
     def problems(self) -> Iterator[str]:
         """What is wrong here, one line each."""
         yield from out_of_range(self, 8, 4096, "img_size", "resize")
@@ -182,7 +188,8 @@ class ModelConfig:
     model: ArchitectureName = option("resnet50", "--arch")
     """The torchvision ResNet, ResNeXt or Wide ResNet to train."""
     weights: str = "DEFAULT"
-    """Pretrained weights: DEFAULT, IMAGENET1K_V1, IMAGENET1K_V2, none, or a .safetensors or .pth file."""
+    """Pretrained weights: DEFAULT, IMAGENET1K_V1, IMAGENET1K_V2, none, a .safetensors or .pth file, a folder of timm or
+    hf://REPOSITORY (such as hf://timm/resnet50.a1_in1k), which bring their preprocessing."""
     head: Literal["linear", "mlp", "concat-pool"] = "linear"
     """linear: one layer; mlp: hidden layers with ReLU and dropout; concat-pool: average and max pooling, then hidden
     blocks."""

@@ -5,6 +5,18 @@ from resnet_dist.config.schema import PreprocessConfig
 from resnet_dist.errors import UsageError
 
 
+def settings_of(spec: Preprocessing) -> PreprocessConfig:
+    """The settings that give this preprocessing with all weights."""
+    return PreprocessConfig(
+        img_size=spec.img_size,
+        resize=spec.resize if spec.resize_mode == "crop" else None,
+        resize_mode=spec.resize_mode,  # type: ignore[arg-type]
+        interpolation=spec.interpolation,  # type: ignore[arg-type]
+        mean=spec.mean,
+        std=spec.std,
+    )
+
+
 def preprocessing(cfg: PreprocessConfig, base: Preprocessing | None = None) -> Preprocessing:
     """The preprocessing of the weights (`base`, default: ImageNet's), with the changes of the config.
 

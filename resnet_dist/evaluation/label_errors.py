@@ -166,8 +166,7 @@ def pretrained(cfg: LabelErrorsConfig, run: Path, description: "Description") ->
     model_cfg = ModelConfig(**settings)
     architecture = Architecture.of(model_cfg, trained.num_classes)
     model = build(architecture)
-    named = weights.named_weights(model_cfg)
-    file = weights.download(named.url) if named is not None else Path(model_cfg.weights)
+    file = weights.weights_file(model_cfg)
     weights.load_backbone(model, weights.read_tensors(file), architecture, str(file))
     return model, architecture
 

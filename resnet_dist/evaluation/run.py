@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from resnet_dist.config.fields import option, out_of_range, required
+from resnet_dist.config.foreign import ForeignConfig
 from resnet_dist.config.layers import from_keywords, keyword_signature
 from resnet_dist.config.schema import SystemConfig
 from resnet_dist.errors import UsageError, python_errors
+from resnet_dist.files.weights_file import located, names_weights
 from resnet_dist.runtime.wording import counted
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from resnet_dist.evaluation.result import Evaluation
     from resnet_dist.evaluation.subject import Subject
 
-FILES = (".safetensors", ".onnx")
 MAX_LOGITS = 1 << 28  # 1 GiB of float32
 
 
@@ -38,7 +39,8 @@ class EvalConfig:
     error with 95 % intervals, the metrics of every class, the confusion matrix and the prediction for every image."""
 
     run: str | None = option(None, positional=True)
-    """A run folder, a checkpoint (.safetensors) that resnet-dist wrote, or a model (.onnx) that it exported."""
+    """A run folder, a checkpoint (.safetensors) or an exported model (.onnx) of resnet-dist; or the weights of another
+    trainer: a file, a folder in the layout of the Hugging Face Hub, or hf://REPOSITORY."""
     data: str | None = option(None, positional=True)
     """A folder or a CSV manifest of images (default: the data of the run, with its split)."""
     split: Literal["train", "val", "test"] = "val"
@@ -65,6 +67,7 @@ class EvalConfig:
     their mirror images."""
     embeddings: bool = False
     """Also save each image's features (the input of the head) to embeddings.npy, and a map of them."""
+    foreign: ForeignConfig = ForeignConfig()
 
     @property
     def path(self) -> Path:
@@ -73,8 +76,8 @@ class EvalConfig:
 
     @property
     def is_file(self) -> bool:
-        """Whether RUN is a file, so that DATA and an output folder must be given."""
-        return self.run is not None and self.path.suffix in FILES
+        """Whether RUN is a model and no run folder, so that DATA and an output folder must be given."""
+        return self.run is not None and (self.is_exported or names_weights(self.run))
 
     @property
     def is_exported(self) -> bool:
@@ -89,6 +92,9 @@ class EvalConfig:
             yield "DATA is missing: it is needed if RUN is a checkpoint or an exported model"
         if self.is_file and self.output_dir is None and self.save:
             yield "--output-dir is missing: it is needed if RUN is a checkpoint or an exported model"
+        if self.is_exported:
+            for name in self.foreign.given():
+                yield f"{name} needs weights that resnet-dist did not write, not an exported model"
         if self.is_exported and (self.calibrate or self.embeddings):
             yield "--calibrate and --embeddings need a run or a checkpoint, not an exported model"
         if self.tta != "none" and (self.calibrate or self.embeddings):
@@ -108,14 +114,15 @@ def evaluate(
 ) -> "Evaluation":
     """Evaluate a run, a checkpoint or an exported model in float32.
 
-    `run` is a Run, a run folder, a checkpoint (.safetensors) or an exported model (.onnx); `data` a folder or CSV
+    `run` is a Run, a run folder, a checkpoint (.safetensors), an exported model (.onnx) or the weights of another
+    trainer; `data` a folder or CSV
     manifest of images (default: the data of the run). The other keywords are the options of `resnet-dist eval`. The
     evaluation of a run is written into the run folder, that of a file only if `output_dir` is given, and nothing is
     written with `save=False`. If there are several processes, all must call this, and each gets the evaluation.
     Raises UsageError, DataError, MachineError or ArtifactError.
     """
     keywords = {"run": run, "data": data, **settings}
-    if Path(run).suffix in FILES:
+    if Path(run).suffix == ".onnx" or names_weights(os.fspath(run)):
         keywords.setdefault("save", settings.get("output_dir") is not None)
     with python_errors():
         return run_evaluation(from_keywords(EvalConfig, keywords), verbose)
@@ -146,12 +153,16 @@ def _evaluate(cfg: EvalConfig, verbose: bool) -> "Evaluation":
 
     accelerator, _ = start(SystemConfig(mixed_precision="no", threads=cfg.threads))
     path = cfg.path
-    file = path if path.is_file() or cfg.is_file else path / "checkpoints" / "best.safetensors"
+    source = cfg.run if path.is_file() or cfg.is_file else str(path / "checkpoints" / "best.safetensors")
+    file = on_main(accelerator, lambda: located(required(source, "RUN")))
     folder = on_main(accelerator, lambda: check_outputs(cfg, file))
     with display.busy("reading the model and the list of images"):
-        subject = load_exported(file) if cfg.is_exported else load_network(accelerator, file, not cfg.calibrate)
+        if cfg.is_exported:
+            subject = load_exported(file)
+        else:
+            subject = load_network(accelerator, file, cfg.foreign, calibrated=not cfg.calibrate)
         table = on_main(accelerator, lambda: find_table(cfg, subject.classes))
-    for note in table.notes:
+    for note in (*subject.notes, *table.notes):
         display.say(note)
     with display.busy(f"evaluating {counted(len(table), 'image')}"):
         records = records_of(accelerator, cfg, subject, table)

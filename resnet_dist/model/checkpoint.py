@@ -16,7 +16,7 @@ from resnet_dist.errors import ArtifactError
 from resnet_dist.files.header import METADATA_KEY, description_in
 from resnet_dist.files.run import FORMAT_VERSION, write_atomically
 from resnet_dist.model.resnet import Architecture, build, empty
-from resnet_dist.model.weights import load_backbone
+from resnet_dist.model.weights import check_finite, load_backbone
 from resnet_dist.runtime.wording import similar_path
 
 MAX_CLASSES, MAX_NAME = 100_000, 1024  # the predictor has the same limits
@@ -27,7 +27,7 @@ class Description:
     """The description in a checkpoint: everything except the tensors.
 
     `config`: the resolved config without the output folder. `score`: the validation metrics of this epoch.
-    `weights_kind`: "raw" or "ema".
+    `weights_kind`: "raw" or "ema". `origin`: where the parts of foreign weights come from; not stored in a checkpoint.
     """
 
     architecture: Architecture
@@ -37,6 +37,7 @@ class Description:
     epoch: int
     score: Mapping[str, float]
     weights_kind: str
+    origin: Mapping[str, str] | None = None
 
     def to_json(self) -> str:
         """Canonical JSON without time, host or path: equal states give equal bytes."""
@@ -115,9 +116,7 @@ def load_checkpoint(file: Path) -> tuple[nn.Module, Description]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{file}: not a safetensors file ({error})") from None
-    damaged = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if damaged:
-        raise ArtifactError(f"{file}: {damaged[0]} contains values that are not finite")
+    check_finite(tensors, str(file))
     model = build(description.architecture)
     model.load_state_dict(tensors)
     return model.eval(), description

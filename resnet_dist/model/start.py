@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from resnet_dist.files.header import best_of
+from resnet_dist.files.weights_file import located
 from resnet_dist.model.weights import NAMES
 
 
@@ -12,8 +13,8 @@ from resnet_dist.model.weights import NAMES
 class StartingPoint:
     """Random weights, torchvision's ImageNet weights, a weights file, or the best weights of another run.
 
-    `source` is "none", the name of torchvision's weights, the path of the file, or the path of the run (its folder or
-    a checkpoint).
+    `source` is "none", the name of torchvision's weights, the path of the file (or its folder or repository, see
+    `located`), or the path of the run (its folder or a checkpoint).
     """
 
     kind: Literal["random", "imagenet", "file", "run"]
@@ -35,10 +36,10 @@ class StartingPoint:
 
     @property
     def file(self) -> Path | None:
-        """The user's file with the weights; None for random and for torchvision's weights."""
+        """The user's file with the weights; None for random and for torchvision's weights. Raises as `located`."""
         if self.kind == "run":
             return best_of(self.source)
-        return Path(self.source) if self.kind == "file" else None
+        return located(self.source) if self.kind == "file" else None
 
     def __str__(self) -> str:
         """A text for messages."""

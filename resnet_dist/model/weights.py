@@ -21,6 +21,7 @@ from export.predict import Preprocessing
 from resnet_dist.config.schema import ARCHITECTURES, ModelConfig
 from resnet_dist.errors import ArtifactError, MachineError, UsageError
 from resnet_dist.files.header import description_in
+from resnet_dist.files.weights_file import located
 from resnet_dist.model.resnet import Architecture, empty, stage_of
 from resnet_dist.runtime.wording import similar_path
 
@@ -52,6 +53,12 @@ def named_weights(cfg: ModelConfig) -> torchvision.models.WeightsEnum | None:
     if cfg.weights not in available.__members__:
         raise UsageError(f"--weights {cfg.weights}: {cfg.model} has {', '.join(available.__members__)}")
     return available[cfg.weights]
+
+
+def weights_file(cfg: ModelConfig) -> Path:
+    """The file of the pretrained weights in `cfg`, downloaded if necessary. Raises as `download` and `located` do."""
+    named = named_weights(cfg)
+    return download(named.url) if named is not None else located(cfg.weights)
 
 
 def preprocessing_of(weights: torchvision.models.WeightsEnum | None) -> Preprocessing:
@@ -195,22 +202,31 @@ def _unpacked_bytes(file: Path) -> int:
 def load_backbone(model: nn.Module, tensors: Tensors, architecture: Architecture, source: str) -> None:
     """Copy the backbone from `tensors` into the model. Raises ArtifactError with the tensor that does not fit."""
     given = check_backbone(tensors, architecture, source)
-    damaged = [name for name, value in given.items() if not torch.isfinite(value).all()]
+    check_finite(given, source)
+    model.load_state_dict(given, strict=False)
+
+
+def check_finite(tensors: Tensors, source: str) -> None:
+    """Raise ArtifactError with the first tensor that contains a value that is not finite."""
+    damaged = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
     if damaged:
         raise ArtifactError(f"{source}: {damaged[0]} contains values that are not finite")
-    model.load_state_dict(given, strict=False)
 
 
 def check_backbone(tensors: Tensors, architecture: Architecture, source: str) -> Tensors:
     """The tensors of the backbone, on any device. Raises ArtifactError with the tensor that does not fit."""
     wanted = {name: value for name, value in empty(architecture).state_dict().items() if stage_of(name) != "head"}
     given = {name: value for name, value in tensors.items() if stage_of(name) != "head"}
+    check_fit(wanted, given, f"{source}: does not fit {architecture.name}")
+    return given
+
+
+def check_fit(wanted: Tensors, given: Tensors, what: str) -> None:
+    """Raise ArtifactError that starts with `what` and names the first tensor that does not fit."""
     problems = _misfits(wanted, given)
     if problems:
-        raise ArtifactError(
-            f"{source}: does not fit {architecture.name}: {problems[0]}{_more(problems)}{_fitting(given)}"
-        )
-    return given
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ArtifactError(f"{what}: {problems[0]}{more}{fitting(given)}")
 
 
 def _misfits(wanted: Tensors, given: Tensors) -> list[str]:
@@ -236,12 +252,9 @@ def _kind_of(tensor: torch.Tensor) -> str:
     return ("real" if tensor.is_floating_point() else "whole") + " numbers" if plain else "another kind of tensor"
 
 
-def _more(problems: list[str]) -> str:
-    return f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-
-
-def _fitting(given: Tensors) -> str:
-    """`; it fits --model resnet34` if one of the architectures has exactly these names and shapes."""
+def fitting(tensors: Tensors) -> str:
+    """`; it fits --model resnet34` if one of the architectures has exactly these names and shapes, without the head."""
+    given = {name: value for name, value in tensors.items() if stage_of(name) != "head"}
     first = given.get("conv1.weight")
     stem = "small" if first is not None and first.shape[2:] == (3, 3) else "standard"
     for name in ARCHITECTURES:

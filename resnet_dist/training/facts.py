@@ -1,13 +1,17 @@
 """What run.json says of a run in addition to its status: what is trained, on what data, by which launches."""
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from resnet_dist.config.schema import TrainConfig
 from resnet_dist.data.transforms import Transform
+from resnet_dist.files.run import read_facts
+from resnet_dist.model.published import of_settings
 from resnet_dist.model.resnet import empty
 from resnet_dist.runtime.machine import made_with, peak_memory
 from resnet_dist.training.plan import Plan
@@ -26,6 +30,7 @@ def what_is_trained(plan: Plan) -> dict[str, Any]:
     custom = {} if plan.train_transform is None else {"train_transform": described(plan.train_transform)}
     return {
         **custom,
+        "weights": _published(plan.cfg),
         "recipe": cfg.recipe,
         "model": cfg.model.model,
         "seed": cfg.run.seed,
@@ -34,6 +39,16 @@ def what_is_trained(plan: Plan) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable_parameters": sum(p.numel() for name, p in model.named_parameters() if name in learning),
     }
+
+
+def _published(cfg: TrainConfig) -> dict[str, str]:
+    """What is known of the initial weights: `license` and `base_model`, the repository with them on the Hub."""
+    if cfg.run.init_from is not None:
+        old = read_facts(Path(cfg.run.init_from)).get("weights", {}) if Path(cfg.run.init_from).is_dir() else {}
+        return {name: str(old[name]) for name in ("license", "base_model") if isinstance(old, dict) and name in old}
+    said = of_settings(cfg.model)
+    known = {"license": said.license, "base_model": said.base_model}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def described(transform: Transform) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -117,7 +116,6 @@ def _load_weights(model: nn.Module, cfg: TrainConfig, architecture: Architecture
         return "weights: random"
     if start.kind == "run" and start.file is not None:
         return start_from(start.file, model, architecture, classes)
-    named = weights.named_weights(cfg.model)
-    file = weights.download(named.url) if named is not None else Path(start.source)
+    file = weights.weights_file(cfg.model)
     weights.load_backbone(model, weights.read_tensors(file), architecture, str(file))
     return f"weights: backbone of {file}, new head"

@@ -14,13 +14,14 @@ from resnet_dist.config.stored import portable
 from resnet_dist.data.check import Finding, usable
 from resnet_dist.data.index import ImageIndex, read_index
 from resnet_dist.data.loader import Share, TrainBatches, default_workers
-from resnet_dist.data.preprocess import preprocessing
+from resnet_dist.data.preprocess import preprocessing, settings_of
 from resnet_dist.data.transforms import Transform, stream_seed
 from resnet_dist.errors import UsageError
 from resnet_dist.files.header import random_stream_of
 from resnet_dist.model import weights
 from resnet_dist.model.batch_norm import FEW_IMAGES, Sync, backbone_batch_norms, choose_sync_bn
 from resnet_dist.model.checkpoint import Description
+from resnet_dist.model.published import of_settings
 from resnet_dist.model.resnet import Architecture, empty, stage_of
 from resnet_dist.model.start import StartingPoint
 from resnet_dist.model.trainable import batch_norm_of_one_value, select, updating_batch_norms
@@ -191,13 +192,13 @@ def make_plan(accelerator: Accelerator, cfg: TrainConfig, train_transform: Trans
         check_graphs(accelerator)
     index, bad = on_main(accelerator, lambda: usable(read_index(cfg.data), cfg.data))
     architecture = Architecture.of(cfg.model, len(index.classes))
-    spec = on_main(accelerator, lambda: preprocessing(cfg.preprocess, _weights_preprocessing(cfg)))
+    spec, spec_reasons = on_main(accelerator, lambda: plan_preprocessing(cfg))
     model = empty(architecture)
     batch_size, batch_reasons = plan_batch_size(accelerator, cfg, architecture, spec.img_size, len(index.train))
     share = share_of(cfg, accelerator, batch_size)
     stream, stream_reasons = random_stream(accelerator, cfg)
     optimizer, reasons = plan_optimizer(cfg, model, share.global_batch)
-    stored = with_decisions(cfg, share, stream, optimizer)
+    stored = with_decisions(cfg, share, stream, optimizer, spec)
     lengths = zip(cfg.phase, cfg.phase_epochs(), strict=True)
     phases = tuple(plan_phase(phase, epochs, model, stored.optim, optimizer) for phase, epochs in lengths)
     batch_norm_trains = any(phase.updating for phase in phases)
@@ -213,7 +214,7 @@ def make_plan(accelerator: Accelerator, cfg: TrainConfig, train_transform: Trans
         optimizer=optimizer,
         phases=phases,
         sync_bn=choose_sync_bn(cfg.system.sync_bn, accelerator, batch_norm_trains, share.batch_size),
-        reasons=(*batch_reasons, *reasons, *stream_reasons),
+        reasons=(*spec_reasons, *batch_reasons, *reasons, *stream_reasons),
         bad_images=tuple(bad),
         train_transform=train_transform,
     )
@@ -323,8 +324,15 @@ def plan_phase(
     )
 
 
-def with_decisions(cfg: TrainConfig, share: Share, stream: int, optimizer: PlannedOptimizer) -> TrainConfig:
-    """The settings with the decided values in them: the form in which they are stored with the run."""
+def with_decisions(
+    cfg: TrainConfig, share: Share, stream: int, optimizer: PlannedOptimizer, spec: Preprocessing
+) -> TrainConfig:
+    """The settings with the decided values in them: the form in which they are stored with the run.
+
+    The preprocessing of a weights file is stored too, as the file may be gone when the run is resumed.
+    """
+    if start_of(cfg).kind == "file":
+        cfg = dataclasses.replace(cfg, preprocess=settings_of(spec))
     data = dataclasses.replace(cfg.data, batch_size=share.batch_size, global_batch_size=share.global_batch)
     optim = scaled(cfg.optim, optimizer.lr_factor)
     optim = dataclasses.replace(
@@ -354,8 +362,15 @@ def start_of(cfg: TrainConfig) -> StartingPoint:
     return StartingPoint.of(cfg.model.weights, cfg.run.init_from)
 
 
-def _weights_preprocessing(cfg: TrainConfig) -> Preprocessing:
-    file = start_of(cfg).file
-    if file is not None:
-        return weights.preprocessing_in(file)
-    return weights.preprocessing_of(weights.named_weights(cfg.model))
+def plan_preprocessing(cfg: TrainConfig) -> tuple[Preprocessing, list[str]]:
+    """The preprocessing: that of the weights with the changes of the settings, and a line that says where it is from if
+    the weights are a file. Raises UsageError, ArtifactError, MachineError.
+    """
+    start = start_of(cfg)
+    if cfg.preprocess.is_complete:
+        return preprocessing(cfg.preprocess), []
+    if start.kind == "run" and start.file is not None:
+        return preprocessing(cfg.preprocess, weights.preprocessing_in(start.file)), []
+    said = of_settings(cfg.model)
+    spec = preprocessing(cfg.preprocess, said.preprocessing)
+    return spec, [said.line(start.source, spec)] if start.kind == "file" else []

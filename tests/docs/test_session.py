@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torchvision
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 from resnet_dist.cli.main import VERBS, main
 from tests import test_readme
@@ -55,6 +57,8 @@ def make(place: Path) -> None:
         Path("exclude.csv").write_text("path\ncat/train000.png\n")
         Path("weights.toml").write_text('"cat" = 1.0\n"dog" = 3.5\n"emu" = 1.0\n')
         save_file(torchvision.models.resnet18().state_dict(), "resnet18.safetensors")
+        save_for_hf(timm.create_model("resnet18.a1_in1k"), "resnet18.a1_in1k", safe_serialization=True)
+        make_folder(Path("imagenet_val"), train=2, val=0, classes=["n01440764", "n01443537"])
         Path("mine.toml").write_text("[optim]\nlr = 0.01\n")
         assert main(["train", "parts", *QUICK, "--epochs", "1", "-o", "runs/photos"]) == 0
         for name in RUNS:
@@ -75,6 +79,7 @@ def runnable() -> Iterator[Command]:
     for command in (*ALL, *readme):
         verb = next((v for v in (" ".join(command.words[1:3]), command.words[1]) if v in VERBS), "")
         parsed_only = verb in SLOW or {"RUN", "DATA", "...", "--push-to-hub", "--help"} & set(command.words)
+        parsed_only = parsed_only or "hf://" in str(command.words)
         words = " ".join(word for word in command.words if word != "--overwrite")
         key = re.sub(r"runs/[\w-]+", "runs/*", words)  # all runs are copies of one
         if command.words[0] == "resnet-dist" and not parsed_only and key not in seen:
