@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from export.browser import FOLDER
 from export.predict import FILTERS, Predictor, Preprocessing, self_test_pixels
 from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.files.outputs import Kind, check_folder, json_with
@@ -156,12 +157,14 @@ def put_in_place(staging: Path, out: Path) -> None:
         raise MachineError(f"{out}: cannot be written ({error.strerror})") from None
 
 
-def keep_others(old: Path, out: Path) -> None:
+def keep_others(old: Path, out: Path, inside: tuple[str, ...] = ("export",)) -> None:
     """Move files that this program did not write from an old export into the new one. Raises OSError."""
     for entry in list(old.iterdir()):
-        if entry.name == VECTORS and not entry.is_symlink():
-            keep_others(entry, out / VECTORS)
-        elif not is_written(("export", *(out / entry.name).parts[-2 if out.name == VECTORS else -1 :])):
+        parts = (*inside, entry.name)
+        if parts[1:] in ((VECTORS,), (FOLDER,)) and entry.is_dir() and not entry.is_symlink():
+            keep_others(entry, out / entry.name, parts)
+        elif not is_written(parts):
+            out.mkdir(exist_ok=True)
             entry.rename(out / entry.name)
 
 

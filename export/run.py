@@ -68,6 +68,10 @@ class ExportConfig:
     providers: str = "auto"
     """onnxruntime providers, such as cpu,cuda,openvino: every file is verified with each of them (default: those with
     which `predict` starts on this machine)."""
+    web: bool = False
+    """Also write web, a static page that classifies pictures in the browser; needs the npm package onnxruntime-web."""
+    onnxruntime_web: str | None = None
+    """The folder of the npm package onnxruntime-web for --web (default: node_modules/onnxruntime-web)."""
     time: bool = False
     """Measure the latency of every file for batches of 1 and 32."""
     threads: int | None = None
@@ -85,6 +89,8 @@ class ExportConfig:
         yield from out_of_range(self, 0, 100, "max_accuracy_drop", "min_agreement")
         if not self.reduce_range and not self.int8:
             yield "--no-reduce-range needs --int8"
+        if self.onnxruntime_web is not None and not self.web:
+            yield "--onnxruntime-web needs --web"
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,7 @@ def run_export(cfg: ExportConfig, verbose: bool = True) -> Bundle:
     """
     import torch
 
+    from export.browser import find_runtime
     from export.bundle import check_target
     from resnet_dist.files.outputs import inside
     from resnet_dist.model.foreign import load_model, origin_lines
@@ -151,6 +158,8 @@ def run_export(cfg: ExportConfig, verbose: bool = True) -> Bundle:
     cfg = replace(cfg, run=str(run))
     out = Path(cfg.output_dir) if cfg.output_dir else inside(run if run.is_dir() else run.parent, "export")
     check_target(out, cfg.overwrite)
+    if cfg.web:
+        find_runtime(cfg.onnxruntime_web)
     with process_settings_restored():
         torch.set_num_threads(threads)
         model, description = load_model(checkpoint, cfg.foreign)
@@ -215,6 +224,7 @@ def fill(
 
     If model.onnx passes, the side files are written too. Raises ResnetDistError.
     """
+    from export.browser import find_runtime, write_web
     from export.bundle import sizes, write_side_files
     from export.gate_images import calibration_inputs, gate_images
     from export.providers import providers_to_verify, runtime_lines, runtime_of
@@ -267,6 +277,8 @@ def fill(
         (staging / name).unlink()
     if "model.onnx" not in report["refused"]:
         write_side_files(staging, metadata)
+        if cfg.web:
+            write_web(staging, find_runtime(cfg.onnxruntime_web))
     return report
 
 

@@ -14,6 +14,7 @@ import torchvision
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
+from export.browser import PACKAGE, RUNTIME
 from resnet_dist.cli.main import VERBS, main
 from tests import test_readme
 from tests.conftest import made_once, make_folder, write_image
@@ -59,6 +60,10 @@ def make(place: Path) -> None:
         save_file(torchvision.models.resnet18().state_dict(), "resnet18.safetensors")
         save_for_hf(timm.create_model("resnet18.a1_in1k"), "resnet18.a1_in1k", safe_serialization=True)
         make_folder(Path("imagenet_val"), train=2, val=0, classes=["n01440764", "n01443537"])
+        for name in RUNTIME:  # `export --web` only copies them
+            file = PACKAGE / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("")
         Path("mine.toml").write_text("[optim]\nlr = 0.01\n")
         assert main(["train", "parts", *QUICK, "--epochs", "1", "-o", "runs/photos"]) == 0
         for name in RUNS:

@@ -1,14 +1,42 @@
 """A small trained run and its export, shared by the tests of this folder."""
 
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from export.browser import RUNTIME, TESTED_VERSION
 from resnet_dist.cli.main import main
 from tests.conftest import TINY, make_folder
 
+NODE_MODULES = Path(__file__).parents[2] / ".ci/node/node_modules"
 INT8 = ["--int8", "--min-agreement", "80"]  # 18 of 18 images show 82.4 %
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skip; in CI, which must be able to install everything, fail."""
+    if os.environ.get("RESNET_DIST_CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def node() -> str:
+    """The path of Node.js."""
+    return shutil.which("node") or unavailable("needs Node.js")
+
+
+@pytest.fixture(scope="session")
+def onnxruntime_web() -> Path:
+    """The folder of the npm package."""
+    folder = NODE_MODULES / "onnxruntime-web"
+    if not all((folder / name).is_file() for name in RUNTIME):
+        unavailable(f"needs `npm install --prefix .ci/node onnxruntime-web@{TESTED_VERSION}`, as in .ci/run")
+    assert json.loads((folder / "package.json").read_text())["version"] == TESTED_VERSION
+    return folder
 
 
 @pytest.fixture(scope="session")

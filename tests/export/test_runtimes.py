@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import onnxruntime
@@ -21,6 +20,7 @@ import pytest
 from export.predict import Predictor
 from resnet_dist.cli.main import main
 from tests.conftest import CLASSES, write_image
+from tests.export.conftest import unavailable
 
 pytestmark = pytest.mark.matrix
 
@@ -28,15 +28,7 @@ FILES = ("model.onnx", "model.fp16.onnx", "model.int8.onnx")
 # The files are made for onnxruntime 1.15 and later; what has wheels for this Python. None is that old from 3.13 on.
 OLDEST_ONNXRUNTIME = {(3, 11): "1.15.0", (3, 12): "1.17.0"}
 OLD_PILLOW = "10.1.0"  # of that time, and for both
-ONNXRUNTIME_WEB = "onnxruntime-web@1.30.0"
 NEVER_NEEDED = ("torch", "torchvision", "onnx", "resnet_dist")
-
-
-def unavailable(reason: str) -> NoReturn:
-    """Skip; in CI, which must be able to install everything, fail."""
-    if os.environ.get("RESNET_DIST_CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def run(command: Sequence[str | Path], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -151,12 +143,10 @@ def test_oldest_runtime_gives_the_same_labels(
 
 
 @pytest.fixture(scope="module")
-def web_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with web.mjs and onnxruntime-web."""
-    npm, folder = shutil.which("npm"), tmp_path_factory.mktemp("web")
-    if npm is None or shutil.which("node") is None:
-        unavailable("needs node and npm, for onnxruntime-web")
-    install([npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", ONNXRUNTIME_WEB], folder)
+def web_folder(tmp_path_factory: pytest.TempPathFactory, onnxruntime_web: Path) -> Path:
+    """A folder with web.mjs that finds onnxruntime-web."""
+    folder = tmp_path_factory.mktemp("web")
+    (folder / "node_modules").symlink_to(onnxruntime_web.parent)
     shutil.copy(Path(__file__).with_name("web.mjs"), folder)
     return folder
 
@@ -165,7 +155,7 @@ def web_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "tolerance"), [("model.onnx", 1e-4), ("model.fp16.onnx", 0.01), ("model.int8.onnx", 0.05)]
 )
 def test_browser_runtime_gives_the_same_labels(
-    web_folder: Path, bundle: Path, photos: Path, tmp_path: Path, name: str, tolerance: float
+    web_folder: Path, node: str, bundle: Path, photos: Path, tmp_path: Path, name: str, tolerance: float
 ) -> None:
     """onnxruntime-web against onnxruntime on the same input; the tolerance is a share of the largest logit."""
     predictor = Predictor(bundle / name, threads=1)
@@ -175,7 +165,7 @@ def test_browser_runtime_gives_the_same_labels(
     (native,) = session.run(["logits"], given)
     given["pixel_values"].tofile(tmp_path / "input.f32")
     dims = ",".join(map(str, given["pixel_values"].shape))
-    said = output(["node", "web.mjs", tmp_path / "input.f32", dims, bundle / name], web_folder)
+    said = output([node, "web.mjs", tmp_path / "input.f32", dims, bundle / name], web_folder)
     web = np.reshape(json.loads(said)[str(bundle / name)], native.shape)
     assert web.argmax(1).tolist() == native.argmax(1).tolist() and len(set(native.argmax(1))) == len(CLASSES)
     assert np.abs(web - native).max() <= tolerance * max(1, np.abs(native).max())

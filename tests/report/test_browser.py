@@ -1,10 +1,7 @@
 """The page in a real browser: clicks, keys, filters, the exported list, and that it asks nobody for anything."""
 
 import csv
-import json
-import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +20,7 @@ from resnet_dist.evaluation.result import Evaluation
 from resnet_dist.files.run import to_csv, write_atomically
 from resnet_dist.report.page import write_page
 from resnet_dist.report.page_content import evaluation_content
+from tests.browser import chromium, requests
 from tests.conftest import CLASSES
 from tests.report.pages import HOSTILE, made_evaluation
 
@@ -36,21 +34,8 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(downloads: Path) -> Iterator[webdriver.Chrome]:
-    """Headless Chromium. Skips if it is missing; in CI that is an error."""
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if binary is None or driver is None:
-        if os.environ.get("RESNET_DIST_CI"):
-            pytest.fail("chromium and chromedriver are missing, which CI must have")
-        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,900"):
-        options.add_argument(argument)
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield chrome
-    chrome.quit()
+    with chromium("--window-size=1200,900", downloads=downloads) as chrome:
+        yield chrome
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +60,6 @@ def page(browser: webdriver.Chrome, evaluation: Evaluation, tmp_path: Path) -> I
     yield browser
     assert browser.get_log("browser") == []
     assert set(requests(browser)) <= {file.as_uri()}
-
-
-def requests(browser: webdriver.Chrome) -> list[str]:
-    """The addresses that the browser has asked for, but those that hold their own content."""
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return [address.partition("#")[0] for address in asked if not address.startswith(("data:", "blob:"))]
 
 
 def cell(browser: webdriver.Chrome, row: int, column: int) -> WebElement:
