@@ -24,6 +24,7 @@ from selenium.webdriver.support.select import Select
 from torchvision.models import ResNet18_Weights, resnet18
 
 from export.browser import MODELS, PARTS, RUNTIME, write_web
+from export.bundle import put_in_place
 from export.predict import ORIENTATION, Predictor, Preprocessing
 from resnet_dist.cli.main import main
 from resnet_dist.config.schema import ModelConfig
@@ -378,8 +379,8 @@ def test_folder_is_complete_and_is_replaced_with_the_export(
 ) -> None:
     """A file that the user added stays; the page of an old model does not."""
     out = tmp_path / "export"
-    command = ["export", str(small_run), "-o", str(out), "--threads", "1", "--images", "2"]
-    assert main([*command, "--web", "--onnxruntime-web", str(made_runtime)]) == 0
+    options = ["-o", str(out), "--threads", "1", "--images", "2", "--web", "--onnxruntime-web", str(made_runtime)]
+    assert main(["export", str(small_run), *options]) == 0
     web = out / "web"
     assert {file.name for file in web.iterdir()} == {*PARTS, *RUNTIME.values(), MODELS[0], "model.json"}
     for source, name in RUNTIME.items():
@@ -390,8 +391,11 @@ def test_folder_is_complete_and_is_replaced_with_the_export(
     addresses = re.findall(r"https?://[^\s\"'`<)]+", "".join((web / name).read_text() for name in PARTS[:-1]))
     assert addresses == ["http://localhost:8000"]  # how to serve the page
     (web / "mine.txt").write_text("mine")
-    assert main([*command, "--overwrite"]) == 0
-    assert [file.name for file in web.iterdir()] == ["mine.txt"]
+    new = tmp_path / "new"  # as an export without --web leaves it
+    new.mkdir()
+    shutil.copy(out / "model.onnx", new)
+    put_in_place(new, out)
+    assert [file.name for file in web.iterdir()] == ["mine.txt"] and (out / "model.onnx").is_file()
 
 
 def test_missing_runtime_is_one_line(

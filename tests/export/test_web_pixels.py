@@ -102,7 +102,7 @@ def test_scores_are_those_of_predict(node: str, scripts: Path, bundle: Path) -> 
     found = run(node, scripts, logits=rows.tolist(), model=model, size=16)
     probabilities = predictor._softmax(rows)
     for one, logits, values in zip(found["ranked"], rows, probabilities, strict=True):
-        expected = predictor._best("image", (logits, values, None), 3, None)
+        expected = predictor.best("image", (logits, values, None), 3, None)
         assert [predictor.classes[i] for i in one["order"]] == list(expected.classes)
         assert one["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
         assert one["abstained"] == expected.abstained
