@@ -1,7 +1,8 @@
 """Predict the classes of images with an exported ONNX model. Needs only numpy, Pillow and onnxruntime.
 
     python predict.py model.onnx photos/ more.jpg --top-k 3
-    python predict.py model.onnx --verify
+    python predict.py model.onnx photos/ --sort-into sorted/
+    python predict.py model.onnx --verify --images validation_photos/
 
 As a library: `Predictor("model.onnx").predict(["cat.jpg"])`. The metadata of the model file holds its classes and its
 preprocessing. Every export includes a copy of this file, so it imports nothing from resnet-dist. Training and
@@ -13,6 +14,7 @@ import codecs
 import csv
 import dataclasses
 import errno
+import filecmp
 import glob
 import hashlib
 import io
@@ -20,11 +22,15 @@ import itertools
 import json
 import os
 import re
+import shutil
+import signal
 import stat
 import struct
 import sys
 import threading
+import time
 import warnings
+import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -424,6 +430,7 @@ def normalise(pixels: np.ndarray, spec: Preprocessing) -> np.ndarray:
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 EXTENSIONS |= {".ppm", ".pgm", ".pbm", ".pnm"}
+VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".mts"}
 NOT_DATA = {"__macosx", "thumbs.db", "desktop.ini"}
 
 
@@ -495,6 +502,8 @@ PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 # The largest error of the self-test's logits, relative to the largest logit: machines add in different orders, and int8
 # products may saturate on CPUs without VNNI.
 SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "int8": 0.25}
+GATE = "gate.npz"  # next to the model: the images of the gate as sha256 of file and pixels, with PyTorch's logits
+LOGITS_TOLERANCE = 1e-4  # of float32, relative to the largest logit of an image, or to 1 if that is more
 Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | BinaryIO
 Row = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # logits, probabilities and, if wanted, features of an image
 
@@ -902,20 +911,27 @@ def find_images(inputs: Sequence[str], say: Callable[[str], None] = lambda line:
 
 def _named_by(text: str) -> Iterable[str]:
     """The paths that one INPUT names."""
-    if text.startswith(("http://", "https://")):
-        raise UsageError(f"{text}: URLs are not supported; download the image first")
     if text == "-":
-        return (line.rstrip("\n") for line in sys.stdin if line.strip())
-    if os.path.lexists(text):
+        return (_supported(line.rstrip("\n")) for line in sys.stdin if line.strip())
+    if os.path.lexists(_supported(text)):
         return [text]
     return sorted(glob.glob(text, recursive=True)) or [text]  # noqa: PTH207 - Path.glob refuses absolute patterns
+
+
+def _supported(text: str) -> str:
+    """The same text. Raises UsageError for a URL and for a video."""
+    if text.startswith(("http://", "https://")):
+        raise UsageError(f"{text}: URLs are not supported; download the image first")
+    if Path(text).suffix.lower() in VIDEOS:
+        raise UsageError(f"{text}: videos are not supported; extract frames first, such as ffmpeg -i VIDEO %05d.png")
+    return text
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "predict.py") -> int:
     """Run the command line.
 
-    Returns 0, or 2 (wrong usage), 3 (an image could not be read), 4 (the output cannot be written), 6 (the model is
-    missing, damaged or not from resnet-dist).
+    Returns 0, or 2 (wrong usage), 3 (an image could not be read, or none of --images was recorded), 4 (the output
+    cannot be written), 6 (the model is missing, damaged or not from resnet-dist, or fails --verify).
     """
     _prepare_streams()
     try:
@@ -936,18 +952,38 @@ def _run(arguments: Sequence[str] | None, program: str) -> int:
         options = parser_for(program).parse_intermixed_args(arguments)
     except SystemExit:  # --help was printed
         return 0
+    _check_options(options)
     predictor = Predictor(options.model, options.threads, options.providers)
     if predictor.provider not in predictor.verified_with:
         verified = ", ".join(predictor.verified_with)
         _say(f"WARNING: this runs with {predictor.provider}; {predictor.path} was verified with {verified} only")
     if options.verify:
         print(f"{predictor.path}: checksum and self-test pass (relative error of the logits: {predictor.verify()})")
+        if options.images:
+            print(f"{predictor.path}: {repeat_gate(predictor, find_images([options.images], _say))}")
         return 0
     if not options.inputs:
         raise UsageError(
             "INPUT is missing: give image files, folders, patterns, or - to read a list of paths from standard input"
         )
     return _predict(predictor, options)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Raise UsageError if options do not fit together."""
+    if options.verify and options.inputs:
+        raise UsageError("--verify takes no INPUT; to repeat the gate on images, give --images DIR")
+    if options.images and not options.verify:
+        raise UsageError("--images needs --verify; images to predict are given without an option")
+    if options.link and not options.sort_into:
+        raise UsageError("--link needs --sort-into")
+    for text in options.inputs if options.stream else ():
+        if not os.path.isdir(text):  # noqa: PTH112 - it returns False for a name that is too long
+            raise UsageError(f"{text}: --stream watches folders; this is not one")
+    for text in options.inputs if options.sort_into else ():
+        target = Path(options.sort_into).resolve()
+        if os.path.isdir(text) and target.is_relative_to(Path(text).resolve()):  # noqa: PTH112
+            raise UsageError(f"--sort-into {options.sort_into}: it lies in {text}, whose images would be found twice")
 
 
 def _prepare_streams() -> None:
@@ -1028,7 +1064,17 @@ def parser_for(program: str) -> argparse.ArgumentParser:
         "--providers", default="auto", metavar="NAMES", help="onnxruntime providers, such as cuda,cpu (default: auto)"
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
+    parser.add_argument(
+        "--sort-into", metavar="DIR", help=f"copy each image into DIR/CLASS, or DIR/{ABSTAINED}; nothing is overwritten"
+    )
+    parser.add_argument("--link", action="store_true", help="with --sort-into: make symbolic links, not copies")
+    parser.add_argument(
+        "--stream", action="store_true", help="watch folders, and predict images as they appear, until Ctrl-C"
+    )
     parser.add_argument("--verify", action="store_true", help="check the checksum, run the self-test and stop")
+    parser.add_argument(
+        "--images", metavar="DIR", help="with --verify: repeat the gate on the validation images that export recorded"
+    )
     return parser
 
 
@@ -1054,20 +1100,24 @@ def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
         _check_embed(Path(options.embed), predictor)
     if options.save_grid and os.path.lexists(options.save_grid):
         raise UsageError(f"--save-grid {options.save_grid}: it exists already")
-    images = find_images(options.inputs, _say)
-    images = itertools.chain([next(images)], images)  # find the first image, or raise, before the output is created
+    settings = (top_k, options.batch_size, options.abstain_below, bool(options.embed))
+    predictions = (_stream if options.stream else _all)(predictor, options.inputs, settings)
+    sorter = Sorter(Path(options.sort_into), predictor.classes, options.link) if options.sort_into else None
     try:
         output = Path(options.output) if options.output else None
         target = output.open("x", newline="", encoding="utf-8", errors=NAMES) if output else None
     except OSError as error:
         raise _cannot_write("--output", Path(options.output), error) from None
-    settings = (top_k, options.batch_size, options.abstain_below, bool(options.embed))
     with _written(options.output, target) as stream:
         write = WRITERS[options.format or ("table" if stream.isatty() else "csv")]
         write(stream, top_k, None)
-        for prediction in predictor.predict(images, *settings):
+        for prediction in predictions:
             write(stream, top_k, prediction)
+            if options.stream:
+                stream.flush()
             bad += bool(prediction.error)
+            if sorter:
+                sorter.add(prediction)
             if options.embed:
                 embedded.append((prediction.source, prediction.features))
             if len(shown) < GRID and not prediction.error:
@@ -1078,9 +1128,235 @@ def _predict(predictor: Predictor, options: argparse.Namespace) -> int:
         save_grid(Path(options.save_grid), shown, predictor)
     if options.embed:
         save_features(Path(options.embed), embedded)
+    if sorter:
+        _say(str(sorter))
     if bad:
         _say(f"{bad} image{'s' if bad > 1 else ''} could not be read; the error column gives the reason")
     return 3 if bad else 0
+
+
+def _all(predictor: Predictor, inputs: Sequence[str], settings: tuple[Any, ...]) -> Iterator[Prediction]:
+    """The predictions for all images. Raises FolderError at once, not at the first item, if there is no image."""
+    images = find_images(inputs, _say)
+    return predictor.predict(itertools.chain([next(images)], images), *settings)
+
+
+def _stream(predictor: Predictor, inputs: Sequence[str], settings: tuple[Any, ...]) -> Iterator[Prediction]:
+    """The predictions for the images in folders, as they appear, until Ctrl-C or SIGTERM. A second one ends at once."""
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for paths in watch(inputs, received):
+            for prediction in predictor.predict(paths, *settings):
+                yield prediction
+                if received:
+                    return
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+POLL, SETTLED = 0.25, 1.0  # seconds
+
+
+def watch(folders: Sequence[str], stopped: Sequence[object]) -> Iterator[list[str]]:
+    """Yield lists of images in folders, until `stopped` is not empty: first those that are there, then new ones.
+
+    An image is yielded when it is not empty and its size and time have not changed for a second, so that files that are
+    being written are waited for; and again after it has changed. Raises FolderError if a folder cannot be listed.
+    """
+    seen: dict[str, tuple[tuple[int, int], float | None]] = {}  # its size and time; since when, None once it is yielded
+    while not stopped:
+        now, ready, known = time.monotonic(), [], seen
+        seen = {}
+        for path, state in _states(folders):
+            old, since = known.get(path, (None, None))
+            seen[path] = (state, since if state == old else now)
+            if state == old and since is not None and state[0] and now - since >= SETTLED:
+                seen[path] = (state, None)
+                ready.append(path)
+        if ready:
+            yield ready
+        else:
+            time.sleep(POLL)
+
+
+def _states(folders: Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Each image in the folders, with its size and time. Files and folders that vanish meanwhile are left out."""
+    for folder in folders:
+        try:
+            for path in images_below(Path(folder), Counter(), []):
+                with suppress(OSError):
+                    status = Path(path).stat()
+                    yield path, (status.st_size, status.st_mtime_ns)
+        except OSError as error:
+            if not (isinstance(error, FileNotFoundError) and os.path.isdir(folder)):  # noqa: PTH112
+                raise FolderError(f"{error.filename}: cannot be listed ({error.strerror})") from None
+
+
+def repeat_gate(predictor: Predictor, images: Iterable[str]) -> str:
+    """Compare this machine with PyTorch, as the gate of the export did. Returns the result as text.
+
+    The gate recorded its images in gate.npz, next to the model; a file is recognised by its content, and others are
+    ignored. Pixels after resize and crop must be equal. float32 logits must be within 1e-4, relative to the largest;
+    fp16 and int8 must give PyTorch's class on at least the share that the export demanded (5 % level). Raises
+    ModelError, or FolderError if none of the images was recorded.
+    """
+    gate = _read_gate(predictor)
+    rows = {digest: row for row, digest in enumerate(gate["files"].tolist())}
+    recorded, off, same = len(rows), [0.0], 0
+    for path in images:
+        data = _content(path)
+        row = rows.pop(hashlib.sha256(data).hexdigest(), None)
+        if row is None:
+            continue
+        _, pixels, error = predictor.load(data)
+        if pixels is None or hashlib.sha256(pixels.tobytes()).hexdigest() != gate["pixels"][row]:
+            reason = error or "its pixels after resize and crop differ from training's; another Pillow or libjpeg?"
+            raise ModelError(f"{path}: {reason}")
+        logits, expected = predictor.logits(pixels[None])[0], gate["logits"][row]
+        off.append(float(np.abs(logits - expected).max()) / max(1.0, float(np.abs(expected).max())))
+        same += int(logits.argmax() == expected.argmax())
+        if predictor.metadata["precision"] == "fp32" and not off[-1] <= LOGITS_TOLERANCE:
+            raise ModelError(f"{path}: relative error of the logits {off[-1]:.1e}, more than {LOGITS_TOLERANCE:g}")
+    count = recorded - len(rows)
+    if not count:
+        raise FolderError("--images: no image there is one that the export was verified on; give its validation images")
+    share, bound = same / count, float(gate.get(predictor.metadata["precision"], 0.0))
+    result = f"with {predictor.provider}, {count} of the {recorded} images of the gate: pixels equal, logits within "
+    result += f"{max(off):.1e} of PyTorch's, same class on {100 * share:.2f} %"
+    if bound - share > 1.96 * (bound * (1 - bound) / count) ** 0.5:
+        raise ModelError(f"{predictor.path}: {result}, less than the {100 * bound:g} % that the export demanded")
+    return result
+
+
+def _content(path: str) -> bytes:
+    """The bytes of an image file; none if it cannot be read."""
+    with suppress(OSError, ImageError), file_of(path) as file:
+        return file.read(MAX_FILE_BYTES)
+    return b""
+
+
+def _read_gate(predictor: Predictor) -> dict[str, np.ndarray]:
+    """The arrays of gate.npz next to a model. Raises ModelError."""
+    path = predictor.path.with_name(GATE)
+    try:
+        if path.stat().st_size > MAX_MODEL_BYTES:
+            raise ValueError("too large")
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            gate = {name: stored[name] for name in stored.files}
+        shapes = [gate[name].shape for name in ("files", "pixels", "logits")]
+        fits = str(gate["checkpoint"]) == predictor.metadata["checkpoint_sha256"]
+    except FileNotFoundError:
+        raise ModelError(f"{path}: missing; an export that was verified on image files writes it") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ModelError(f"{path}: cannot be read ({error})") from None
+    if not fits or shapes != [(shapes[0][0],), (shapes[0][0],), (shapes[0][0], len(predictor.classes))]:
+        raise ModelError(f"{path}: it belongs to another model than {predictor.path}")
+    return gate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --sort-into
+
+ABSTAINED = "_abstained"
+UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|\ud800-\udfff]')
+RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10))}
+
+
+def folder_names(classes: Sequence[str]) -> dict[str, str]:
+    """A folder name for each class: its own name if every system accepts it, otherwise a similar one.
+
+    No two classes share a folder, also where upper and lower case are the same.
+    """
+    safe = [_folder_name(name) for name in classes]
+    names: dict[str, str] = {}
+    taken = {ABSTAINED}
+    for number in sorted(range(len(classes)), key=lambda number: safe[number] != classes[number]):
+        name = safe[number]
+        while name.casefold() in taken:
+            name = f"{name}_{number}"
+        taken.add(name.casefold())
+        names[classes[number]] = name
+    return names
+
+
+def _folder_name(text: str) -> str:
+    name = UNSAFE.sub("_", text).strip(". ").encode()[:200].decode(errors="ignore") or "_"
+    return f"{name}_" if name.partition(".")[0].lower() in RESERVED else name
+
+
+class Sorter:
+    """Copies or links predicted images into one folder per class. `str` says how many are where.
+
+    A file that exists is never overwritten: an image with its name gets the next free one, `name-2.jpg`, unless it is
+    the same image byte for byte. Images that cannot be read are not copied.
+    """
+
+    def __init__(self, root: Path, classes: Sequence[str], link: bool) -> None:
+        self._root, self._link, self._folders = root, link, folder_names(classes)
+        self._numbers: Counter[tuple[str, str]] = Counter()  # (folder, name): the last number that was used
+        self._counts: Counter[str] = Counter()
+        for label, folder in self._folders.items():
+            if label != folder:
+                _say(f"the class {label!r} is sorted into the folder {folder}")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write("--sort-into", root, error) from None
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{count} in {folder}" for folder, count in sorted(self._counts.items()))
+        return f"sorted into {self._root}: {parts or 'no images'}"
+
+    def add(self, prediction: Prediction) -> None:
+        """Copy or link one image. Raises OutputError or UsageError if that is not possible."""
+        if prediction.error:
+            return
+        folder = ABSTAINED if prediction.abstained else self._folders[prediction.classes[0]]
+        source = Path(prediction.source)
+        try:
+            with source.open("rb") as data:
+                self._put(source, data, folder)
+        except FileNotFoundError:
+            _say(f"WARNING: {source} was removed before it was sorted")
+        else:
+            self._counts[folder] += 1
+
+    def _put(self, source: Path, data: BinaryIO, folder: str) -> None:
+        target = self._root / folder
+        try:
+            target.mkdir(exist_ok=True)
+            for number in itertools.count(self._numbers[folder, source.name] + 1):
+                file = target / (source.name if number == 1 else f"{source.stem}-{number}{source.suffix}")
+                if not os.path.lexists(file):
+                    self._write(source, data, file)
+                    break
+                if file.is_file() and filecmp.cmp(source, file, shallow=False):
+                    break
+        except OSError as error:
+            raise _cannot_write("--sort-into", target, error) from None
+        self._numbers[folder, source.name] = number
+
+    def _write(self, source: Path, data: BinaryIO, file: Path) -> None:
+        if self._link:
+            file.symlink_to(source.absolute())
+            return
+        with file.open("xb") as copy:
+            try:
+                shutil.copyfileobj(data, copy)
+            except OSError:
+                file.unlink()
+                raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
 
 
 @contextmanager

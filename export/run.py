@@ -58,7 +58,7 @@ class ExportConfig:
     calibration_images: int = 128
     """Number of training images on which the ranges of int8 are measured."""
     images: int = 64
-    """Number of validation images on which the float32 file is verified."""
+    """Number of validation images on which the float32 file is verified, and which gate.npz records."""
     full: bool = False
     """Verify the float32 file on all validation images."""
     min_agreement: float = MIN_AGREEMENT
@@ -227,6 +227,7 @@ def fill(
     from export.browser import find_runtime, write_web
     from export.bundle import sizes, write_side_files
     from export.gate_images import calibration_inputs, gate_images
+    from export.predict import GATE
     from export.providers import providers_to_verify, runtime_lines, runtime_of
     from export.quantize import may_saturate
     from export.to_onnx import describe, graph_of, runtime_logits, self_test_logits
@@ -257,9 +258,10 @@ def fill(
         metadata = describe(description, checkpoint, "fp32", in_graph, expected, calibration, providers)
         write_model(staging / "model.onnx", graph, metadata)
         some = table.take(table.spread(len(table) if cfg.full else cfg.images))
-        reports: dict[str, Mapping[str, Any]] = {  # file -> provider -> result
-            "model.onnx": check_equality(model, some, staging / "model.onnx", labelled, temperature, providers)
-        }
+        equal, records = check_equality(
+            model, some, staging / "model.onnx", labelled, temperature, providers, cfg.images
+        )
+        reports: dict[str, Mapping[str, Any]] = {"model.onnx": equal}  # file -> provider -> result
         say_results("model.onnx", reports["model.onnx"], say)
         for name, small in smaller_graphs(cfg, graph, inputs):
             expected = runtime_logits(small, self_test_feed(staging))[0]
@@ -279,6 +281,8 @@ def fill(
         write_side_files(staging, metadata)
         if cfg.web:
             write_web(staging, find_runtime(cfg.onnxruntime_web))
+        if labelled:  # the synthetic images are gone
+            records.save(staging / GATE, metadata["checkpoint_sha256"], cfg.min_agreement)
     return report
 
 

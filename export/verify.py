@@ -1,5 +1,6 @@
 """The gate: a file is kept only if it reproduces PyTorch on real images, from the image file to the predicted class."""
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from resnet_dist.data.transforms import Batch, ToInput
 from resnet_dist.errors import DataError
 from resnet_dist.evaluation.intervals import Z95, paired_drop, wilson
 from resnet_dist.model.parts import cut
+from resnet_dist.model.weights import sha256_of
 
 LOGITS, PROBABILITIES = 1e-4, 1e-4  # LOGITS is relative to max(1, the largest logit)
 FP16_AGREEMENT = 0.995
@@ -51,6 +53,26 @@ class Equality:
         return {**asdict(self), "limits": limits, "batch_sizes": list(BATCHES)}
 
 
+@dataclass
+class Records:
+    """The images of the gate, for `predict --verify --images`: sha256 of file and of pixels, and PyTorch's logits."""
+
+    files: list[str] = field(default_factory=list)
+    pixels: list[str] = field(default_factory=list)
+    logits: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, file: Path, pixels: np.ndarray, logits: np.ndarray) -> None:
+        """Record one image: its pixels uint8 (S, S, 3) and its logits float32 (classes,)."""
+        self.files.append(sha256_of(file))
+        self.pixels.append(hashlib.sha256(pixels.tobytes()).hexdigest())
+        self.logits.append(logits)
+
+    def save(self, file: Path, checkpoint: str, min_agreement: float) -> None:
+        """Write an .npz with the sha256 of the checkpoint, and the agreement in 0..1 that each precision must reach."""
+        columns = {"files": np.array(self.files), "pixels": np.array(self.pixels), "logits": np.array(self.logits)}
+        np.savez(file, checkpoint=checkpoint, fp16=FP16_AGREEMENT, int8=min_agreement / 100, **columns)  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def in_torch(
     model: nn.Module, table: ImageTable, spec: Preprocessing
@@ -76,21 +98,25 @@ def check_equality(
     labelled: bool,
     temperature: float = 1.0,
     providers: Sequence[str] = ("cpu",),
-) -> dict[str, Equality]:
+    recorded: int = 64,
+) -> tuple[dict[str, Equality], Records]:
     """Compare the PyTorch pipeline with the predictor on the written file, with each onnxruntime provider.
 
     Both start from the image files. `model` is in float32 on the CPU, in evaluation mode. Its probabilities are
-    computed at `temperature`. `labelled` says whether the table has real labels. Raises DataError if an image cannot be
-    read.
+    computed at `temperature`. `labelled` says whether the table has real labels. Returns a result per provider, and the
+    records of `recorded` evenly spread images. Raises DataError if an image cannot be read.
     """
     predictors = {name: Predictor(file, torch.get_num_threads(), name) for name in providers}
     results = {name: Equality(images=len(table)) for name in providers}
     best = {name: np.zeros((2, len(table)), np.int64) for name in providers}  # classes by PyTorch and by onnxruntime
     first = next(iter(predictors.values()))
+    records, kept = Records(), set(table.spread(recorded))
     to_input = ToInput(first.preprocessing, torch.device("cpu"))
     for pixels, logits, rows in in_torch(model, table, first.preprocessing):
         names = [str(table.path(row)) for row in rows]
         loaded = np.stack([_loaded(first, name) for name in names])
+        for place in (place for place, row in enumerate(rows) if row in kept):
+            records.add(Path(names[place]), loaded[place], logits[place])
         for provider, equality in results.items():
             predictor = predictors[provider]
             _compare_inputs(equality, predictor, to_input, pixels, loaded, names)
@@ -103,7 +129,7 @@ def check_equality(
             best[provider][:, rows] = logits.argmax(1), others.argmax(1)
     for provider, equality in results.items():
         _compare_classes(equality, best[provider], table.targets if labelled else None)
-    return results
+    return results, records
 
 
 def _loaded(predictor: Predictor, name: str) -> np.ndarray:

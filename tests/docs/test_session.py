@@ -83,7 +83,7 @@ def runnable() -> Iterator[Command]:
     readme = (Command("README.md", ("resnet-dist", *line)) for line in test_readme.commands())
     for command in (*ALL, *readme):
         verb = next((v for v in (" ".join(command.words[1:3]), command.words[1]) if v in VERBS), "")
-        parsed_only = verb in SLOW or {"RUN", "DATA", "...", "--push-to-hub", "--help"} & set(command.words)
+        parsed_only = verb in SLOW or {"RUN", "DATA", "...", "--push-to-hub", "--help", "--stream"} & set(command.words)
         parsed_only = parsed_only or "hf://" in str(command.words)
         words = " ".join(word for word in command.words if word != "--overwrite")
         key = re.sub(r"runs/[\w-]+", "runs/*", words)  # all runs are copies of one

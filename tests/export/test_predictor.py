@@ -13,8 +13,9 @@ import onnx
 import pytest
 from PIL import Image
 
-from export.predict import ModelError, Predictor, digest_of, main, self_test_pixels
+from export.predict import ModelError, Predictor, main, self_test_pixels
 from tests.conftest import write_image
+from tests.export.conftest import resealed
 
 
 @pytest.fixture
@@ -184,14 +185,6 @@ def test_self_test_notices_other_weights(bundle: Path, tmp_path: Path) -> None:
     path = resealed(model, tmp_path / "changed.onnx")
     with pytest.raises(ModelError, match="the self-test fails"):
         Predictor(path, threads=1).verify()
-
-
-def resealed(model: onnx.ModelProto, path: Path) -> Path:
-    """Write the model with a checksum that fits."""
-    (entry,) = (p for p in model.metadata_props if p.key == "resnet_dist_sha256")
-    data = model.SerializeToString()
-    path.write_bytes(data.replace(entry.value.encode(), digest_of(data, entry.value).encode()))
-    return path
 
 
 def test_every_flipped_bit_is_noticed(bundle: Path, tmp_path: Path) -> None:
