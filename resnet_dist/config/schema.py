@@ -386,8 +386,9 @@ class SystemConfig:
     """Let GPUs use TF32 for float32 matrix products in training; the reported evaluation never does."""
     threads: int | None = None
     """CPU threads per process (default: the cores of this machine divided by its processes)."""
-    keep_memory: bool = True
-    """On a CPU, reuse the memory of freed tensors: faster, but the peak is up to a fifth higher."""
+    keep_memory: Literal["auto", "on", "off"] = "auto"
+    """On a CPU, reuse the memory of freed tensors, with a peak that is up to a fifth higher; auto: if the CPU has
+    AVX-512, because steps take much longer on others, and nothing is gained."""
     sync_bn: Literal["auto", "on", "off"] = "auto"
     """Synchronise BatchNorm over all processes (on GPUs only), with a wait for the device in every BatchNorm layer;
     auto: if BatchNorm trains on fewer than 16 images per process."""

@@ -74,7 +74,8 @@ def start(cfg: SystemConfig, seed: int = 0, trackers: Sequence[str] = ()) -> tup
     accelerator.ddp_handler = ddp_settings(cfg, at_once=accelerator.device.type == "cuda")
     check_launch(accelerator.num_processes)
     warnings = [*launch_warnings(cfg.mixed_precision, precision, on_cpu), *compare_processes(accelerator, precision)]
-    if cfg.keep_memory and accelerator.device.type == "cpu":
+    keep_memory = "avx512f" in launcher.cpu_flags() if cfg.keep_memory == "auto" else cfg.keep_memory == "on"
+    if keep_memory and accelerator.device.type == "cpu":
         keep_freed_memory()
     threads, why_threads = choose_threads(cfg.threads)
     torch.set_num_threads(threads)
