@@ -77,7 +77,9 @@ function summary({ error, result }) {
 
 function reasonToAbstain({ order, limit }) {
   const name = model.classes[order[0]];
-  return limit === null ? `“${name}” is never predicted: no threshold was proved for it` : `“${name}” needs at least ${percent(limit)}`;
+  return limit === null
+    ? `It never predicts “${name}”: no threshold was proved for it`
+    : `“${name}” needs at least ${percent(limit)}`;
 }
 
 function show({ file, item, answer }) {
@@ -111,7 +113,8 @@ function add(files) {
     const id = crypto.getRandomValues(new Uint32Array(2)).join("-");
     const address = URL.createObjectURL(file);
     const image = el("img", { src: address, alt: "" });
-    image.onload = image.onerror = () => URL.revokeObjectURL(address);
+    image.onload = () => URL.revokeObjectURL(address);
+    image.onerror = () => { image.hidden = true; };
     const picture = { file, item: el("li", { class: "card" }, image) };
     pictures.set(id, picture);
     by("results").append(picture.item);

@@ -264,7 +264,7 @@ def test_threshold_temperature_and_hostile_names(
         shown = classified(browser, [*pictures, hostile])
         for one in shown:
             assert set(one["classes"]) == set(HOSTILE) and max(one["probabilities"]) < 0.6
-            reasons = {HOSTILE[0]: "needs at least 100.0 %", HOSTILE[1]: "is never predicted", HOSTILE[2]: ""}
+            reasons = {HOSTILE[0]: "needs at least 100.0 %", HOSTILE[1]: "It never predicts", HOSTILE[2]: ""}
             assert reasons[one["classes"][0]] in one["abstained"] and bool(one["abstained"]) == (
                 one["classes"][0] != HOSTILE[2]
             )
@@ -287,6 +287,19 @@ def test_damaged_model_is_refused_by_its_self_test(browser: webdriver.Chrome, we
         (folder / "model.onnx").unlink()
         browser.get(f"{address}/index.html?")
         wait(lambda: "model.onnx cannot be loaded: the server answers 404" in said(browser))
+
+
+@pytest.mark.matrix
+def test_graph_that_normalises_itself(
+    browser: webdriver.Chrome, small_run: Path, onnxruntime_web: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    """Its input is the bytes of the picture."""
+    options = ["-o", str(tmp_path / "export"), "--preprocess-in-graph", "--threads", "1", "--images", "2"]
+    options += ["--web", "--onnxruntime-web", str(onnxruntime_web)]
+    assert main(["export", str(small_run), *options]) == 0
+    with opened(browser, tmp_path / "export/web"):
+        shown = classified(browser, pictures)
+    assert_as_predicted(shown, Predictor(tmp_path / "export/model.onnx", threads=1), pictures, 1e-4)
 
 
 @pytest.fixture(scope="module")
