@@ -57,6 +57,7 @@ WRITTEN = {
     ".tmp-export-*/": _EXPORT,
     ".old-*-export/": _EXPORT,
     "hub/": "README.md config.json model.safetensors",
+    "hub/onnx/": "model.onnx config.json preprocessor_config.json",
     "tracker/*/": "events.out.tfevents.* hparams.yml",
     "tracker/*/*/": "events.out.tfevents.*",
 }

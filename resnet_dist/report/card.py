@@ -38,6 +38,12 @@ def is_plain(architecture: Architecture) -> bool:
     return architecture.stem == "standard" and architecture.head == "linear"
 
 
+def start_of(run: CardFacts) -> StartingPoint:
+    """The initial weights of the run."""
+    config = run.description.config
+    return StartingPoint.of(str(config.get("model", {}).get("weights")), config.get("run", {}).get("init_from"))
+
+
 def read_card_facts(run: Path) -> CardFacts:
     """Read a finished run. Raises UsageError if it is not a run, ArtifactError if a file is missing or damaged."""
     facts, best = read_facts(run), best_of(run)
@@ -118,8 +124,7 @@ def _data(run: CardFacts) -> Iterator[str]:
 def _training(run: CardFacts) -> Iterator[str]:
     facts, config = run.facts, run.description.config
     optim = config.get("optim", {})
-    start = StartingPoint.of(str(config.get("model", {}).get("weights")), config.get("run", {}).get("init_from"))
-    yield f"- recipe {config.get('recipe') or 'none'}; initial weights: {plain_text(str(start))}"
+    yield f"- recipe {config.get('recipe') or 'none'}; initial weights: {plain_text(str(start_of(run)))}"
     yield (
         f"- {optim.get('opt')}, lr {optim.get('lr')}, global batch {facts.get('global_batch')}, "
         f"seed {facts.get('seed')}; {counted(facts.get('epochs', 0), 'epoch')}, the best was {run.description.epoch}"

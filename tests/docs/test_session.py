@@ -136,7 +136,7 @@ def test_python_blocks_run(name: str, place: Path) -> None:
     if not Path("runs/photos/export/model.onnx").exists():
         assert main(["export", "runs/photos", "--images", "4"]) == 0
     if not Path("hub/photos").exists():
-        assert main(["hub", "runs/photos", "-o", "hub/photos"]) == 0
+        assert main(["hub", "runs/photos", "-o", "hub/photos", "--license", "mit"]) == 0
     namespace: dict[str, object] = {}
     for block in blocks(DOCS / name, "python"):
         exec(block, namespace)

@@ -42,7 +42,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["eval", "--split", "train", "--embeddings"],
         ["explain", "--worst", "2"],
         ["export", "--embeddings"],
-        ["hub"],
+        ["hub", "--license", "mit"],
         ["report", "--no-near-duplicates"],
     ):
         threads = ["--threads", "1"] if words[0] in ("eval", "explain", "export") else []
@@ -364,7 +364,7 @@ OUTPUTS = {
     "eval": ["eval", "{run}", "-o", "{place}"],
     "eval of a file": ["eval", "{run}/checkpoints/best.safetensors", "{data}", "-o", "{place}"],
     "explain": ["explain", "{run}", "-o", "{place}"],
-    "hub": ["hub", "{run}", "-o", "{place}"],
+    "hub": ["hub", "{run}", "-o", "{place}", "--license", "mit"],
     "export": ["export", "{run}", "-o", "{place}", "--overwrite"],
     "split": ["split", "{data}", "{place}", "--how", "copy"],
     "split to a file": ["split", "{data}", "{file}.csv"],
@@ -422,7 +422,7 @@ def test_the_demo_replaces_only_its_own(tmp_path: Path, refused: Refused, monkey
         ("explain", ["explain"]),
         ("explain/gradcam", ["explain"]),
         ("export", ["export", "--overwrite"]),
-        ("hub", ["hub"]),
+        ("hub", ["hub", "--license", "mit"]),
     ],
 )
 def test_verbs_write_through_no_link_of_a_run(
@@ -447,7 +447,7 @@ def test_writing_again_keeps_the_files_of_others(run: Path) -> None:
     before = contents(run)
     for words in (["eval"], ["explain", "--worst", "1"], ["export", "--overwrite"]):
         assert main([words[0], str(run), *words[1:], "--threads", "1"]) == 0
-    assert main(["hub", str(run)]) == 0
+    assert main(["hub", str(run), "--license", "mit"]) == 0
     after = contents(run)
     gone = before.keys() - after.keys()
     assert len(gone) == 1 and gone.pop().startswith("explain/gradcam/002-")
@@ -473,7 +473,13 @@ def full(*_: object) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["eval"], ["report", "--no-near-duplicates"], ["hub"], ["explain", "--worst", "1"], ["export", "--overwrite"]],
+    [
+        ["eval"],
+        ["report", "--no-near-duplicates"],
+        ["hub", "--license", "mit"],
+        ["explain", "--worst", "1"],
+        ["export", "--overwrite"],
+    ],
     ids=lambda words: words[0],
 )
 def test_a_full_disk_is_one_line(

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,12 +23,15 @@ from PIL import Image
 
 from export.predict import Preprocessing, decode, fit, normalise
 from resnet_dist.cli.main import main
-from resnet_dist.model.checkpoint import load_checkpoint
+from resnet_dist.model.checkpoint import load_checkpoint, save_best
+from resnet_dist.model.weights import sha256_of
+from resnet_dist.report import hub_folder
 from resnet_dist.report.card import plain_text
 from resnet_dist.report.hub_folder import crop_share, timm_config
 from tests.conftest import CLASSES, TINY, make_folder
 
 Refused = Callable[..., str]
+LICENSE = ["--license", "mit"]
 SHORT = [*TINY, "--epochs", "1", "--batch-size", "12", "--lr", "0.02", "--recipe", "bn-only"]
 
 
@@ -45,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hub(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "folder"
-    assert main(["hub", str(run), "-o", str(folder)]) == 0
+    assert main(["hub", str(run), "-o", str(folder), *LICENSE]) == 0
     photo(folder / "photo.jpg")
     return folder
 
@@ -71,8 +76,10 @@ def test_code_in_model_cards_runs(run: Path, hub: Path, monkeypatch: pytest.Monk
         wanted = model(inputs_of(hub / "photo.jpg", description.preprocessing)).softmax(1)[0]
     photo(run / "photo.jpg")
     blocks = [(run, code) for code in code_in(run / "README.md")] + [(hub, code) for code in code_in(hub / "README.md")]
-    assert len(blocks) == 2 + 3
+    assert len(blocks) == 2 + 4
     for folder, code in blocks:
+        if "transformers" in code:  # slow to import; tests/report/test_hub_clients.py runs it
+            continue
         monkeypatch.chdir(folder)
         with contextlib.redirect_stdout(io.StringIO()) as said:
             exec(code, {})
@@ -115,12 +122,10 @@ def test_timm_gives_the_same_logits(run: Path, hub: Path) -> None:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_timm_preprocesses_images_equally(run: Path, tmp_path: Path, mode: str, interpolation: str) -> None:
     """In every mode of ours, from config.json alone; rounding may move a padded border by a pixel."""
-    import dataclasses
-
     _, description = load_checkpoint(run / "checkpoints/best.safetensors")
     resize = 73 if mode == "crop" else 64
     spec = Preprocessing(img_size=64, resize=resize, resize_mode=mode, interpolation=interpolation)
-    config = timm_config(dataclasses.replace(description, preprocessing=spec))
+    config = timm_config(dataclasses.replace(description, preprocessing=spec), "mit")
     photo(tmp_path / "photo.jpg")
     transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config["pretrained_cfg"]))
     with Image.open(tmp_path / "photo.jpg") as image:
@@ -145,7 +150,16 @@ def test_hub_folder_holds_the_checkpoint_and_front_matter(run: Path, hub: Path) 
     metrics = json.loads((run / "eval/val/metrics.json").read_text())
     assert start == "" and text.lstrip().startswith("# ")
     assert fields["library_name"] == "timm" and fields["pipeline_tag"] == "image-classification"
-    assert fields["model-index"][0]["results"][0]["metrics"][0] == {"type": "accuracy", "value": metrics["top1"]}
+    low, high = metrics["intervals"]["top1"]
+    results = fields["model-index"][0]["results"]
+    assert results[0]["metrics"][0] == {
+        "type": "accuracy",
+        "value": metrics["top1"],
+        "name": f"top-1 accuracy (95 % interval {low:.4f} to {high:.4f})",
+    }
+    assert results[0]["dataset"] == {"type": "imagefolder", "name": "validation images"}
+    assert fields["license"] == "mit" == json.loads((hub / "config.json").read_text())["pretrained_cfg"]["license"]
+    assert "base_model" not in fields and "datasets" not in fields, "random weights, images that are not on the Hub"
 
 
 def test_card_says_if_timm_cannot_load_the_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +168,7 @@ def test_card_says_if_timm_cannot_load_the_network(tmp_path: Path, capsys: pytes
     (run / "hub").mkdir()
     (run / "hub/config.json").write_text("{}")
     shutil.copy(run / "checkpoints/best.safetensors", run / "hub/model.safetensors")
-    assert main(["hub", str(run)]) == 0
+    assert main(["hub", str(run), *LICENSE]) == 0
     assert "timm cannot load it (head mlp and small stem)" in capsys.readouterr().out
     assert sorted(file.name for file in (run / "hub").iterdir()) == ["README.md", "model.safetensors"]
     card = (run / "hub/README.md").read_text()
@@ -219,9 +233,9 @@ def test_upload_is_one_commit_with_the_three_files(
     run: Path, server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "folder"
-    assert main(["hub", str(run), "-o", str(folder)]) == 0
+    assert main(["hub", str(run), "-o", str(folder), *LICENSE]) == 0
     (folder / "secret.txt").write_text("not part of it")
-    assert main(["hub", str(run), "-o", str(folder), "--push-to-hub", "you/ants", "--private"]) == 0
+    assert main(["hub", str(run), "-o", str(folder), *LICENSE, "--push-to-hub", "you/ants", "--private"]) == 0
     assert "/you/ants" in capsys.readouterr().out.splitlines()[-1]
     bodies = {path.partition("?")[0]: body for path, body in server.received}
     made = json.loads(bodies["/api/repos/create"])
@@ -235,7 +249,7 @@ def test_upload_is_one_commit_with_the_three_files(
 
 def test_failed_upload_gives_one_line(run: Path, server: Hub, tmp_path: Path, refused: Refused) -> None:
     server.status = 403
-    said = refused(4, "hub", run, "-o", tmp_path / "a", "--push-to-hub", "you/ants")
+    said = refused(4, "hub", run, "-o", tmp_path / "a", *LICENSE, "--push-to-hub", "you/ants")
     assert said.startswith("resnet-dist hub: error: --push-to-hub you/ants: ") and len(said.splitlines()) == 1
     assert "the folder is written" in said and (tmp_path / "a/model.safetensors").exists()
 
@@ -245,3 +259,61 @@ def test_hub_refuses_wrong_input(run: Path, tmp_path: Path, refused: Refused) ->
     assert "--private needs --push-to-hub" in refused(2, "hub", run, "--private")
     assert "RUN is missing" in refused(2, "hub")
     assert "not a run folder" in refused(2, "hub", tmp_path)
+    assert "--license is missing: the initial weights (random weights) state none" in refused(2, "hub", run)
+    for wrong in ("unknown", "My Licence"):
+        assert f"--license {wrong}: must be a licence" in refused(2, "hub", run, "--license", wrong)
+    assert "--base-model a b: must be the name of a repository" in refused(2, "hub", run, "--base-model", "a b")
+
+
+def test_front_matter_has_what_the_initial_weights_state(run: Path, tmp_path: Path) -> None:
+    """run.json knows licence and repository of weights that state them; options come first."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    facts = json.loads((copy / "run.json").read_text())
+    stated = {"license": "cc-by-nc-4.0", "base_model": "timm/resnet18.a1_in1k"}
+    (copy / "run.json").write_text(json.dumps({**facts, "weights": stated}))
+    for given, expected in (
+        ([], stated),
+        (["--license", "mit", "--dataset", "you/ants"], {**stated, "license": "mit", "datasets": ["you/ants"]}),
+        (["--base-model", "me/mine"], {**stated, "base_model": "me/mine"}),
+    ):
+        assert main(["hub", str(copy), "-o", str(tmp_path / "folder"), *given]) == 0
+        fields = yaml.safe_load((tmp_path / "folder/README.md").read_text().split("---\n")[1])
+        assert {name: fields[name] for name in expected} == expected
+
+
+def test_hub_folder_has_the_export_for_javascript(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If it is of the best checkpoint; otherwise a line says what to do."""
+    copy, folder = shutil.copytree(run, tmp_path / "run"), tmp_path / "folder"
+    command = ["hub", str(copy), "-o", str(folder), *LICENSE]
+
+    def says() -> str:
+        capsys.readouterr()
+        assert main(command) == 0
+        return capsys.readouterr().out
+
+    assert "no onnx/ for transformers.js: the run is not exported" in says()
+    assert main(["export", str(copy), "--images", "2", "--threads", "1"]) == 0
+    exported = copy / "export/model.onnx"
+    assert "onnx/model.onnx, onnx/config.json, onnx/preprocessor_config.json" in says()
+    assert (folder / "onnx/model.onnx").read_bytes() == exported.read_bytes()
+    assert "@huggingface/transformers" in (folder / "README.md").read_text()
+    best = copy / "checkpoints/best.safetensors"
+    model, description = load_checkpoint(best)
+    save_best(best, model, dataclasses.replace(description, epoch=7))
+    assert f"{exported} is of another checkpoint; `resnet-dist export {copy} --overwrite`" in says()
+    assert not (folder / "onnx/model.onnx").exists()
+    assert "@huggingface/transformers" not in (folder / "README.md").read_text()
+    data = exported.read_bytes()
+    exported.write_bytes(data[:1000] + bytes([data[1000] ^ 1]) + data[1001:])
+    assert main(command) == 6, "a damaged file is not published"
+
+
+def test_export_that_normalises_is_not_for_javascript(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = sha256_of(run / "checkpoints/best.safetensors")
+    metadata = {"checkpoint_sha256": digest, "input": "image"}
+    monkeypatch.setattr(hub_folder, "Predictor", lambda *_, **__: SimpleNamespace(metadata=metadata))
+    monkeypatch.setattr(Path, "is_file", lambda _: True)
+    export, why = hub_folder.exported_model(run)
+    assert export is None and "normalises in the graph; `resnet-dist export" in why
