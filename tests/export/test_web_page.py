@@ -297,6 +297,7 @@ def test_graph_that_normalises_itself(
     options = ["-o", str(tmp_path / "export"), "--preprocess-in-graph", "--threads", "1", "--images", "2"]
     options += ["--web", "--onnxruntime-web", str(onnxruntime_web)]
     assert main(["export", str(small_run), *options]) == 0
+    assert {file.name for file in (tmp_path / "export/web").glob("*.onnx")} == {"model.onnx"}
     with opened(browser, tmp_path / "export/web"):
         shown = classified(browser, pictures)
     assert_as_predicted(shown, Predictor(tmp_path / "export/model.onnx", threads=1), pictures, 1e-4)
@@ -342,14 +343,20 @@ def test_hundred_photographs(browser: webdriver.Chrome, imagenet: Path, shared: 
 
 @pytest.mark.matrix
 def test_threads_where_the_server_isolates_the_page(
-    browser: webdriver.Chrome, web: Path, bundle: Path, pictures: list[Path]
+    browser: webdriver.Chrome, web: Path, bundle: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
-    """Threads need two headers of the server; the answers are the same. As many as half of the cores, at most 4."""
+    """Threads need two headers of the server. As many as half of the cores, at most 4; two give the same answers."""
     with opened(browser, web, Isolated) as ready:
-        cores = browser.execute_script("return [crossOriginIsolated, navigator.hardwareConcurrency]")
-        assert cores[0] is True and ready["threads"] == min(4, -(-cores[1] // 2))
+        isolated, cores = browser.execute_script("return [crossOriginIsolated, navigator.hardwareConcurrency]")
+        assert isolated is True and ready["threads"] == min(4, -(-cores // 2))
+    folder = tmp_path / "web"
+    shutil.copytree(web, folder)
+    script = (folder / "worker.js").read_text()
+    (folder / "worker.js").write_text(script.replace("ort.env.wasm", "ort.env.wasm.numThreads = 2;\n  ort.env.wasm", 1))
+    with opened(browser, folder, Isolated) as ready:
+        assert ready["threads"] == 2
         shown = classified(browser, pictures)
-        assert_as_predicted(shown, Predictor(bundle / "model.onnx", threads=1), pictures, 1e-4)
+    assert_as_predicted(shown, Predictor(bundle / "model.onnx", threads=1), pictures, 1e-4)
 
 
 @pytest.mark.matrix
@@ -387,13 +394,13 @@ def made_runtime(tmp_path: Path) -> Path:
     return tmp_path / "runtime"
 
 
-def test_folder_is_complete_and_is_replaced_with_the_export(
-    small_run: Path, made_runtime: Path, tmp_path: Path
-) -> None:
+def test_folder_is_complete_and_is_replaced_with_the_export(bundle: Path, made_runtime: Path, tmp_path: Path) -> None:
     """A file that the user added stays; the page of an old model does not."""
-    out = tmp_path / "export"
-    options = ["-o", str(out), "--threads", "1", "--images", "2", "--web", "--onnxruntime-web", str(made_runtime)]
-    assert main(["export", str(small_run), *options]) == 0
+    out, new = tmp_path / "export", tmp_path / "new"
+    for folder in (out, new):
+        folder.mkdir()
+        shutil.copy(bundle / "model.onnx", folder)
+    write_web(out, made_runtime)
     web = out / "web"
     assert {file.name for file in web.iterdir()} == {*PARTS, *RUNTIME.values(), MODELS[0], "model.json"}
     for source, name in RUNTIME.items():
@@ -404,9 +411,6 @@ def test_folder_is_complete_and_is_replaced_with_the_export(
     addresses = re.findall(r"https?://[^\s\"'`<)]+", "".join((web / name).read_text() for name in PARTS[:-1]))
     assert addresses == ["http://localhost:8000"]  # how to serve the page
     (web / "mine.txt").write_text("mine")
-    new = tmp_path / "new"  # as an export without --web leaves it
-    new.mkdir()
-    shutil.copy(out / "model.onnx", new)
     put_in_place(new, out)
     assert [file.name for file in web.iterdir()] == ["mine.txt"] and (out / "model.onnx").is_file()
 
