@@ -29,7 +29,7 @@ from resnet_dist.errors import DataError, MachineError
 from resnet_dist.runtime import environment as launcher
 from tests.conftest import TINY, make_folder, write_image
 from tests.data.test_loader import assert_equal_batches
-from tests.runtime.test_program import ACCELERATE, program
+from tests.runtime.launch import together
 
 SPEC = Preprocessing(img_size=16, resize=18)
 ROOM = 1 << 20
@@ -380,8 +380,7 @@ def test_two_processes_share_the_cache(few: Path, tmp_path: Path) -> None:
     for cache, workers in (("none", "0"), ("ram", "1"), ("disk", "0")):
         folder = ["--cache-dir", str(tmp_path / "kept")] if cache == "disk" else []
         options = [*run(few, tmp_path / cache, "--cache", cache, *folder), "--workers", workers]
-        done = program(ACCELERATE, *options)
-        assert done.returncode == 0, done.stderr[-3000:]
+        together(2, *options)
         found.append(load_file(tmp_path / cache / "checkpoints/best.safetensors"))
     for other in found[1:]:
         assert all(torch.equal(other[name], values) for name, values in found[0].items())

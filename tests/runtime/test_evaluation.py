@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 
 from resnet_dist.cli.main import main
 from tests.conftest import TINY, make_folder
+from tests.runtime.launch import together
 
 
 @pytest.fixture(scope="module")
@@ -22,23 +20,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = [*TINY, "--epochs", "1", "--batch-size", "12", "--opt", "adam", "--save-every", "99epochs"]
     assert main(["train", str(data), *options, "-o", str(root / "run")]) == 0
     return root / "run"
-
-
-LAUNCH = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
-
-
-def launched(processes: int, *arguments: str | Path) -> None:
-    command = [sys.executable, "-m", *LAUNCH.split(), "--num_processes", str(processes), "--main_process_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, "-m", "resnet_dist", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-9000:]
 
 
 def read(folder: Path) -> tuple[dict[str, float], list[list[str]], np.ndarray]:
@@ -54,11 +35,11 @@ def test_two_processes_evaluate_and_calibrate_as_one(run: Path, tmp_path: Path) 
     calibration = run / "checkpoints/calibration.json"
     alone = json.loads(calibration.read_text())
     calibration.unlink()
-    launched(2, "eval", run, *options, "-o", tmp_path / "two")
-    together = json.loads(calibration.read_text())
-    assert together["temperature"] == pytest.approx(alone["temperature"], rel=1e-4)
-    assert len(together["thresholds"]) == 3
-    for one, other in zip(together["thresholds"], alone["thresholds"], strict=True):
+    together(2, "eval", run, *options, "-o", tmp_path / "two")
+    shared = json.loads(calibration.read_text())
+    assert shared["temperature"] == pytest.approx(alone["temperature"], rel=1e-4)
+    assert len(shared["thresholds"]) == 3
+    for one, other in zip(shared["thresholds"], alone["thresholds"], strict=True):
         assert one is other is None or one == pytest.approx(other, abs=1e-4)
     (numbers, rows, features), (expected, expected_rows, expected_features) = map(
         read, (tmp_path / "two", tmp_path / "one")

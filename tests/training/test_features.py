@@ -15,7 +15,7 @@ from resnet_dist.training.features import Features, source
 from resnet_dist.training.loop import train
 from resnet_dist.training.plan import plan_phase
 from tests.conftest import TINY
-from tests.runtime.test_program import ACCELERATE, program
+from tests.runtime.launch import together
 from tests.training.helpers import job_of
 
 FROZEN = [*TINY, "--trainable", "head", "--epochs", "3", "--batch-size", "8", "--lr", "0.05", "--log-every", "1"]
@@ -151,9 +151,8 @@ def test_views_and_mixup_are_refused(folder: Path, capsys: pytest.CaptureFixture
 def test_two_processes_equal_one(folder: Path, tmp_path: Path) -> None:
     """Each process computes a part of the features and has all of them."""
     options = [folder, *FROZEN, "--aug", "none", "--global-batch-size", "8", "--seed", "3"]
-    done = program(ACCELERATE, "train", *options, "-o", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    assert "features before head are computed once, for validation and training" in done.stdout
+    said = together(2, "train", *options, "-o", tmp_path / "two")
+    assert "features before head are computed once, for validation and training" in said
     assert main(["train", *map(str, options), "-o", str(tmp_path / "one"), "--cache-features", "off"]) == 0
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)

@@ -30,7 +30,7 @@ from resnet_dist.training.lr_range import (
 )
 from resnet_dist.training.optim import rates_now
 from tests.conftest import TINY
-from tests.runtime.test_program import ACCELERATE, program
+from tests.runtime.launch import together
 from tests.training.helpers import config_of, job_of
 
 Refused = Callable[..., str]
@@ -161,8 +161,7 @@ def test_files_and_stop(found: Path) -> None:
 def test_two_processes_see_the_same(folder: Path, tmp_path: Path) -> None:
     """The same global batch in two processes: the same losses, the same stop."""
     options = ["lr-find", folder, *TINY, "--recipe", "feature-extractor-bn-eval", "--steps", "20", "--lr-end", "1e3"]
-    done = program(ACCELERATE, *options, "-b", "4", "-o", tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
+    together(2, *options, "-b", "4", "-o", tmp_path / "two")
     assert main([str(option) for option in (*options, "-b", "8", "-o", tmp_path / "one")]) == 0
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert len(one) == len(two)

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from resnet_dist.cli.main import main
 from resnet_dist.training.state import newest_state
 from tests.conftest import TINY, made_once
-from tests.launch.helpers import LAUNCH, Command
+from tests.launch.helpers import LAUNCH
+from tests.runtime.launch import exit_codes
 from tests.training.interrupted import interrupt
 
 # Everything that is random or remembered: 24 images, three steps in an epoch, nine in all, two phases.
@@ -27,16 +28,13 @@ EVERYTHING += ["--lr", "0.02", "--lr-scheduler", "cosine", "--opt", "sgd", "--cl
 EVERYTHING += ["--dropout", "0.3", "--mixup", "0.4", "--aug", "trivial", "--ema", "--smoothing", "0.1"]
 EVERYTHING += ["--log-every", "1", "--save-every", "2steps"]
 LAUNCHED = ["accelerate", "launch", "--config_file", str(LAUNCH / "cpu.yaml"), "-m"]
-NUMBER = {SIGTERM: 75, SIGKILL: -9}
 
 
-def launched(processes: int, *arguments: str | Path, module: str = "resnet_dist", **environment: str) -> int:
-    """The exit code of the program in processes of its own."""
-    start = LAUNCHED if processes == 2 else ["python", "-m"]
-    process = Command([*start, module, *map(str, arguments)], environment).start()
-    said = process.communicate(timeout=150)[0]
-    assert 'resnet_dist/cli/main.py", line' not in said, said  # a traceback of ours; the launcher has its own
-    return process.returncode
+def launched(processes: int, *arguments: str | Path, module: str = "resnet_dist", **variables: str) -> list[int | None]:
+    """The exit code of the program in each of its processes."""
+    codes, said = exit_codes(processes, module, *arguments, timeout=150, **variables)
+    assert "Traceback" not in said, said
+    return codes
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +44,7 @@ def uninterrupted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     def get(processes: int) -> Path:
         def make(place: Path) -> None:
             arguments, began = ["train", str(folder), *EVERYTHING, "-o", str(place / "run")], time.monotonic()
-            assert (main(arguments) if processes == 1 else launched(processes, *arguments)) == 0
+            assert (main(arguments) if processes == 1 else launched(processes, *arguments)) in (0, [0, 0])
             (place / "seconds").write_text(str(time.monotonic() - began))
 
         return made_once(tmp_path_factory, f"uninterrupted-{processes}", make) / "run"
@@ -118,11 +116,11 @@ def test_resumed_run_equals_the_uninterrupted_one(
             assert main(arguments) == 75
     else:
         how = [point, int(number), {1: 0, 2: 1}[processes]]
-        code = launched(processes, *map(str, how), *arguments, module="tests.training.interrupted")
-        assert code == (1 if processes == 2 else NUMBER[number])
+        codes = launched(processes, *map(str, how), *arguments, module="tests.training.interrupted")
+        assert codes == ([75] * processes if number == SIGTERM else [4, -9][2 - processes :])
     assert 2 <= stopped_after(run) < 8
     assert facts(run)["status"] == {SIGTERM: "preempted", SIGKILL: "failed" if processes == 2 else "running"}[number]
     arguments = ["train", "--resume", str(run), "--workers", str(2 - workers)]
-    assert (main(arguments) if processes == 1 else launched(processes, *arguments)) == 0
+    assert (main(arguments) if processes == 1 else launched(processes, *arguments)) in (0, [0, 0])
     assert facts(run)["status"] == "done"
     assert outcome(run) == outcome(uninterrupted(processes))

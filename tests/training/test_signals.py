@@ -157,7 +157,7 @@ def test_fault_of_one_process_is_a_decision_of_all(
     """A NaN on the second process is known to both at the same poll, and reaches no parameter."""
     run = tmp_path / "run"
     arguments = ["mid-epoch", fault, 1, "train", folder, *ENDLESS, "--save-every", "2steps", "-o", run]
-    assert launched(2, *arguments, module="tests.training.interrupted") == 1
+    assert launched(2, *arguments, module="tests.training.interrupted") == [code, code]
     assert (facts(run)["status"], facts(run)["exit_code"]) == ("failed", code)
     tensors, saved, _ = read_newest_state(run / "checkpoints")
     assert saved["state"]["steps_done"] == 4
