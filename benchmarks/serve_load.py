@@ -4,8 +4,8 @@
 
 MODEL is an exported run, IMAGES a folder of JPEG files. Everything runs on this machine: servers and clients share its
 cores. A client sends one image after the other on one connection, each as soon as the last is answered. The servers run
-in turns, `--rounds` times; then come a long round of `serve` alone with the most clients, 1,000 damaged images from one
-client between eight others, and SIGTERM under the most clients.
+in turns, `--rounds` times. Then come, for `serve` alone, a long round with the most clients, 1,000 damaged images from
+eight clients beside eight others, and SIGTERM under the most clients.
 """
 
 import argparse
@@ -116,9 +116,9 @@ async def compared(options: argparse.Namespace, images: Sequence[bytes]) -> dict
     return found
 
 
-def damaged(images: Sequence[bytes], count: int) -> list[bytes]:
+def damaged(images: Sequence[bytes], count: int, seed: int) -> list[bytes]:
     """Images cut off, with other bytes, or both."""
-    chance, made = random.Random(0), []
+    chance, made = random.Random(seed), []
     for number in range(count):
         image = bytearray(chance.choice(images))
         if number % 2:
@@ -136,7 +136,8 @@ async def faults(options: argparse.Namespace, images: Sequence[bytes]) -> dict[s
     async with server("serve", options) as (process, port):
         long = await load(port, images, most, options.long_seconds)
         bad = Result()
-        sending = asyncio.create_task(client(port, damaged(images, 1000), far, bad))
+        parts = [damaged(images, 125, seed) for seed in range(8)]
+        sending = asyncio.gather(*(client(port, part, far, bad) for part in parts))
         good = [await load(port, images, 8, 2)]
         while not sending.done():
             good.append(await load(port, images, 8, 2))

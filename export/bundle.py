@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from export.browser import FOLDER
+from export import browser, triton
 from export.predict import FILTERS, Predictor, Preprocessing, self_test_pixels
 from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.files.outputs import Kind, check_folder, json_with
@@ -19,7 +19,8 @@ from resnet_dist.files.run import is_written, sync_folder, to_json
 from resnet_dist.runtime.wording import one_line
 
 BUNDLE = Kind("an export", "export_report.json", json_with("passed", "problems", "gate_images"))
-VECTORS = "test_data_set_0"  # a folder of the bundle
+VECTORS = "test_data_set_0"
+FOLDERS = (VECTORS, browser.FOLDER, triton.FOLDER)  # of the bundle
 README = """# {architecture}, {count} classes
 
 Exported by resnet-dist. `{model}` and `predict.py` are a complete deployment: the classes
@@ -171,10 +172,10 @@ def keep_others(old: Path, out: Path, inside: tuple[str, ...] = ("export",)) -> 
     """Move files that this program did not write from an old export into the new one. Raises OSError."""
     for entry in list(old.iterdir()):
         parts = (*inside, entry.name)
-        if parts[1:] in ((VECTORS,), (FOLDER,)) and entry.is_dir() and not entry.is_symlink():
+        if parts[1] in FOLDERS and entry.is_dir() and not entry.is_symlink():
             keep_others(entry, out / entry.name, parts)
         elif not is_written(parts):
-            out.mkdir(exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
             entry.rename(out / entry.name)
 
 

@@ -68,6 +68,8 @@ class ExportConfig:
     providers: str = "auto"
     """onnxruntime providers, such as cpu,cuda,openvino: every file is verified with each of them (default: those with
     which `predict` starts on this machine)."""
+    triton: bool = False
+    """Also write triton, a model repository for NVIDIA's Triton Inference Server."""
     web: bool = False
     """Also write web, a static page that classifies pictures in the browser; needs the npm package onnxruntime-web."""
     onnxruntime_web: str | None = None
@@ -231,6 +233,7 @@ def fill(
     from export.providers import providers_to_verify, runtime_lines, runtime_of
     from export.quantize import may_saturate
     from export.to_onnx import describe, graph_of, runtime_logits, self_test_logits
+    from export.triton import write_triton
     from export.verify import check_equality, compare_smaller
     from resnet_dist.evaluation.calibrate import read_calibration
     from resnet_dist.files.run import to_json
@@ -279,6 +282,8 @@ def fill(
         (staging / name).unlink()
     if "model.onnx" not in report["refused"]:
         write_side_files(staging, metadata)
+        if cfg.triton:
+            write_triton(staging, metadata["architecture"])
         if cfg.web:
             write_web(staging, find_runtime(cfg.onnxruntime_web))
         if labelled:  # the synthetic images are gone

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -63,14 +64,16 @@ def serve(cfg: ServeConfig, listener: socket.socket, say: Callable[[str], None])
         ws="none",
         lifespan="on",
         log_config=None,
-        log_level="error",  # warnings are about what clients send
+        log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_graceful_shutdown=SECONDS_TO_ANSWER,
     )
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    for name in ("python_multipart", "PIL"):  # they report damage in what clients send, which is in the answers
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
     server = Server(config, service)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises a signal again at its end, which is a success here
         signal.signal(number, server.handle_exit)

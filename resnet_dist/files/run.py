@@ -41,7 +41,8 @@ _EXPORT = "model.onnx model.*.onnx labels.txt config.json preprocessor_config.js
 _EXPORT += "export_report.json export_report.failed.json test_data_set_0/input_0.pb test_data_set_0/output_0.pb "
 _EXPORT += "web/index.html web/style.css web/page.js web/worker.js web/pixels.js web/scores.js web/model.json "
 _EXPORT += "web/model.onnx web/model.int8.onnx web/onnxruntime-web.js web/ort-wasm-simd-threaded.wasm "
-_EXPORT += "web/onnxruntime-web-LICENSE.txt gate.npz"
+_EXPORT += "web/onnxruntime-web-LICENSE.txt gate.npz "
+_EXPORT += "triton/*/config.pbtxt triton/*/labels.txt triton/*/1/model.onnx"
 _STATE = "state.safetensors state.json manifest.json"
 WRITTEN = {
     "": "run.json config.toml command.txt classes.txt preprocess.json bad_images.txt metrics.csv metrics.jsonl "

@@ -21,7 +21,7 @@ from resnet_dist.cli.parser import flags_of, read
 from tests.docs.markdown import ALL, DOCS, PAGES, ROOT, Command, blocks
 
 OTHER_OPTIONS = {"--debug", "--help", "--help-all"}  # of all commands
-OTHER_OPTIONS |= {"--shm-size", "--build-arg", "--gpus"}  # of containers
+OTHER_OPTIONS |= {"--shm-size", "--build-arg", "--gpus", "--model-repository"}  # of containers and of Triton
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 

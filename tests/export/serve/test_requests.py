@@ -132,6 +132,14 @@ def test_no_header_invites_other_sites(client: http.client.HTTPConnection, photo
     assert not [name for name in answer.headers if name.startswith("access-control") or name == "server"]
 
 
+def photograph(kind: str = "JPEG") -> bytes:
+    """An image with an Exif orientation and a resolution, of which a damaged one makes Pillow warn."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif.update({0x0112: 6, 0x0131: "a camera", 0x8298: "somebody"})
+    Image.new("RGB", (60, 40), "teal").save(file, kind, exif=exif, dpi=(72, 72))
+    return file.getvalue()
+
+
 def test_a_thousand_malformed_bodies(
     server: Server, client: http.client.HTTPConnection, photos: Sequence[Path], expected: Sequence[Any]
 ) -> None:
@@ -139,10 +147,11 @@ def test_a_thousand_malformed_bodies(
     chance = random.Random(0)
     photo = photos[0].read_bytes()
     bodies = [("image/png", photo), form([("a.png", photo), ("b.png", photo)])]
+    bodies += [("image/jpeg", photograph()), ("image/tiff", photograph("TIFF"))]
     bodies.append(("application/json", json.dumps([base64.b64encode(photo).decode()] * 2).encode()))
     statuses = set()
     for number in range(1000):
-        kind, body = bodies[number % 3]
+        kind, body = bodies[number % 5]
         damaged = bytearray(body[: chance.randrange(len(body))] if number % 2 else body)
         for _ in range(chance.randrange(1, 9)):
             if damaged:
