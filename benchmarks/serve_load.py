@@ -25,9 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from resnet_dist.runtime.machine import made_with
 
 KINDS = ("serve", "loop", "threads")
+MEDIANS = ("per_second", "p50_ms", "p99_ms", "cpu_ms")  # cpu_ms: of the server, per answer
 
 
 @dataclass
@@ -97,19 +100,28 @@ async def server(kind: str, options: argparse.Namespace) -> AsyncIterator[tuple[
         await process.wait()
 
 
+def cpu_seconds(process: asyncio.subprocess.Process) -> float:
+    """CPU time of a server so far."""
+    times = psutil.Process(process.pid).cpu_times()
+    return float(times.user + times.system)
+
+
 async def compared(options: argparse.Namespace, images: Sequence[bytes]) -> dict[str, dict[str, Any]]:
     """All servers in turns, by number of clients: the medians of the rounds, and the throughput of each round."""
     rounds: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for _ in range(options.rounds):
         for kind in KINDS:
-            async with server(kind, options) as (_, port):
+            async with server(kind, options) as (process, port):
                 await load(port, images, 2, 1)
                 for clients in options.clients:
-                    result = await load(port, images, clients, options.seconds)
-                    rounds.setdefault((kind, clients), []).append(result.facts())
+                    before = cpu_seconds(process)
+                    facts = (await load(port, images, clients, options.seconds)).facts()
+                    answers = sum(facts["answers"].values())
+                    facts["cpu_ms"] = 1000 * (cpu_seconds(process) - before) / answers
+                    rounds.setdefault((kind, clients), []).append(facts)
     found: dict[str, dict[str, Any]] = {}
     for (kind, clients), several in rounds.items():
-        medians = {name: statistics.median(r[name] for r in several) for name in ("per_second", "p50_ms", "p99_ms")}
+        medians = {name: round(statistics.median(r[name] for r in several), 1) for name in MEDIANS}
         answers = sum((Counter(one["answers"]) for one in several), Counter[str]())
         every = {"per_second_of_rounds": [one["per_second"] for one in several], "answers": dict(answers)}
         found.setdefault(str(clients), {})[kind] = {**medians, **every}
@@ -167,10 +179,10 @@ def main() -> None:
     options = parser.parse_args()
     images = [file.read_bytes() for file in sorted(Path(options.images).rglob("*.jpg"))]
     results = {"servers": asyncio.run(compared(options, images)), **asyncio.run(faults(options, images))}
-    print("| clients | server | requests/s | p50, ms | p99, ms |\n|---|---|---|---|---|")
+    print("| clients | server | requests/s | p50, ms | p99, ms | CPU ms per answer |\n|---|---|---|---|---|---|")
     for clients, servers in results["servers"].items():
         for kind, one in servers.items():
-            print(f"| {clients} | {kind} | {one['per_second']} | {one['p50_ms']} | {one['p99_ms']} |")
+            print(f"| {clients} | {kind} | {' | '.join(str(one[name]) for name in MEDIANS)} |")
     for name in ("long_round", "damaged", "sigterm"):
         print(f"{name}: {json.dumps(results[name])}")
     if options.json:
