@@ -30,7 +30,6 @@ import sys
 import threading
 import time
 import warnings
-import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -502,7 +501,7 @@ PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 # The largest error of the self-test's logits, relative to the largest logit: machines add in different orders, and int8
 # products may saturate on CPUs without VNNI.
 SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "int8": 0.25}
-GATE = "gate.npz"  # next to the model: the images of the gate as sha256 of file and pixels, with PyTorch's logits
+GATE = "gate.json"  # next to the model: the images of the gate as sha256 of file and pixels, with PyTorch's logits
 LOGITS_TOLERANCE = 1e-4  # of float32, relative to the largest logit of an image, or to 1 if that is more
 Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | BinaryIO
 Row = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # logits, probabilities and, if wanted, features of an image
@@ -981,8 +980,8 @@ def _check_options(options: argparse.Namespace) -> None:
         if not os.path.isdir(text):  # noqa: PTH112 - it returns False for a name that is too long
             raise UsageError(f"{text}: --stream watches folders; this is not one")
     for text in options.inputs if options.sort_into else ():
-        target = Path(options.sort_into).resolve()
-        if os.path.isdir(text) and target.is_relative_to(Path(text).resolve()):  # noqa: PTH112
+        target = Path(os.path.realpath(options.sort_into))  # Path.resolve raises an error for a link to itself
+        if os.path.isdir(text) and target.is_relative_to(os.path.realpath(text)):  # noqa: PTH112
             raise UsageError(f"--sort-into {options.sort_into}: it lies in {text}, whose images would be found twice")
 
 
@@ -1202,24 +1201,24 @@ def _states(folders: Sequence[str]) -> Iterator[tuple[str, tuple[int, int]]]:
 def repeat_gate(predictor: Predictor, images: Iterable[str]) -> str:
     """Compare this machine with PyTorch, as the gate of the export did. Returns the result as text.
 
-    The gate recorded its images in gate.npz, next to the model; a file is recognised by its content, and others are
+    The gate recorded its images in gate.json, next to the model; a file is recognised by its content, and others are
     ignored. Pixels after resize and crop must be equal. float32 logits must be within 1e-4, relative to the largest;
     fp16 and int8 must give PyTorch's class on at least the share that the export demanded (5 % level). Raises
     ModelError, or FolderError if none of the images was recorded.
     """
-    gate = _read_gate(predictor)
-    rows = {digest: row for row, digest in enumerate(gate["files"].tolist())}
+    rows, bound = _read_gate(predictor)
     recorded, off, same = len(rows), [0.0], 0
     for path in images:
         data = _content(path)
-        row = rows.pop(hashlib.sha256(data).hexdigest(), None)
-        if row is None:
+        found = rows.pop(hashlib.sha256(data).hexdigest(), None)
+        if found is None:
             continue
+        digest, expected = found
         _, pixels, error = predictor.load(data)
-        if pixels is None or hashlib.sha256(pixels.tobytes()).hexdigest() != gate["pixels"][row]:
+        if pixels is None or hashlib.sha256(pixels.tobytes()).hexdigest() != digest:
             reason = error or "its pixels after resize and crop differ from training's; another Pillow or libjpeg?"
             raise ModelError(f"{path}: {reason}")
-        logits, expected = predictor.logits(pixels[None])[0], gate["logits"][row]
+        logits = predictor.logits(pixels[None])[0]
         off.append(float(np.abs(logits - expected).max()) / max(1.0, float(np.abs(expected).max())))
         same += int(logits.argmax() == expected.argmax())
         if predictor.metadata["precision"] == "fp32" and not off[-1] <= LOGITS_TOLERANCE:
@@ -1227,7 +1226,7 @@ def repeat_gate(predictor: Predictor, images: Iterable[str]) -> str:
     count = recorded - len(rows)
     if not count:
         raise FolderError("--images: no image there is one that the export was verified on; give its validation images")
-    share, bound = same / count, float(gate.get(predictor.metadata["precision"], 0.0))
+    share = same / count
     result = f"with {predictor.provider}, {count} of the {recorded} images of the gate: pixels equal, logits within "
     result += f"{max(off):.1e} of PyTorch's, same class on {100 * share:.2f} %"
     if bound - share > 1.96 * (bound * (1 - bound) / count) ** 0.5:
@@ -1242,23 +1241,26 @@ def _content(path: str) -> bytes:
     return b""
 
 
-def _read_gate(predictor: Predictor) -> dict[str, np.ndarray]:
-    """The arrays of gate.npz next to a model. Raises ModelError."""
+def _read_gate(predictor: Predictor) -> tuple[dict[str, tuple[str, np.ndarray]], float]:
+    """Read gate.json next to a model: sha256 of a file -> sha256 of its pixels, and PyTorch's logits, (classes,).
+
+    Also the share of images (0..1) on which this precision must give PyTorch's class. Raises ModelError.
+    """
     path = predictor.path.with_name(GATE)
     try:
         if path.stat().st_size > MAX_MODEL_BYTES:
-            raise ValueError("too large")
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            gate = {name: stored[name] for name in stored.files}
-        shapes = [gate[name].shape for name in ("files", "pixels", "logits")]
-        fits = str(gate["checkpoint"]) == predictor.metadata["checkpoint_sha256"]
+            raise ValueError(f"larger than {MAX_MODEL_BYTES >> 20} MiB")
+        gate = json.loads(path.read_bytes())
+        checkpoint, bound = gate["checkpoint_sha256"], float(gate["min_agreement"][predictor.metadata["precision"]])
+        rows = {str(e["file"]): (str(e["pixels"]), np.array(e["logits"], np.float32)) for e in gate["images"]}
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; an export that was verified on image files writes it") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{path}: cannot be read ({error})") from None
-    if not fits or shapes != [(shapes[0][0],), (shapes[0][0],), (shapes[0][0], len(predictor.classes))]:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read ({str(error) or error!r})") from None
+    shapes = {logits.shape for _, logits in rows.values()}
+    if checkpoint != predictor.metadata["checkpoint_sha256"] or shapes != {(len(predictor.classes),)}:
         raise ModelError(f"{path}: it belongs to another model than {predictor.path}")
-    return gate
+    return rows, bound
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1323,8 +1325,8 @@ class Sorter:
         try:
             with source.open("rb") as data:
                 self._put(source, data, folder)
-        except FileNotFoundError:
-            _say(f"WARNING: {source} was removed before it was sorted")
+        except OSError as error:  # such as a file that was removed meanwhile
+            _say(f"WARNING: {source}: not sorted, it cannot be opened ({error.strerror})")
         else:
             self._counts[folder] += 1
 

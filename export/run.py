@@ -58,7 +58,7 @@ class ExportConfig:
     calibration_images: int = 128
     """Number of training images on which the ranges of int8 are measured."""
     images: int = 64
-    """Number of validation images on which the float32 file is verified, and which gate.npz records."""
+    """Number of validation images on which the float32 file is verified, and which gate.json records."""
     full: bool = False
     """Verify the float32 file on all validation images."""
     min_agreement: float = MIN_AGREEMENT

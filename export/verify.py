@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.predict import Predictor, Preprocessing
+from export.predict import Predictor, Preprocessing, canonical_json
 from resnet_dist.data.index import ImageTable
 from resnet_dist.data.loader import EvalImages
 from resnet_dist.data.transforms import Batch, ToInput
@@ -53,24 +53,23 @@ class Equality:
         return {**asdict(self), "limits": limits, "batch_sizes": list(BATCHES)}
 
 
-@dataclass
 class Records:
     """The images of the gate, for `predict --verify --images`: sha256 of file and of pixels, and PyTorch's logits."""
 
-    files: list[str] = field(default_factory=list)
-    pixels: list[str] = field(default_factory=list)
-    logits: list[np.ndarray] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._images: list[dict[str, Any]] = []
 
     def add(self, file: Path, pixels: np.ndarray, logits: np.ndarray) -> None:
         """Record one image: its pixels uint8 (S, S, 3) and its logits float32 (classes,)."""
-        self.files.append(sha256_of(file))
-        self.pixels.append(hashlib.sha256(pixels.tobytes()).hexdigest())
-        self.logits.append(logits)
+        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+        numbers = [float(str(logit)) for logit in logits]  # the shortest text that gives the same float32
+        self._images.append({"file": sha256_of(file), "pixels": digest, "logits": numbers})
 
-    def save(self, file: Path, checkpoint: str, min_agreement: float) -> None:
-        """Write an .npz with the sha256 of the checkpoint, and the agreement in 0..1 that each precision must reach."""
-        columns = {"files": np.array(self.files), "pixels": np.array(self.pixels), "logits": np.array(self.logits)}
-        np.savez(file, checkpoint=checkpoint, fp16=FP16_AGREEMENT, int8=min_agreement / 100, **columns)  # type: ignore[arg-type]
+    def save(self, file: Path, checkpoint_sha256: str, min_agreement: float) -> None:
+        """Write gate.json. `min_agreement` is that of int8, in percent."""
+        bounds = {"fp32": 1.0, "fp16": FP16_AGREEMENT, "int8": min_agreement / 100}
+        gate = {"checkpoint_sha256": checkpoint_sha256, "min_agreement": bounds, "images": self._images}
+        file.write_text(canonical_json(gate))
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def test_file_runs_on_old_runtimes_and_contains_no_paths(bundle: Path, name: str
 
 def test_bundle_holds_what_a_deployer_needs(bundle: Path) -> None:
     names = {str(file.relative_to(bundle)) for file in bundle.rglob("*") if file.is_file()}
-    others = "labels.txt config.json preprocessor_config.json export_report.json gate.npz predict.py README.md"
+    others = "labels.txt config.json preprocessor_config.json export_report.json gate.json predict.py README.md"
     vectors = {"test_data_set_0/input_0.pb", "test_data_set_0/output_0.pb"}
     assert names == {*FILES, *others.split(), *vectors}
     assert (bundle / "labels.txt").read_text().split() == list(CLASSES)

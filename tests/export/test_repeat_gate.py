@@ -40,26 +40,23 @@ def test_records_are_torchs_logits_of_the_files(bundle: Path, small_run: Path, i
     model, _ = load_checkpoint(best)
     files = {hashlib.sha256(file.read_bytes()).hexdigest(): file for file in images.rglob("*.png")}
     predictor = Predictor(bundle, 1, "cpu")
-    with np.load(bundle / "gate.npz") as gate:
-        assert (
-            set(gate["files"]) == set(files)
-            and str(gate["checkpoint"]) == hashlib.sha256(best.read_bytes()).hexdigest()
-        )
-        for name, pixels, logits in zip(gate["files"], gate["pixels"], gate["logits"], strict=True):
-            loaded = predictor.load(files[name])[1]
-            assert loaded is not None and hashlib.sha256(loaded.tobytes()).hexdigest() == pixels
-            scaled = torch.tensor(loaded).permute(2, 0, 1)[None] / 255
-            mean, std = (
-                torch.tensor(v).view(1, 3, 1, 1) for v in (predictor.preprocessing.mean, predictor.preprocessing.std)
-            )
-            with torch.no_grad():
-                expected = model.eval()((scaled - mean) / std)[0]
-            np.testing.assert_allclose(logits, expected, atol=1e-4 * max(1, float(expected.abs().max())))
+    gate = json.loads((bundle / "gate.json").read_text())
+    assert {entry["file"] for entry in gate["images"]} == set(files)
+    assert gate["checkpoint_sha256"] == hashlib.sha256(best.read_bytes()).hexdigest()
+    assert gate["min_agreement"] == {"fp32": 1.0, "fp16": 0.995, "int8": 0.8}
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (predictor.preprocessing.mean, predictor.preprocessing.std))
+    for entry in gate["images"]:
+        loaded = predictor.load(files[entry["file"]])[1]
+        assert loaded is not None and hashlib.sha256(loaded.tobytes()).hexdigest() == entry["pixels"]
+        scaled = torch.tensor(loaded).permute(2, 0, 1)[None] / 255
+        with torch.no_grad():
+            expected = model.eval()((scaled - mean) / std)[0]
+        np.testing.assert_allclose(entry["logits"], expected, atol=1e-4 * max(1, float(expected.abs().max())))
 
 
 def test_every_file_passes_without_torch(bundle: Path, images: Path, tmp_path: Path) -> None:
     """In a process that cannot import torch, from a copy of two of the files; other images do not matter."""
-    for name in ("model.onnx", "gate.npz"):
+    for name in ("model.onnx", "gate.json"):
         shutil.copy(bundle / name, tmp_path)
     shutil.copytree(images, tmp_path / "photos")
     write_image(tmp_path / "photos/other.png", seed=9)
@@ -124,7 +121,7 @@ def test_other_weights_fail(bundle: Path, images: Path, tmp_path: Path, capsys: 
     values["self_test"][0] += 0.02
     entry.value = json.dumps(values)
     resealed(model, tmp_path / "model.onnx")
-    shutil.copy(bundle / "gate.npz", tmp_path)
+    shutil.copy(bundle / "gate.json", tmp_path)
     assert main([str(tmp_path / "model.onnx"), "--verify", "--threads", "1"]) == 0
     code, said = verify(capsys, tmp_path / "model.onnx", images)
     assert code == 6 and "relative error of the logits" in said
@@ -135,16 +132,23 @@ def test_records_that_cannot_be_used(
 ) -> None:
     """Missing, damaged, of another checkpoint, or of other images: one line each."""
     shutil.copy(bundle / "model.onnx", tmp_path)
-    model, gate = tmp_path / "model.onnx", tmp_path / "gate.npz"
+    model, gate = tmp_path / "model.onnx", tmp_path / "gate.json"
     assert verify(capsys, model, images)[1].endswith("verified on image files writes it\n")
-    gate.write_bytes((bundle / "gate.npz").read_bytes()[:100])
-    code, said = verify(capsys, model, images)
-    assert code == 6 and "gate.npz: cannot be read" in said and len(said.splitlines()) == 1
-    with np.load(bundle / "gate.npz") as stored:
-        np.savez(gate, **{**stored, "checkpoint": "0" * 64})
-    code, said = verify(capsys, model, images)
-    assert code == 6 and "belongs to another model" in said
-    shutil.copy(bundle / "gate.npz", gate)
+    text = (bundle / "gate.json").read_text()
+    for damaged in (text[:100], "", "[]", "{}", "[" * 10**5, text.replace('"images":[', '"images":[1,')):
+        gate.write_text(damaged)
+        code, said = verify(capsys, model, images)
+        assert code == 6 and "gate.json: cannot be read" in said and len(said.splitlines()) == 1
+    values = json.loads(text)
+    for other in (
+        {"checkpoint_sha256": "0" * 64},
+        {"images": []},
+        {"images": [values["images"][0] | {"logits": [1.0]}]},
+    ):
+        gate.write_text(json.dumps(values | other))
+        code, said = verify(capsys, model, images)
+        assert code == 6 and "belongs to another model" in said
+    shutil.copy(bundle / "gate.json", gate)
     write_image(tmp_path / "photos/other.png", seed=3)
     code, said = verify(capsys, model, tmp_path / "photos")
     assert code == 3 and "no image there is one that the export was verified on" in said
