@@ -159,6 +159,22 @@ def loading(values: Mapping[str, Any]) -> Rows:
     return rows
 
 
+def pipeline(values: Mapping[str, Any]) -> Rows:
+    """Seconds of predict and of its parts, and their ratios."""
+    rows: Rows = [("measured", "median (lowest to highest)")]
+    for kind, steps in values["seconds per 1,000 images"].items():
+        rows += [(f"{kind} seconds per 1,000 images: {name}", f"{seconds:g}") for name, seconds in steps.items()]
+    for name in (name for name in values if " / " in name):
+        middle, low, high = values[name]
+        rows.append((name, f"{middle:g} ({low:g} to {high:g})"))
+    return rows
+
+
+def resident(values: Mapping[str, Any]) -> Rows:
+    """Memory after so many images."""
+    return [("images", "MiB"), *((f"{int(n):,}", str(mib)) for n, mib in values["resident MiB after images"].items())]
+
+
 def facts(values: Mapping[str, Any]) -> Rows:
     """Names and values of a flat file."""
     rows: Rows = [("measured", "value")]
@@ -202,6 +218,16 @@ SECTIONS: Mapping[str, tuple[str, str, Callable[[Mapping[str, Any]], Rows] | Non
         "int8 beside float32",
         "python benchmarks/export_agreement.py --data hymenoptera --weights resnet18.safetensors --photos cats_dogs",
         agreement,
+    ),
+    "predict_pipeline.json": (
+        "predict beside decoding and inference",
+        "python benchmarks/predict_pipeline.py MODEL hymenoptera/val --rounds 11 --limit 48",
+        pipeline,
+    ),
+    "predict_memory.json": (
+        "Memory of predict",
+        "python benchmarks/predict_pipeline.py MODEL hymenoptera/val --memory 10000",
+        resident,
     ),
     "loading.json": ("Loading images", "python benchmarks/loading.py hymenoptera/train cats_dogs", loading),
     "million.json": ("A million images", "python benchmarks/million.py", facts),
