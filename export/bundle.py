@@ -34,6 +34,8 @@ python predict.py {model} --verify
 
 - Input: `{input}`; output `logits`. {description}
 - Exact preprocessing: {preprocessing}
+  Pillow before version 13 gives slightly different pixels for an image that loses more than twice as many rows as
+  columns when it is resized. `--verify --images` with the validation images shows whether that matters.
 - `labels.txt` lists the class names in index order. `export_report.json` holds the results of the verification.
   `test_data_set_0/` holds one input and its output in the layout of the ONNX model zoo.
 - `config.json` and `preprocessor_config.json` are for libraries that read Hugging Face configurations. `predict.py` is

@@ -66,7 +66,7 @@ function pass(source, lines, lineStep, step, target, outLineStep, outStep, { fir
 }
 
 // The part of `columns` x `rows` pixels from (left, top) of a picture that is resized to inner[0] x inner[1], as packed
-// RGB. Pillow rounds to 8 bits between its two passes and, from version 12.3 on, begins with the height if the picture
+// RGB. Pillow rounds to 8 bits between its two passes and, from version 13 on, begins with the height if the picture
 // loses more than twice as many rows as columns. Only what the part needs is computed.
 function resized({ data, width, height }, inner, filter, left, top, columns, rows) {
   const across = inner[0] === width ? copies(left, columns) : taps(width, inner[0], filter, left, left + columns);
