@@ -819,7 +819,7 @@ def provider_names(providers: str) -> list[str]:
     named = [PROVIDERS.get(name.strip(), name.strip()) for name in providers.split(",")]
     if not set(named) <= set(available):
         here = ", ".join(SHORT.get(name, name) for name in available)
-        raise ModelError(f"--providers {providers}: this onnxruntime {onnxruntime.__version__} has only {here}")
+        raise ModelError(f"--providers {providers}: this onnxruntime has only {here}")
     return list(dict.fromkeys(named))
 
 
