@@ -117,6 +117,15 @@ def check(values: Mapping[str, Any]) -> Rows:
     return rows
 
 
+def serving(values: Mapping[str, Any]) -> Rows:
+    """The server and the plain loops, by number of clients."""
+    rows: Rows = [("clients", "server", "requests/s", "p50, ms", "p99, ms", "CPU ms per answer")]
+    for clients, servers in values["results"]["servers"].items():
+        for name, one in servers.items():
+            rows.append((clients, name, *(f"{one[key]:,}" for key in ("per_second", "p50_ms", "p99_ms", "cpu_ms"))))
+    return rows
+
+
 def exported(values: Mapping[str, Any]) -> Rows:
     """Seconds of torch and of the exported files."""
     rows: Rows = [("network", "measured", "program", "median (lowest to highest)")]
@@ -203,6 +212,7 @@ SECTIONS: Mapping[str, tuple[str, str, Callable[[Mapping[str, Any]], Rows] | Non
         bench,
     ),
     "check.json": ("How fast check is", "python benchmarks/check.py", check),
+    "serve_load.json": ("The server under load", "python benchmarks/serve_load.py MODEL IMAGES", serving),
     "export_speed.json": ("Exported files: speed", "python benchmarks/export_speed.py --data hymenoptera", exported),
     "export_memory.json": (
         "Exported files: speed and memory, with other work on the machine",
