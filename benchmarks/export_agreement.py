@@ -96,7 +96,7 @@ def measure(graph: onnx.ModelProto, train: np.ndarray, val: np.ndarray, threads:
     """One row for each number of bits and way to run."""
     expected = logits(graph, val, threads).argmax(1)
     for bits in (7, 8):
-        small = to_int8(graph, list(train), reduce_range=bits == 7)
+        small, _ = to_int8(graph, list(train), reduce_range=bits == 7)
         exact = logits(small, val, threads, EXACT)
         runs = {DEFAULT: logits(small, val, threads), EXACT: exact, OFF: logits(small, val, threads, OFF)}
         for name, found in runs.items():

@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import nn
 
+    from export.quantize import Choice
     from resnet_dist.model.checkpoint import Description
 
 Say = Callable[[str], None]
@@ -56,7 +57,7 @@ class ExportConfig:
     reduce_range: bool = True
     """Use 7-bit weights in int8. Without it, x86 CPUs that lack VNNI can give other results."""
     calibration_images: int = 128
-    """Number of training images on which the ranges of int8 are measured."""
+    """Number of training images for int8: half of them measure ranges and round weights, half choose the method."""
     images: int = 64
     """Number of validation images on which the float32 file is verified, and which gate.json records."""
     full: bool = False
@@ -266,7 +267,11 @@ def fill(
         )
         reports: dict[str, Mapping[str, Any]] = {"model.onnx": equal}  # file -> provider -> result
         say_results("model.onnx", reports["model.onnx"], say)
-        for name, small in smaller_graphs(cfg, graph, inputs):
+        choices: dict[str, Choice] = {}
+        for name, small, choice in smaller_graphs(cfg, graph, inputs):
+            if choice is not None:
+                choices[name] = choice
+                say(f"{name:<16} {choice}")
             expected = runtime_logits(small, self_test_feed(staging))[0]
             precision = name.split(".")[1]
             smaller = describe(description, checkpoint, precision, in_graph, expected, calibration, providers)
@@ -277,6 +282,8 @@ def fill(
             if may_saturate(small):
                 say(f"{name:<16} 8-bit weights: x86 CPUs without VNNI can predict other classes")
     report = report_of(reports, source) | {"files_mib": sizes(staging, list(reports)), "runtime": runtime}
+    for name, choice in choices.items():
+        report[name]["quantization"] = asdict(choice)
     (staging / REPORT).write_text(to_json(report))
     for name in report["refused"]:
         (staging / name).unlink()
@@ -332,14 +339,14 @@ def self_test_feed(staging: Path) -> "dict[str, np.ndarray]":
 
 def smaller_graphs(
     cfg: ExportConfig, graph: "onnx.ModelProto", inputs: "list[np.ndarray]"
-) -> "Iterator[tuple[str, onnx.ModelProto]]":
-    """Yield (file name, graph) of the fp16 and int8 graphs that `cfg` selects. `inputs` calibrate int8."""
+) -> "Iterator[tuple[str, onnx.ModelProto, Choice | None]]":
+    """Yield (file name, graph, how it was quantized) of the graphs that `cfg` selects. `inputs` calibrate int8."""
     from export.quantize import to_fp16, to_int8
 
     if cfg.fp16:
-        yield "model.fp16.onnx", to_fp16(graph)
+        yield "model.fp16.onnx", to_fp16(graph), None
     if cfg.int8:
-        yield "model.int8.onnx", to_int8(graph, inputs, cfg.reduce_range)
+        yield "model.int8.onnx", *to_int8(graph, inputs, cfg.reduce_range)
 
 
 def measure_latency(out: Path, names: Sequence[str], threads: int, say: Say) -> dict[str, dict[int, float]]:

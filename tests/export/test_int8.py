@@ -27,7 +27,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, bias: list[float]) -> None:
     """Let the int8 file be made from a network whose last layer has this bias."""
     real = quantize.to_int8
 
-    def wrong(graph: onnx.ModelProto, *rest: Any) -> onnx.ModelProto:
+    def wrong(graph: onnx.ModelProto, *rest: Any) -> tuple[onnx.ModelProto, quantize.Choice]:
         copy = onnx.ModelProto.FromString(graph.SerializeToString())
         gemm = next(node for node in copy.graph.node if node.op_type == "Gemm")
         tensor = next(t for t in copy.graph.initializer if t.name == gemm.input[2])
@@ -157,7 +157,7 @@ def test_the_largest_sums_are_right_with_7_bits() -> None:
     channels = 64
     weights = np.ones((8, channels, 3, 3), np.float32) * np.array([1, -1] * 4, np.float32)[:, None, None, None]
     x = np.full((2, channels, 4, 4), PIXELS, np.float32)
-    safe, full = (quantize.to_int8(convolution(weights), [x[0]], reduce_range) for reduce_range in (True, False))
+    safe, full = (quantize.to_int8(convolution(weights), [x[0]], reduce)[0] for reduce in (True, False))
     expected = np.broadcast_to(PIXELS * weights.sum((1, 2, 3))[None, :, None, None], (2, 8, 2, 2))
     found = run(safe, x, {})
     np.testing.assert_allclose(found, expected, rtol=0.01)
