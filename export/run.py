@@ -267,10 +267,10 @@ def fill(
         )
         reports: dict[str, Mapping[str, Any]] = {"model.onnx": equal}  # file -> provider -> result
         say_results("model.onnx", reports["model.onnx"], say)
-        choices: dict[str, Choice] = {}
+        quantization: dict[str, Any] = {}
         for name, small, choice in smaller_graphs(cfg, graph, inputs):
             if choice is not None:
-                choices[name] = choice
+                quantization = {"quantization": asdict(choice)}
                 say(f"{name:<16} {choice}")
             expected = runtime_logits(small, self_test_feed(staging))[0]
             precision = name.split(".")[1]
@@ -281,9 +281,9 @@ def fill(
             say_results(name, reports[name], say)
             if may_saturate(small):
                 say(f"{name:<16} 8-bit weights: x86 CPUs without VNNI can predict other classes")
-    report = report_of(reports, source) | {"files_mib": sizes(staging, list(reports)), "runtime": runtime}
-    for name, choice in choices.items():
-        report[name]["quantization"] = asdict(choice)
+    report = (
+        report_of(reports, source) | {"files_mib": sizes(staging, list(reports)), "runtime": runtime} | quantization
+    )
     (staging / REPORT).write_text(to_json(report))
     for name in report["refused"]:
         (staging / name).unlink()
