@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-    from export.quantize import Choice
     from resnet_dist.model.checkpoint import Description
 
 Say = Callable[[str], None]
@@ -268,10 +267,8 @@ def fill(
         reports: dict[str, Mapping[str, Any]] = {"model.onnx": equal}  # file -> provider -> result
         say_results("model.onnx", reports["model.onnx"], say)
         quantization: dict[str, Any] = {}
-        for name, small, choice in smaller_graphs(cfg, graph, inputs):
-            if choice is not None:
-                quantization = {"quantization": asdict(choice)}
-                say(f"{name:<16} {choice}")
+        for name, small, how in smaller_graphs(cfg, graph, inputs, say):
+            quantization |= how
             expected = runtime_logits(small, self_test_feed(staging))[0]
             precision = name.split(".")[1]
             smaller = describe(description, checkpoint, precision, in_graph, expected, calibration, providers)
@@ -338,15 +335,17 @@ def self_test_feed(staging: Path) -> "dict[str, np.ndarray]":
 
 
 def smaller_graphs(
-    cfg: ExportConfig, graph: "onnx.ModelProto", inputs: "list[np.ndarray]"
-) -> "Iterator[tuple[str, onnx.ModelProto, Choice | None]]":
+    cfg: ExportConfig, graph: "onnx.ModelProto", inputs: "list[np.ndarray]", say: Say
+) -> "Iterator[tuple[str, onnx.ModelProto, dict[str, Any]]]":
     """Yield (file name, graph, how it was quantized) of the graphs that `cfg` selects. `inputs` calibrate int8."""
     from export.quantize import to_fp16, to_int8
 
     if cfg.fp16:
-        yield "model.fp16.onnx", to_fp16(graph), None
+        yield "model.fp16.onnx", to_fp16(graph), {}
     if cfg.int8:
-        yield "model.int8.onnx", *to_int8(graph, inputs, cfg.reduce_range)
+        small, choice = to_int8(graph, inputs, cfg.reduce_range)
+        say(f"{'model.int8.onnx':<16} {choice}")
+        yield "model.int8.onnx", small, {"quantization": asdict(choice)}
 
 
 def measure_latency(out: Path, names: Sequence[str], threads: int, say: Say) -> dict[str, dict[int, float]]:
