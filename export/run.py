@@ -231,7 +231,6 @@ def fill(
     from export.gate_images import calibration_inputs, gate_images
     from export.predict import GATE
     from export.providers import providers_to_verify, runtime_lines, runtime_of
-    from export.quantize import may_saturate
     from export.to_onnx import describe, graph_of, runtime_logits, self_test_logits
     from export.triton import write_triton
     from export.verify import check_equality, compare_smaller
@@ -244,18 +243,15 @@ def fill(
     with tempfile.TemporaryDirectory(prefix="resnet-dist-gate-") as folder:
         table, source = gate_images(cfg, description, Path(folder))
         labelled = source != "synthetic"
-        say(
-            f"verifying on {source} images ({len(table)} available)"
-            + ("" if labelled else "; give --data for real ones")
-        )
+        hint = "" if labelled else "; give --data for real ones"
+        say(f"verifying on {source} images ({len(table)} available){hint}")
         for line in runtime_lines(runtime):
             say(line)
         calibration = read_calibration(checkpoint, len(description.classes))
         temperature = calibration.temperature if calibration else 1.0
         say(f"temperature {temperature:.4f} (calibration.json)" if calibration else "not calibrated")
-        inputs = (
-            calibration_inputs(cfg, description) if cfg.int8 else []
-        )  # before the slow steps, so that an error comes early
+        # Images are read before the slow steps, so that an error comes early.
+        inputs = calibration_inputs(cfg, description) if cfg.int8 else []
         graph = graph_of(model, description.preprocessing, in_graph, temperature, cfg.embeddings)
         expected = self_test_logits(model, description.preprocessing)
         metadata = describe(description, checkpoint, "fp32", in_graph, expected, calibration, providers)
@@ -276,8 +272,6 @@ def fill(
             limits = (cfg.max_accuracy_drop, cfg.min_agreement)
             reports[name] = compare_smaller(staging / "model.onnx", staging / name, table, labelled, *limits, providers)
             say_results(name, reports[name], say)
-            if may_saturate(small):
-                say(f"{name:<16} 8-bit weights: x86 CPUs without VNNI can predict other classes")
     report = (
         report_of(reports, source) | {"files_mib": sizes(staging, list(reports)), "runtime": runtime} | quantization
     )
@@ -338,13 +332,15 @@ def smaller_graphs(
     cfg: ExportConfig, graph: "onnx.ModelProto", inputs: "list[np.ndarray]", say: Say
 ) -> "Iterator[tuple[str, onnx.ModelProto, dict[str, Any]]]":
     """Yield (file name, graph, how it was quantized) of the graphs that `cfg` selects. `inputs` calibrate int8."""
-    from export.quantize import to_fp16, to_int8
+    from export.quantize import may_saturate, to_fp16, to_int8
 
     if cfg.fp16:
         yield "model.fp16.onnx", to_fp16(graph), {}
     if cfg.int8:
         small, choice = to_int8(graph, inputs, cfg.reduce_range)
         say(f"{'model.int8.onnx':<16} {choice}")
+        if may_saturate(small):
+            say(f"{'model.int8.onnx':<16} 8-bit weights: x86 CPUs without VNNI can predict other classes")
         yield "model.int8.onnx", small, {"quantization": asdict(choice)}
 
 
