@@ -48,6 +48,8 @@ class ExportConfig:
     """The graph takes uint8 images and normalises them itself; it also outputs probabilities."""
     embeddings: bool = False
     """The graph also outputs the features (the input of the head), for `predict --embed`."""
+    opset: int = 18
+    """ONNX opset of the files, 18 to 23. onnxruntime 1.15 and later run 18; `onnx.reference` reads int8 from 19 on."""
     fp16: bool = option(False, "--half")
     """Also write model.fp16.onnx."""
     int8: bool = False
@@ -88,6 +90,7 @@ class ExportConfig:
             yield f"--output-dir is missing: it is needed if RUN is {HUB}REPOSITORY"
         yield from out_of_range(self, 1, math.inf, "images", "threads")
         yield from out_of_range(self, MIN_CALIBRATION, math.inf, "calibration_images")
+        yield from out_of_range(self, 18, 23, "opset")
         yield from out_of_range(self, 0, 100, "max_accuracy_drop", "min_agreement")
         if not self.reduce_range and not self.int8:
             yield "--no-reduce-range needs --int8"
@@ -252,7 +255,7 @@ def fill(
         say(f"temperature {temperature:.4f} (calibration.json)" if calibration else "not calibrated")
         # Images are read before the slow steps, so that an error comes early.
         inputs = calibration_inputs(cfg, description) if cfg.int8 else []
-        graph = graph_of(model, description.preprocessing, in_graph, temperature, cfg.embeddings)
+        graph = graph_of(model, description.preprocessing, in_graph, temperature, cfg.embeddings, cfg.opset)
         expected = self_test_logits(model, description.preprocessing)
         metadata = describe(description, checkpoint, "fp32", in_graph, expected, calibration, providers)
         write_model(staging / "model.onnx", graph, metadata)

@@ -18,6 +18,7 @@ from resnet_dist.model.parts import cut
 from resnet_dist.model.weights import sha256_of
 
 OPSET, IR_VERSION = 18, 8  # onnxruntime 1.15 and later can load these
+IR_VERSIONS = {OPSET: IR_VERSION, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 FORMAT_VERSION = 1
 _PLACEHOLDER = hashlib.sha256(b"the digest goes here").hexdigest()
 
@@ -55,7 +56,12 @@ class FromPixels(nn.Module):
 
 
 def graph_of(
-    model: nn.Module, spec: Preprocessing, in_graph: bool, temperature: float = 1.0, embeddings: bool = False
+    model: nn.Module,
+    spec: Preprocessing,
+    in_graph: bool,
+    temperature: float = 1.0,
+    embeddings: bool = False,
+    opset: int = OPSET,
 ) -> onnx.ModelProto:
     """Export the network to an ONNX graph with a dynamic axis `batch` and BatchNorm folded into the convolutions.
 
@@ -78,7 +84,7 @@ def graph_of(
         network,
         (example,),
         dynamo=True,
-        opset_version=OPSET,
+        opset_version=opset,
         external_data=False,
         optimize=True,
         input_names=[names[0]],
@@ -105,7 +111,7 @@ def cleaned(graph: onnx.ModelProto) -> onnx.ModelProto:
     graph.ClearField("opset_import")
     graph.opset_import.extend(opsets)
     graph.ClearField("metadata_props")
-    graph.ir_version = IR_VERSION
+    graph.ir_version = IR_VERSIONS[next(entry.version for entry in opsets if entry.domain == "")]
     graph.producer_name, graph.producer_version = "resnet-dist", version("resnet-dist")
     return graph
 
