@@ -577,6 +577,14 @@ class Predictor:
         self.verified_with: tuple[str, ...] = tuple(self.metadata.get("verified_with", ["cpu"]))
         self._takes_pixels = self._session.get_inputs()[0].type == "tensor(uint8)"
 
+    @property
+    def warning(self) -> str:
+        """A line if the export was not verified with the provider that computes here, otherwise ""."""
+        if self.provider in self.verified_with:
+            return ""
+        verified = ", ".join(self.verified_with)
+        return f"WARNING: this runs with {self.provider}; {self.path} was verified with {verified} only"
+
     def inputs(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """The feed of the graph for uint8 (B, img_size, img_size, 3): the same, or normalised float32 (B, 3, H, W)."""
         if self._takes_pixels:
@@ -953,9 +961,8 @@ def _run(arguments: Sequence[str] | None, program: str) -> int:
         return 0
     _check_options(options)
     predictor = Predictor(options.model, options.threads, options.providers)
-    if predictor.provider not in predictor.verified_with:
-        verified = ", ".join(predictor.verified_with)
-        _say(f"WARNING: this runs with {predictor.provider}; {predictor.path} was verified with {verified} only")
+    if warning := predictor.warning:
+        _say(warning)
     if options.verify:
         print(f"{predictor.path}: checksum and self-test pass (relative error of the logits: {predictor.verify()})")
         if options.images:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -57,6 +58,8 @@ def serve(cfg: ServeConfig, listener: socket.socket, say: Callable[[str], None])
         warm_up(predictor, cfg.max_batch)
     except ModelError as error:
         raise ArtifactError(str(error)) from None
+    if warning := predictor.warning:
+        print(warning, file=sys.stderr)
     service = Service(cfg, predictor, threads)
     config = uvicorn.Config(
         application(service),

@@ -12,6 +12,7 @@ import pytest
 
 from export.predict import Predictor, main
 from export.providers import providers_to_verify
+from export.serve import server
 from resnet_dist.cli.main import main as program
 from tests.conftest import CLASSES, write_image
 
@@ -139,3 +140,20 @@ def test_predict_warns_with_a_provider_that_was_not_verified(
         assert len(lines) == warned and all("runs with cuda" in line and "with cpu only" in line for line in lines)
         rows.append(said.out)
     assert rows[0] == rows[1] == rows[2] and CLASSES[0] in rows[0]
+
+
+def test_serve_warns_too(
+    bundle: Path,
+    tmp_path: Path,
+    gpu: type[FakeGpu],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copy(bundle / "model.onnx", tmp_path)
+    monkeypatch.setattr(server.Server, "run", lambda self, sockets: None)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    for providers, warned in (("cpu", 0), ("cuda", 1)):
+        words = [str(tmp_path / "model.onnx"), "--port", "0", "--threads", "1", "--providers", providers]
+        assert program(["serve", *words]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == warned and all("runs with cuda" in line and "with cpu only" in line for line in lines)
