@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from export import browser, triton
+from export.openvino_ir import parts
 from export.predict import FILTERS, Predictor, Preprocessing, self_test_pixels
 from resnet_dist.errors import MachineError, UsageError
 from resnet_dist.files.outputs import Kind, check_folder, json_with
@@ -182,5 +183,5 @@ def keep_others(old: Path, out: Path, inside: tuple[str, ...] = ("export",)) -> 
 
 
 def sizes(folder: Path, names: Sequence[str]) -> dict[str, float]:
-    """The size of each model file in MiB."""
-    return {name: round((folder / name).stat().st_size / 2**20, 1) for name in names}
+    """The size of each model file in MiB, with the weights that are next to it."""
+    return {name: round(sum(part.stat().st_size for part in parts(folder / name)) / 2**20, 1) for name in names}

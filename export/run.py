@@ -7,10 +7,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from export.model_files import REPORT, Say, write_model_files
 from resnet_dist.config.fields import option, out_of_range, required
 from resnet_dist.config.foreign import ForeignConfig
 from resnet_dist.config.layers import from_keywords, keyword_signature
@@ -18,15 +19,6 @@ from resnet_dist.errors import ArtifactError, MachineError, python_errors
 from resnet_dist.files.weights_file import HUB, located, names_weights
 from resnet_dist.runtime.notebook import html_table
 
-if TYPE_CHECKING:
-    import numpy as np
-    import onnx
-    from torch import nn
-
-    from resnet_dist.model.checkpoint import Description
-
-Say = Callable[[str], None]
-REPORT = "export_report.json"
 MIN_CALIBRATION = 64
 MIN_AGREEMENT = 90.0
 
@@ -70,6 +62,9 @@ class ExportConfig:
     providers: str = "auto"
     """onnxruntime providers, such as cpu,cuda,openvino: every file is verified with each of them (default: those with
     which `predict` starts on this machine)."""
+    openvino: bool = False
+    """Also write model.openvino.xml and .bin, the float32 network as OpenVINO IR, verified with OpenVINO on the CPU.
+    Needs `pip install 'resnet-dist[openvino]'`."""
     triton: bool = False
     """Also write triton, a model repository for NVIDIA's Triton Inference Server."""
     web: bool = False
@@ -105,7 +100,7 @@ class Bundle:
     Attributes:
         path: the folder.
         model: the float32 file, model.onnx.
-        files: all model files with their size in MiB.
+        files: all model files with their size in MiB; that of an OpenVINO file includes its weights.
         report: the results of the verification, as in export_report.json.
         latency: file -> batch size -> median milliseconds per image; empty unless it was measured.
     """
@@ -149,6 +144,7 @@ def run_export(cfg: ExportConfig, verbose: bool = True) -> Bundle:
 
     from export.browser import find_runtime
     from export.bundle import check_target
+    from export.openvino_ir import check_installed
     from resnet_dist.files.outputs import inside
     from resnet_dist.model.foreign import load_model, origin_lines
     from resnet_dist.runtime import environment as launcher
@@ -165,12 +161,14 @@ def run_export(cfg: ExportConfig, verbose: bool = True) -> Bundle:
     check_target(out, cfg.overwrite)
     if cfg.web:
         find_runtime(cfg.onnxruntime_web)
+    if cfg.openvino:
+        check_installed()
     with process_settings_restored():
         torch.set_num_threads(threads)
         model, description = load_model(checkpoint, cfg.foreign)
         for line in origin_lines(description):
             say(line)
-        report = write_bundle(out, lambda staging: fill(staging, cfg, checkpoint, model, description, say))
+        report = write_bundle(out, lambda staging: write_model_files(staging, cfg, checkpoint, model, description, say))
         files = {name: size for name, size in report["files_mib"].items() if name not in report["refused"]}
         say(f"written to {out}: {', '.join(f'{name} ({size} MiB)' for name, size in files.items())}")
         if report["refused"]:
@@ -222,140 +220,16 @@ def keep_report(staging: Path, out: Path) -> Path:
     return file
 
 
-def fill(
-    staging: Path, cfg: ExportConfig, checkpoint: Path, model: "nn.Module", description: "Description", say: Say
-) -> dict[str, Any]:
-    """Write the model files, verify them, and remove those that are refused. Returns the report.
-
-    If model.onnx passes, the side files are written too. Raises ResnetDistError.
-    """
-    from export.browser import find_runtime, write_web
-    from export.bundle import sizes, write_side_files
-    from export.gate_images import calibration_inputs, gate_images
-    from export.predict import GATE
-    from export.providers import providers_to_verify, runtime_lines, runtime_of
-    from export.to_onnx import describe, graph_of, runtime_logits, self_test_logits
-    from export.triton import write_triton
-    from export.verify import check_equality, compare_smaller
-    from resnet_dist.evaluation.calibrate import read_calibration
-    from resnet_dist.files.run import to_json
-
-    in_graph = cfg.preprocess_in_graph
-    providers = providers_to_verify(cfg.providers)
-    runtime = runtime_of(providers)
-    with tempfile.TemporaryDirectory(prefix="resnet-dist-gate-") as folder:
-        table, source = gate_images(cfg, description, Path(folder))
-        labelled = source != "synthetic"
-        hint = "" if labelled else "; give --data for real ones"
-        say(f"verifying on {source} images ({len(table)} available){hint}")
-        for line in runtime_lines(runtime):
-            say(line)
-        calibration = read_calibration(checkpoint, len(description.classes))
-        temperature = calibration.temperature if calibration else 1.0
-        say(f"temperature {temperature:.4f} (calibration.json)" if calibration else "not calibrated")
-        # Images are read before the slow steps, so that an error comes early.
-        inputs = calibration_inputs(cfg, description) if cfg.int8 else []
-        graph = graph_of(model, description.preprocessing, in_graph, temperature, cfg.embeddings, cfg.opset)
-        expected = self_test_logits(model, description.preprocessing)
-        metadata = describe(description, checkpoint, "fp32", in_graph, expected, calibration, providers)
-        write_model(staging / "model.onnx", graph, metadata)
-        some = table.take(table.spread(len(table) if cfg.full else cfg.images))
-        equal, records = check_equality(
-            model, some, staging / "model.onnx", labelled, temperature, providers, cfg.images
-        )
-        reports: dict[str, Mapping[str, Any]] = {"model.onnx": equal}  # file -> provider -> result
-        say_results("model.onnx", reports["model.onnx"], say)
-        quantization: dict[str, Any] = {}
-        for name, small, how in smaller_graphs(cfg, graph, inputs, say):
-            quantization |= how
-            expected = runtime_logits(small, self_test_feed(staging))[0]
-            precision = name.split(".")[1]
-            smaller = describe(description, checkpoint, precision, in_graph, expected, calibration, providers)
-            write_model(staging / name, small, smaller)
-            limits = (cfg.max_accuracy_drop, cfg.min_agreement)
-            reports[name] = compare_smaller(staging / "model.onnx", staging / name, table, labelled, *limits, providers)
-            say_results(name, reports[name], say)
-    report = (
-        report_of(reports, source) | {"files_mib": sizes(staging, list(reports)), "runtime": runtime} | quantization
-    )
-    (staging / REPORT).write_text(to_json(report))
-    for name in report["refused"]:
-        (staging / name).unlink()
-    if "model.onnx" not in report["refused"]:
-        write_side_files(staging, metadata)
-        if cfg.triton:
-            write_triton(staging, metadata["architecture"])
-        if cfg.web:
-            write_web(staging, find_runtime(cfg.onnxruntime_web))
-        if labelled:  # the synthetic images are gone
-            records.save(staging / GATE, metadata["checkpoint_sha256"], cfg.min_agreement)
-    return report
-
-
-def report_of(reports: Mapping[str, Mapping[str, Any]], source: str) -> dict[str, Any]:
-    """The content of export_report.json about the results of each file with each provider."""
-    problems = [
-        f"{name}{f' with {provider}' if len(results) > 1 else ''}: {problem}"
-        for name, results in reports.items()
-        for provider, result in results.items()
-        for problem in result.problems
-    ]
-    refused = [name for name, results in reports.items() if any(result.problems for result in results.values())]
-    return {
-        "passed": not refused,
-        "refused": refused,
-        "problems": problems,
-        "gate_images": source,
-        **{name: {on: result.to_dict() for on, result in results.items()} for name, results in reports.items()},
-    }
-
-
-def say_results(name: str, results: Mapping[str, Any], say: Say) -> None:
-    """One line per provider."""
-    for provider, result in results.items():
-        say(f"{name:<16} {provider}: {result}")
-
-
-def write_model(file: Path, graph: "onnx.ModelProto", metadata: dict[str, Any]) -> None:
-    """Write a model with its metadata."""
-    from export.to_onnx import finished
-
-    file.write_bytes(finished(graph, metadata))
-
-
-def self_test_feed(staging: Path) -> "dict[str, np.ndarray]":
-    """The image of the self-test as the input of the graphs of this export."""
-    from export.predict import Predictor, self_test_pixels
-
-    predictor = Predictor(staging / "model.onnx", providers="cpu")
-    return predictor.inputs(self_test_pixels(predictor.preprocessing.img_size))
-
-
-def smaller_graphs(
-    cfg: ExportConfig, graph: "onnx.ModelProto", inputs: "list[np.ndarray]", say: Say
-) -> "Iterator[tuple[str, onnx.ModelProto, dict[str, Any]]]":
-    """Yield (file name, graph, how it was quantized) of the graphs that `cfg` selects. `inputs` calibrate int8."""
-    from export.quantize import may_saturate, to_fp16, to_int8
-
-    if cfg.fp16:
-        yield "model.fp16.onnx", to_fp16(graph), {}
-    if cfg.int8:
-        small, choice = to_int8(graph, inputs, cfg.reduce_range)
-        say(f"{'model.int8.onnx':<16} {choice}")
-        if may_saturate(small):
-            say(f"{'model.int8.onnx':<16} 8-bit weights: x86 CPUs without VNNI can predict other classes")
-        yield "model.int8.onnx", small, {"quantization": asdict(choice)}
-
-
 def measure_latency(out: Path, names: Sequence[str], threads: int, say: Say) -> dict[str, dict[int, float]]:
     """The median latency of each file in milliseconds per image, for batches of 1 and 32."""
     import numpy as np
 
+    from export.openvino_ir import FILE, OpenVinoPredictor
     from export.predict import Predictor
 
     latency: dict[str, dict[int, float]] = {}
     for name in names:
-        predictor = Predictor(out / name, threads)
+        predictor = OpenVinoPredictor(out / name, threads) if name == FILE else Predictor(out / name, threads)
         size = predictor.preprocessing.img_size
         latency[name] = {}
         for batch in (1, 32):

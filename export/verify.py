@@ -93,22 +93,20 @@ def in_torch(
 def check_equality(
     model: nn.Module,
     table: ImageTable,
-    file: Path,
+    predictors: Sequence[Predictor],
     labelled: bool,
     temperature: float = 1.0,
-    providers: Sequence[str] = ("cpu",),
     recorded: int = 64,
-) -> tuple[dict[str, Equality], Records]:
-    """Compare the PyTorch pipeline with the predictor on the written file, with each onnxruntime provider.
+) -> tuple[list[Equality], Records]:
+    """Compare the PyTorch pipeline with predictors: those of each written file and each runtime.
 
-    Both start from the image files. `model` is in float32 on the CPU, in evaluation mode. Its probabilities are
-    computed at `temperature`. `labelled` says whether the table has real labels. Returns a result per provider, and the
-    records of `recorded` evenly spread images. Raises DataError if an image cannot be read.
+    All start from the image files. `model` is in float32 on the CPU, in evaluation mode. Its probabilities are
+    computed at `temperature`. `labelled` says whether the table has real labels. Returns a result per predictor, and
+    the records of `recorded` evenly spread images. Raises DataError if an image cannot be read.
     """
-    predictors = {name: Predictor(file, torch.get_num_threads(), name) for name in providers}
-    results = {name: Equality(images=len(table)) for name in providers}
-    best = {name: np.zeros((2, len(table)), np.int64) for name in providers}  # classes by PyTorch and by onnxruntime
-    first = next(iter(predictors.values()))
+    results = [Equality(images=len(table)) for _ in predictors]
+    best = np.zeros((len(predictors), 2, len(table)), np.int64)  # classes by PyTorch and by the predictor
+    first = predictors[0]
     records, kept = Records(), set(table.spread(recorded))
     to_input = ToInput(first.preprocessing, torch.device("cpu"))
     for pixels, logits, rows in in_torch(model, table, first.preprocessing):
@@ -116,8 +114,7 @@ def check_equality(
         loaded = np.stack([_loaded(first, name) for name in names])
         for place in (place for place, row in enumerate(rows) if row in kept):
             records.add(Path(names[place]), loaded[place], logits[place])
-        for provider, equality in results.items():
-            predictor = predictors[provider]
+        for predictor, equality, classes in zip(predictors, results, best, strict=True):
             _compare_inputs(equality, predictor, to_input, pixels, loaded, names)
             for size in BATCHES:
                 others = np.concatenate([predictor.logits(loaded[i : i + size]) for i in range(0, len(loaded), size)])
@@ -125,9 +122,9 @@ def check_equality(
             if predictor.has_features:
                 features = cut(model, "head")[0](to_input(_batch_of(pixels)))
                 _compare_features(equality, features, predictor.features(loaded), names)
-            best[provider][:, rows] = logits.argmax(1), others.argmax(1)
-    for provider, equality in results.items():
-        _compare_classes(equality, best[provider], table.targets if labelled else None)
+            classes[:, rows] = logits.argmax(1), others.argmax(1)
+    for equality, classes in zip(results, best, strict=True):
+        _compare_classes(equality, classes, table.targets if labelled else None)
     return results, records
 
 

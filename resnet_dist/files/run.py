@@ -37,7 +37,8 @@ Replace = Literal["nothing", "unfinished", "any"]  # which run a new one may rep
 # Every file that the program writes into a run folder; no other file is ever removed.
 _EVALUATION = "predictions.csv per_class.csv confused.csv metrics.json confusion_matrix.png reliability.png "
 _EVALUATION += "predictions.png embeddings.npy embeddings.png report.html"
-_EXPORT = "model.onnx model.*.onnx labels.txt config.json preprocessor_config.json README.md predict.py "
+_EXPORT = "model.onnx model.*.onnx model.openvino.xml model.openvino.bin labels.txt config.json "
+_EXPORT += "preprocessor_config.json README.md predict.py "
 _EXPORT += "export_report.json export_report.failed.json test_data_set_0/input_0.pb test_data_set_0/output_0.pb "
 _EXPORT += "web/index.html web/style.css web/page.js web/worker.js web/pixels.js web/scores.js web/model.json "
 _EXPORT += "web/model.onnx web/model.int8.onnx web/onnxruntime-web.js web/ort-wasm-simd-threaded.wasm "

@@ -38,7 +38,13 @@ SLOW = ("demo", "doctor", "bench", "bench ladder", "bench scaling", "lr-find", "
 PLANNED = ("train", "compare")
 FOLDERS = ("photos", "fruits", "cifar10", "hymenoptera", "cats_dogs", "photos_train", "photos_val")
 RUNS = ("fruits", "cifar10", "cd-full", "cd-head", "cd-head-bn", "cd-l34", "macro", "balanced", "focal")
-PYTHON = ("reference/python.md", "reference/run-folder.md", "how-to/serve.md", "how-to/publish.md")
+PYTHON = (
+    "reference/python.md",
+    "reference/run-folder.md",
+    "how-to/serve.md",
+    "how-to/publish.md",
+    "how-to/other-languages.md",
+)
 
 
 def make(place: Path) -> None:
@@ -135,6 +141,9 @@ def test_every_command_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_python_blocks_run(name: str, place: Path) -> None:
     if not Path("runs/photos/export/model.onnx").exists():
         assert main(["export", "runs/photos", "--images", "4"]) == 0
+    if name == "how-to/other-languages.md":
+        pytest.importorskip("openvino", reason="needs openvino")
+        assert main(["export", "runs/photos", "--images", "4", "--openvino", "--overwrite"]) == 0
     if not Path("hub/photos").exists():
         assert main(["hub", "runs/photos", "-o", "hub/photos", "--license", "mit"]) == 0
     namespace: dict[str, object] = {}
