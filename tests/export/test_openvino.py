@@ -100,9 +100,9 @@ def test_without_openvino_nothing_is_done(
     assert not (tmp_path / "out").exists()
 
 
-def test_same_export_writes_same_bytes(export: Path, tmp_path: Path) -> None:
+def test_same_network_gives_same_weights(export: Path, tmp_path: Path) -> None:
+    """The names of nodes in the other part are numbered by OpenVINO, on through a process."""
     shutil.copyfile(export / "model.onnx", tmp_path / "model.onnx")
     write_ir(tmp_path / "model.onnx", tmp_path / FILE)
-    assert [part.read_bytes() for part in parts(tmp_path / FILE)] == [
-        part.read_bytes() for part in parts(export / FILE)
-    ]
+    one, other = ((folder / FILE).with_suffix(".bin").read_bytes() for folder in (tmp_path, export))
+    assert one == other
