@@ -121,7 +121,8 @@ def strings_below_fields(module: str) -> set[tuple[str, str]]:
 def test_help_texts_are_sentences_below_their_fields() -> None:
     offenders = []
     for verb, option in VERB_OPTIONS:
-        sources = strings_below_fields("resnet_dist.config.schema") | strings_below_fields(config_of(verb).__module__)
+        modules = ("resnet_dist.config.schema", "resnet_dist.config.foreign", config_of(verb).__module__)
+        sources = set().union(*map(strings_below_fields, modules))
         sources |= set(getattr(config_of(verb), "HELP", {}).items())
         is_sentence = len(option.help) >= 4 and option.help[-1] in ".)"
         if not is_sentence or (option.name, option.help) not in sources:
