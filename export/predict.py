@@ -29,6 +29,7 @@ import struct
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -1275,49 +1276,48 @@ def _read_gate(predictor: Predictor) -> tuple[dict[str, tuple[str, np.ndarray]],
 
 ABSTAINED = "_abstained"
 UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|\ud800-\udfff]')
-RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(1, 10))}
+RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$"}
+RESERVED |= {f"{port}{digit}" for port in ("com", "lpt") for digit in "123456789¹²³"}
+NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of file systems such as exFAT
 
 
 def folder_names(classes: Sequence[str]) -> dict[str, str]:
     """A folder name for each class: its own name if every system accepts it, otherwise a similar one.
 
-    No two classes share a folder, also where upper and lower case are the same.
+    No two classes share a folder, also where upper and lower case are the same, or two ways to write an accent.
     """
     safe = [_folder_name(name) for name in classes]
     names: dict[str, str] = {}
     taken = {ABSTAINED}
     for number in sorted(range(len(classes)), key=lambda number: safe[number] != classes[number]):
         name = safe[number]
-        while name.casefold() in taken:
+        while (same := unicodedata.normalize("NFC", name).casefold()) in taken:
             name = f"{name}_{number}"
-        taken.add(name.casefold())
+        taken.add(same)
         names[classes[number]] = name
     return names
 
 
 def _folder_name(text: str) -> str:
     name = UNSAFE.sub("_", text).strip(". ").encode()[:200].decode(errors="ignore") or "_"
-    return f"{name}_" if name.partition(".")[0].lower() in RESERVED else name
+    stem, dot, rest = name.partition(".")
+    return f"{stem}_{dot}{rest}" if stem.lower() in RESERVED else name
 
 
 class Sorter:
     """Copies or links predicted images into one folder per class. `str` says how many are where.
 
     A file that exists is never overwritten: an image with its name gets the next free one, `name-2.jpg`, unless it is
-    the same image byte for byte. Images that cannot be read are not copied.
+    the same image byte for byte. A file with the name of a copy is complete. Images that cannot be read are not copied.
     """
 
     def __init__(self, root: Path, classes: Sequence[str], link: bool) -> None:
         self._root, self._link, self._folders = root, link, folder_names(classes)
-        self._numbers: Counter[tuple[str, str]] = Counter()  # (folder, name): the last number that was used
         self._counts: Counter[str] = Counter()
         for label, folder in self._folders.items():
             if label != folder:
                 _say(f"the class {label!r} is sorted into the folder {folder}")
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cannot_write("--sort-into", root, error) from None
+        _make_folder(root)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{count} in {folder}" for folder, count in sorted(self._counts.items()))
@@ -1339,29 +1339,49 @@ class Sorter:
 
     def _put(self, source: Path, data: BinaryIO, folder: str) -> None:
         target = self._root / folder
+        _make_folder(target)
         try:
-            target.mkdir(exist_ok=True)
-            for number in itertools.count(self._numbers[folder, source.name] + 1):
+            for number in itertools.count(1):
                 file = target / (source.name if number == 1 else f"{source.stem}-{number}{source.suffix}")
                 if not os.path.lexists(file):
-                    self._write(source, data, file)
-                    break
-                if file.is_file() and filecmp.cmp(source, file, shallow=False):
-                    break
+                    return self._write(source, data, file)
+                is_of_its_kind = self._link or not file.is_symlink()  # a link is no copy
+                if is_of_its_kind and file.is_file() and filecmp.cmp(source, file, shallow=False):
+                    return
         except OSError as error:
             raise _cannot_write("--sort-into", target, error) from None
-        self._numbers[folder, source.name] = number
 
     def _write(self, source: Path, data: BinaryIO, file: Path) -> None:
         if self._link:
             file.symlink_to(source.absolute())
             return
-        with file.open("xb") as copy:
-            try:
+        partial = file.with_name(f".partial-{os.getpid()}")
+        try:
+            with partial.open("wb") as copy:
                 shutil.copyfileobj(data, copy)
-            except OSError:
-                file.unlink()
-                raise
+            _rename(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Create a folder and its parents. Raises OutputError or UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UsageError(f"--sort-into: {folder} is a file; choose another folder") from None
+    except OSError as error:
+        raise _cannot_write("--sort-into", folder, error) from None
+
+
+def _rename(file: Path, name: Path) -> None:
+    """Give a file a name that is free; where the file system can, without replacing one that appears meanwhile."""
+    try:
+        os.link(file, name)
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        file.rename(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

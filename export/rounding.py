@@ -16,8 +16,8 @@ DAMPING = 0.01
 def rounded_weights(weights: torch.Tensor, rows: torch.Tensor, groups: int, largest: int) -> torch.Tensor:
     """Weights (outputs, ...) that lie on the grid of int8, and give nearly the same outputs on `rows` (n, K).
 
-    The grid of an output channel has steps of its largest weight / `largest`. That weight stays as it is, so onnxruntime,
-    which takes its steps from the largest weight, finds the same grid with every weight on it.
+    The grid of an output channel has steps of its largest weight / `largest`. That weight stays as it is: onnxruntime
+    takes its steps from the largest weight, so it finds the same grid with every weight on it.
     """
     flat = weights.reshape(len(weights), -1)
     step = flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny) / largest

@@ -59,7 +59,7 @@ class Service:
     def _decode(self, image: bytes | str) -> tuple[np.ndarray | None, str]:
         data = bytes_of(image)
         if data is None:
-            return None, "not base64"
+            return None, "not base64 (without line breaks)"
         _, pixels, error = self.predictor.load(data, self.cfg.max_pixels)
         return pixels, error
 

@@ -104,7 +104,7 @@ async def read_body(request: Request, intake: Intake, limit: int) -> bytes:
 
 
 async def files_of(request: Request, body: bytes, most: int) -> list[Named]:
-    """The files of a form, by their names. Raises HTTPException 400, also for more files than `most`."""
+    """The files of a form, by their names. Raises HTTPException 400, or 413 for more files than `most`."""
 
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
@@ -112,7 +112,11 @@ async def files_of(request: Request, body: bytes, most: int) -> list[Named]:
     try:
         form = await InMemory(request.headers, stream(), max_files=most).parse()
     except MultiPartException as error:
+        if error.message.startswith("Too many files"):
+            raise HTTPException(413, f"more than {most} images: send them in several requests") from None
         raise HTTPException(400, f"not a form: {error.message}") from None
+    except UnicodeError:  # of a charset that Python cannot decode or encode
+        raise HTTPException(400, "not a form: its charset cannot be used") from None
     images: list[Named] = []
     for name, value in form.multi_items():
         if not isinstance(value, UploadFile):

@@ -46,6 +46,8 @@ class ServeConfig:
             yield "MODEL is missing: a .onnx file or an exported run folder"
         yield from out_of_range(self, 0, 65535, "port")
         yield from out_of_range(self, 1, math.inf, "top_k", "max_batch", "queue", "threads")
+        if self.max_batch > self.queue:
+            yield f"--max-batch {self.max_batch}: must be at most --queue, which is {self.queue}"
         yield from out_of_range(self, 0, 1000, "max_wait")
         yield from out_of_range(self, 0, MAX_MIB, "max_mib", open_low=True)
         yield from out_of_range(self, 1, MAX_PIXELS, "max_pixels")

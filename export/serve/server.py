@@ -15,7 +15,7 @@ from export.predict import ModelError, Predictor, self_test_pixels
 from export.serve.app import Service, application
 from export.serve.run import BACKLOG, ServeConfig
 from resnet_dist.config.fields import required
-from resnet_dist.errors import ArtifactError
+from resnet_dist.errors import ArtifactError, MachineError
 from resnet_dist.runtime import environment
 from resnet_dist.runtime.wording import counted
 
@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
 def serve(cfg: ServeConfig, listener: socket.socket, say: Callable[[str], None]) -> None:
     """Serve on a listening socket until SIGTERM or SIGINT. `say` is called with a line about the model when it is warm.
 
-    Raises ArtifactError if the model cannot be used.
+    Raises ArtifactError if the model cannot be used, MachineError if there is too little memory for the largest batch.
     """
     threads = cfg.threads or environment.cores()
     try:
@@ -58,6 +58,10 @@ def serve(cfg: ServeConfig, listener: socket.socket, say: Callable[[str], None])
         warm_up(predictor, cfg.max_batch)
     except ModelError as error:
         raise ArtifactError(str(error)) from None
+    except MemoryError:
+        raise MachineError(
+            f"--max-batch {cfg.max_batch}: not enough memory for such a batch; give a smaller one"
+        ) from None
     if warning := predictor.warning:
         print(warning, file=sys.stderr)
     service = Service(cfg, predictor, threads)

@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import urllib.error
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -143,11 +144,14 @@ def read_tensors(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     try:
         if file.suffix == ".safetensors":
             return _unwrapped(file, _tensors_in_header(file) if device == "meta" else load_file(file, device))
-        loaded = torch.load(file, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's, about old pickles that it then reads or refuses
+            loaded = torch.load(file, map_location=device, weights_only=True)
     except SafetensorError as error:
         raise ArtifactError(f"{file}: not a safetensors file ({error})") from None
     except DAMAGED as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0] or "it is empty or ends early"
+        if reason.startswith("Weights only load failed"):  # the rest advises to run the code
+            reason = "it contains more than tensors; load it where you trust it, and save its state dict as safetensors"
         raise ArtifactError(f"{file}: not a weights file that can be read safely ({reason})") from None
     for _ in range(len(HOLDERS)):
         held = [loaded[key] for key in HOLDERS if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping)]
@@ -156,6 +160,9 @@ def read_tensors(file: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
     ):
         raise ArtifactError(f"{file}: contains no state dict (a mapping of names to tensors)")
+    for name, value in loaded.items():
+        if value.layout != torch.strided or value.is_quantized or (value.is_meta and device != "meta"):
+            raise ArtifactError(f"{file}: {name} is sparse, quantized or without values, not an ordinary tensor")
     return _unwrapped(file, loaded)
 
 

@@ -210,7 +210,15 @@ def test_pickled_code_is_not_run(
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Attack()}, tmp_path / "evil.pth")
     said = refused(6, *arguments(tmp_path / "evil.pth", photos, *GIVEN, "--classes", "imagenet"))
-    assert "not a weights file that can be read safely" in said and not Path("attacked").exists()
+    assert "not a weights file that can be read safely (it contains more than tensors; load it where you" in said
+    assert len(said.splitlines()) == 1 and not Path("attacked").exists()
+    for name, value in {"sparse": torch.eye(3).to_sparse(), "meta": torch.empty(3, device="meta")}.items():
+        torch.save({"fc.bias": value}, tmp_path / f"{name}.pth")
+        said = refused(6, *arguments(tmp_path / f"{name}.pth", photos, *GIVEN, "--classes", "imagenet"))
+        assert "fc.bias is sparse, quantized or without values, not an ordinary tensor" in said
+    (tmp_path / "empty.pth").touch()
+    said = refused(6, *arguments(tmp_path / "empty.pth", photos, *GIVEN, "--classes", "imagenet"))
+    assert "(it is empty or ends early)" in said
 
 
 def test_folder_without_weights_is_named(photos: Path, tmp_path: Path, refused: Refused) -> None:

@@ -1,13 +1,18 @@
 """`predict --sort-into` loses and overwrites nothing; `predict --stream` gives a row for every file that appears."""
 
 import csv
+import errno
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
+from unicodedata import normalize
 
 import pytest
 
@@ -77,8 +82,47 @@ def test_nothing_is_overwritten(bundle: Path, tmp_path: Path, capsys: pytest.Cap
     assert (place / "a-4.png").read_bytes() == (tmp_path / "in/a.png").read_bytes()
     assert sort(bundle, tmp_path / "in", "--sort-into", tmp_path / "in/sorted") == 2
     assert "it lies in" in capsys.readouterr().err
-    assert sort(bundle, tmp_path / "in", "--sort-into", place / "a.png") == 2
-    assert "cannot be written" in capsys.readouterr().err
+    for target in (place / "a.png", tmp_path / "in"):
+        (tmp_path / "in" / label).touch()
+        assert sort(bundle, tmp_path / "in/a.png", "--sort-into", target) == 2
+        assert "is a file; choose another folder" in capsys.readouterr().err
+
+
+def test_a_link_is_no_copy(bundle: Path, tmp_path: Path) -> None:
+    """Who asks for copies may delete the originals."""
+    write_image(tmp_path / "in/a.png", seed=1)
+    for _ in range(2):
+        for how in ([], ["--link"]):
+            assert sort(bundle, tmp_path / "in", "--sort-into", tmp_path / "copies", *how) == 0
+    assert sort(bundle, tmp_path / "in", "--sort-into", tmp_path / "links", "--link") == 0
+    assert sort(bundle, tmp_path / "in", "--sort-into", tmp_path / "links") == 0
+    kinds = {
+        name: [file.is_symlink() for file in sorted((tmp_path / name).rglob("*.png"))] for name in ("copies", "links")
+    }
+    assert kinds == {"copies": [False], "links": [False, True]}  # a-2.png, a.png
+
+
+def test_an_interrupted_copy_has_no_name(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle; the same command then copies the whole image, as it does where there are no hard links."""
+    write_image(tmp_path / "in/a.png", seed=1)
+    whole = (tmp_path / "in/a.png").read_bytes()
+
+    def half(source: BinaryIO, target: BinaryIO) -> None:
+        target.write(whole[: len(whole) // 2])
+        raise KeyboardInterrupt
+
+    def no_links(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict.shutil, "copyfileobj", half)  # type: ignore[attr-defined]
+        with suppress(KeyboardInterrupt):
+            sort(bundle, tmp_path / "in", "--sort-into", tmp_path / "out")
+    assert not [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    monkeypatch.setattr(os, "link", no_links)
+    assert sort(bundle, tmp_path / "in", "--sort-into", tmp_path / "out") == 0
+    (file,) = (file for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert (file.name, file.read_bytes()) == ("a.png", whole)
 
 
 def test_a_full_disk_leaves_no_half_copy(
@@ -97,10 +141,12 @@ def test_folder_names_are_safe_and_different(tmp_path: Path) -> None:
     """Names that leave the folder, are hidden, differ only in case, or that Windows keeps for itself."""
     classes = ["cat", "Cat", "a/b", "a_b", "..", ".", "../../etc", "", " x. ", "con", "NUL.txt", ABSTAINED, "\x1b[31m"]
     classes += ["ü" * 500, "a:b", "\ud800", "猫", ".hidden", "A_B"]
+    classes += ["é", "e\u0301", "aux.txt", "CONIN$", "com¹"]  # two ways to write one letter
     names = folder_names(classes)
     assert list(names) != [] and set(names) == set(classes)
     assert names["cat"] == "cat" and names["a_b"] == "a_b" and names["猫"] == "猫"
-    assert len({name.casefold() for name in names.values()} | {ABSTAINED}) == len(classes) + 1
+    assert len({normalize("NFC", name).casefold() for name in names.values()} | {ABSTAINED}) == len(classes) + 1
+    assert (names["aux.txt"], names["CONIN$"], names["com¹"]) == ("aux_.txt", "CONIN$_", "com¹_")
     for name in names.values():
         (tmp_path / name).mkdir()
         assert (tmp_path / name).parent == tmp_path and not name.startswith(".") and name.isprintable()
