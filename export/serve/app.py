@@ -33,7 +33,7 @@ class Service:
         self.cfg, self.predictor = cfg, predictor
         self.metrics, self.load = Metrics(), Load(cfg.queue)
         wait = cfg.max_wait / 1000
-        self.batcher = Batcher(predictor.rows, threads, cfg.max_batch, wait, on_batch=self.metrics.batches.add)
+        self.batcher = Batcher(predictor.rows, threads, cfg.batch, wait, on_batch=self.metrics.batches.add)
         self.stopping = False
 
     @asynccontextmanager

@@ -26,7 +26,7 @@ class ServeConfig:
     top_k: int = 5
     """Number of classes per image, if a request does not ask for another with ?top_k=N."""
     max_batch: int = 16
-    """The most images that go through the network together, also from different requests."""
+    """The most images that go through the network together, also from different requests; never more than --queue."""
     max_wait: float = 5.0
     """The most milliseconds that an image waits for images that are being decoded, to share a batch with them."""
     queue: int = 128
@@ -40,14 +40,17 @@ class ServeConfig:
     providers: str = "auto"
     """onnxruntime providers, such as cuda,cpu."""
 
+    @property
+    def batch(self) -> int:
+        """The size of the largest batch."""
+        return min(self.max_batch, self.queue)
+
     def problems(self) -> Iterator[str]:
         """What is wrong with the settings, one line each."""
         if self.model is None:
             yield "MODEL is missing: a .onnx file or an exported run folder"
         yield from out_of_range(self, 0, 65535, "port")
         yield from out_of_range(self, 1, math.inf, "top_k", "max_batch", "queue", "threads")
-        if self.max_batch > self.queue:
-            yield f"--max-batch {self.max_batch}: must be at most --queue, which is {self.queue}"
         yield from out_of_range(self, 0, 1000, "max_wait")
         yield from out_of_range(self, 0, MAX_MIB, "max_mib", open_low=True)
         yield from out_of_range(self, 1, MAX_PIXELS, "max_pixels")

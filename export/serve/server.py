@@ -55,7 +55,7 @@ def serve(cfg: ServeConfig, listener: socket.socket, say: Callable[[str], None])
     threads = cfg.threads or environment.cores()
     try:
         predictor = Predictor(required(cfg.model, "MODEL"), threads, cfg.providers)
-        warm_up(predictor, cfg.max_batch)
+        warm_up(predictor, cfg.batch)
     except ModelError as error:
         raise ArtifactError(str(error)) from None
     except MemoryError:

@@ -123,3 +123,13 @@ def test_a_missing_package_is_named(model: Path, refused: Refused, monkeypatch: 
     assert refused(2, "serve", model) == (
         "resnet-dist serve: error: serve needs uvicorn: pip install 'resnet-dist[serve]'\n"
     )
+
+
+def test_a_batch_without_memory_is_one_line(model: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(predictor: predict.Predictor, batch: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("export.serve.server.warm_up", too_large)
+    assert "--max-batch 9: not enough memory for such a batch" in refused(
+        4, "serve", model, "--port", 0, "--max-batch", 9
+    )
