@@ -17,6 +17,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from resnet_dist.model.checkpoint import load_checkpoint
 CALIBRATION = 64
 RANDOM_IMAGES = 32
 DEFAULT, EXACT, OFF = "by default", "without saturation, as with VNNI", "onnxruntime's optimisations off"
-COLUMNS = "network|weights|run|images|same top-1|95 % interval|logits bit-equal to those without saturation"
+COLUMNS = "network|weights|calibration|layers in float|run|images|same top-1|95 % interval|"
+COLUMNS += "logits bit-equal to those without saturation"
 
 
 def main() -> None:
@@ -96,12 +98,13 @@ def measure(graph: onnx.ModelProto, train: np.ndarray, val: np.ndarray, threads:
     """One row for each number of bits and way to run."""
     expected = logits(graph, val, threads).argmax(1)
     for bits in (7, 8):
-        small, _ = to_int8(graph, list(train), reduce_range=bits == 7)
+        small, choice = to_int8(graph, list(train), reduce_range=bits == 7)
         exact = logits(small, val, threads, EXACT)
         runs = {DEFAULT: logits(small, val, threads), EXACT: exact, OFF: logits(small, val, threads, OFF)}
         for name, found in runs.items():
             same, n = int((found.argmax(1) == expected).sum()), len(val)
             row = {"weight_bits": bits, "run": name, "images": n, "agreement": same / n, "interval": wilson(same, n)}
+            row["quantization"] = asdict(choice)
             yield {**row, "images_bit_equal_to_exact": int((found == exact).all(axis=1).sum())}
 
 
@@ -125,7 +128,16 @@ def table(results: dict[str, Any]) -> Iterator[str]:
         for row in rows:
             low, high = row["interval"]
             equal = f"{row['images_bit_equal_to_exact']} of {row['images']}"
-            said = [f"{row['weight_bits']} bits", row["run"], str(row["images"]), f"{row['agreement']:.3f}"]
+            made = row["quantization"]
+            left = f"{', '.join(made['float_layers']) or 'none'} of {made['layers']}"
+            said = [
+                f"{row['weight_bits']} bits",
+                made["calibration"],
+                left,
+                row["run"],
+                str(row["images"]),
+                f"{row['agreement']:.3f}",
+            ]
             yield f"| {name} | {' | '.join(said)} | {low:.3f} to {high:.3f} | {equal} |"
 
 

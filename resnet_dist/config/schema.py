@@ -387,8 +387,8 @@ class SystemConfig:
     threads: int | None = None
     """CPU threads per process (default: the cores of this machine divided by its processes)."""
     keep_memory: Literal["auto", "on", "off"] = "auto"
-    """On a CPU, reuse the memory of freed tensors, with a peak that is up to a fifth higher; auto: if the CPU has
-    AVX-512, because steps take much longer on others, and nothing is gained."""
+    """On a CPU, reuse the memory of freed tensors: faster where steps are short, with a peak that is up to a fifth
+    higher; auto: on CPUs with AVX-512."""
     sync_bn: Literal["auto", "on", "off"] = "auto"
     """Synchronise BatchNorm over all processes (on GPUs only), with a wait for the device in every BatchNorm layer;
     auto: if BatchNorm trains on fewer than 16 images per process."""

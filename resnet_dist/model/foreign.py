@@ -110,9 +110,9 @@ def classes_of(asked: ForeignConfig, said: Published, file: Path, count: int) ->
         )
     if len(names) != count:
         raise UsageError(f"{option}: {len(names)} names, but {file} has {count} outputs (fc.weight)")
-    twice = [name for name, times in Counter(names).items() if times > 1 or not name or len(name) > MAX_NAME]
-    if twice:
-        raise UsageError(f"{option}: the class {twice[0]!r} is empty, too long or there twice")
+    bad = [name for name, times in Counter(names).items() if times > 1 or not name or len(name) > MAX_NAME]
+    if bad:
+        raise UsageError(f"{option}: the class name {bad[0]!r} is empty, too long or given twice")
     return names, option
 
 

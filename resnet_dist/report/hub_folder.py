@@ -13,12 +13,13 @@ from resnet_dist.files.header import best_of, description_in
 from resnet_dist.files.outputs import Kind, inside, make_folder
 from resnet_dist.files.run import to_json, write_atomically
 from resnet_dist.model.checkpoint import Description
+from resnet_dist.model.published import CROP_MODES
 from resnet_dist.model.weights import sha256_of
 from resnet_dist.report.card import CardFacts, card, is_plain, loading_with_ours, loading_with_torchvision, start_of
 
 ONNX = ("onnx/model.onnx", "onnx/config.json", "onnx/preprocessor_config.json")
 FILES = ("README.md", "config.json", "model.safetensors", *ONNX)
-CROP_MODES = {"crop": "center", "squash": "squash", "pad": "border"}  # our name: the name in timm
+TIMM_CROP_MODES = {ours: theirs for theirs, ours in CROP_MODES.items()}
 
 
 def _is_checkpoint(file: Path) -> bool:
@@ -139,7 +140,7 @@ def timm_config(description: Description, license: str | None) -> dict[str, Any]
             "fixed_input_size": False,
             "interpolation": spec.interpolation,
             "crop_pct": crop_share(spec.img_size, spec.resize),
-            "crop_mode": CROP_MODES[spec.resize_mode],
+            "crop_mode": TIMM_CROP_MODES[spec.resize_mode],
             "mean": list(spec.mean),
             "std": list(spec.std),
             "num_classes": architecture.num_classes,

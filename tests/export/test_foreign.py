@@ -118,8 +118,8 @@ def test_what_a_file_does_not_say_must_be_given(plain: Path, photos: Path, tmp_p
     ("text", "problem"),
     [
         ("ant\nbee\n", "2 names, but "),
-        ("ant\nbee\nant\n", "the class 'ant' is empty, too long or there twice"),
-        ("ant\n\ncat\n", "the class '' is empty, too long or there twice"),
+        ("ant\nbee\nant\n", "the class name 'ant' is empty, too long or given twice"),
+        ("ant\n\ncat\n", "the class name '' is empty, too long or given twice"),
         ('["ant", "bee", 3]', "the JSON list must contain names"),
         ('["ant", "bee"', "neither lines of text nor a JSON list"),
         (b"\xff\xfe\x00", "neither lines of text nor a JSON list"),
