@@ -84,7 +84,7 @@ def serve(cfg: ServeConfig, listener: socket.socket, say: Callable[[str], None])
     server = Server(config, service)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises a signal again at its end, which is a success here
         signal.signal(number, server.handle_exit)
-    say(f"{predictor.path}: {counted(len(predictor.classes), 'class')}, {predictor.providers[0]}")
+    say(f"{predictor.path}: {counted(len(predictor.classes), 'class')}, {predictor.provider}")
     server.run([listener])
 
 
